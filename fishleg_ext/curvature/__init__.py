@@ -1,0 +1,61 @@
+"""Curvature models: what each says of the Fisher matrix and its inverse."""
+
+from typing import Optional, Union
+
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
+from fishleg_ext.curvature.block import BlockFisher
+from fishleg_ext.curvature.diagonal import DiagonalFisher
+from fishleg_ext.curvature.identity import Identity
+from fishleg_ext.curvature.low_rank import LowRankFisher
+
+__all__ = [
+    "BlockFisher",
+    "Blocks",
+    "Curvature",
+    "CurvatureError",
+    "DiagonalFisher",
+    "Identity",
+    "LowRankFisher",
+    "make_curvature",
+]
+
+PLANNED = ("layerwise", "kronecker", "fishleg")
+
+
+def make_curvature(
+    curvature: Union[str, Curvature], *, block_size: int = 128, damping: Optional[float] = None
+) -> Curvature:
+    """A curvature model by name, or the given one.
+
+    Args:
+        curvature: "identity", "diagonal", "block", "low_rank", or a `Curvature`.
+        block_size: weights in a block, for the models that have blocks.
+        damping: in the units of a squared gradient; None is the model's default.
+
+    Raises:
+        ValueError: an unknown name, or damping given beside an instance, which has its own.
+        TypeError: neither a name nor a `Curvature`.
+        NotImplementedError: a model that this version does not have yet.
+    """
+    given = {} if damping is None else {"damping": damping}
+    if isinstance(curvature, Curvature):
+        if given:
+            raise ValueError(
+                f"expected damping=None beside a curvature instance, got {damping}; "
+                f"set it on {type(curvature).__name__}"
+            )
+        return curvature
+    if not isinstance(curvature, str):
+        raise TypeError(f"expected curvature to be a name or a Curvature, got {type(curvature).__name__}")
+    if curvature in PLANNED:
+        raise NotImplementedError(f"curvature={curvature!r} is not in this version yet")
+    if curvature == "identity":
+        return Identity()
+    if curvature == "diagonal":
+        return DiagonalFisher(**given)
+    if curvature == "block":
+        return BlockFisher(block_size, **given)
+    if curvature == "low_rank":
+        return LowRankFisher(block_size, **given)
+    names = ["identity", "diagonal", "block", "low_rank", *PLANNED]
+    raise ValueError(f"expected curvature to be one of {', '.join(names)}, got {curvature!r}")

@@ -1,0 +1,116 @@
+"""What every curvature model can do."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.layout import BlockLayout
+from fishleg_ext.observe import Observation
+
+
+class CurvatureError(RuntimeError):
+    """A curvature model that cannot be inverted; the message names the parameter."""
+
+
+class Blocks(NamedTuple):
+    """The inverse of one parameter as exact elimination needs it: scale * inverse * scale, block by block.
+
+    Attributes:
+        inverse: [K or 1, B, B].
+        weight_scale: [K, B]; weights are divided by it before elimination and multiplied after. None is 1.
+        cost_scale: [K, 1]; costs are multiplied by it. None is 1.
+    """
+
+    inverse: Tensor
+    weight_scale: Optional[Tensor] = None
+    cost_scale: Optional[Tensor] = None
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """Weights [K, B] in the units of the inverse; 0 where the scale is 0."""
+        if self.weight_scale is None:
+            return weight
+        return torch.where(self.weight_scale != 0, weight / self.weight_scale, 0)
+
+    def unscaled(self, weight: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return weight if self.weight_scale is None else weight * self.weight_scale
+
+
+class Curvature(ABC):
+    """A model of the Fisher matrix F of some weights, and of its inverse. Knows nothing of pruning.
+
+    `start` names the weights, `update` takes in observations, the rest is then answered for those weights. Tensors go
+    by parameter name and have the parameter's shape.
+
+    Attributes:
+        observes: what `update` needs: any of "gradients", "inputs", "output_gradients".
+        block_diagonal: whether F has no entries between the blocks of `blocks`, so that costs of blocks add up.
+        separable: whether each parameter can be estimated without the others.
+        default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
+        damping_raised: name -> number of blocks whose damping had to be raised to invert them.
+    """
+
+    observes: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    block_diagonal: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    default_saliency: ClassVar[str] = "exact"
+    default_scope: ClassVar[str] = "global"
+    default_labels: ClassVar[str] = "data"
+    default_num_grads: ClassVar[int] = 1024
+
+    def __init__(self) -> None:
+        self.damping_raised: dict[str, int] = {}
+        self.layouts: dict[str, BlockLayout] = {}
+
+    @abstractmethod
+    def layout(self, weight: Tensor) -> BlockLayout:
+        """How `blocks` cuts a parameter."""
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """Forget everything observed and prepare for these weights."""
+        self.layouts = {name: self.layout(weight) for name, weight in weights.items()}
+        self.damping_raised = {}
+
+    @abstractmethod
+    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+        """Bytes held for this weight while observations stream in."""
+
+    @abstractmethod
+    def update(self, observation: Observation) -> None:
+        """Take in one observation."""
+
+    @abstractmethod
+    def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """F^-1 v."""
+
+    @abstractmethod
+    def diag(self) -> dict[str, Tensor]:
+        """The diagonal of F^-1."""
+
+    @abstractmethod
+    def blocks(self, name: str) -> Blocks:
+        """The diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says; computed at each call."""
+
+    @abstractmethod
+    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+        """The least loss increase of losing the set P of weights: 1/2 w_P^T (F^-1[P, P])^-1 w_P."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed, as tensors and numbers. Models without state have none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, after `start` with the same weights."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+
+
+def checked_damping(damping: float, *, positive: bool) -> float:
+    """`damping` if it is finite and not negative, or positive if it must be."""
+    damping = float(damping)
+    if not 0 <= damping < float("inf") or (positive and damping == 0):
+        raise ValueError(f"expected damping to be finite and {'>' if positive else '>='} 0, got {damping}")
+    return damping

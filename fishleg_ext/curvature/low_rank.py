@@ -1,0 +1,171 @@
+"""The empirical Fisher matrix of all weights at once, as its gradients: M-FAC."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, checked_damping
+from fishleg_ext.layout import BlockLayout
+from fishleg_ext.observe import Observation
+from fishleg_ext.reference.precision import widened
+
+# Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
+COLUMNS = 8192
+
+
+class LowRankFisher(Curvature):
+    """F = damping I + G^T G / m over m gradients, the rows of G [m, d], with every weight correlated with every other.
+
+    Frantar et al., M-FAC, NeurIPS 2021. F^-1 = (I - G^T C^-1 G) / damping with C = m damping I + G G^T, by one m x m
+    Cholesky factorisation. Holds all gradients, m * d * 4 bytes. What is left of a weight's inverse after
+    subtracting from 1 can be as small as 1 / cond(F), so these products are taken in float64, a few columns at a time.
+
+    Args:
+        block_size: of the diagonal blocks of F^-1 that exact elimination takes; blocks are compensated separately.
+        damping: added to the diagonal, > 0, in the units of a squared gradient.
+    """
+
+    block_diagonal: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
+    default_saliency = "simultaneous"
+
+    def __init__(self, block_size: int = 128, damping: float = 1e-5) -> None:
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"expected block_size >= 1, got {block_size}")
+        self.block_size = block_size
+        self.damping = checked_damping(damping, positive=True)
+
+    def layout(self, weight: Tensor) -> BlockLayout:
+        """Blocks of block_size."""
+        return BlockLayout(weight.shape, self.block_size)
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """No gradients."""
+        super().start(weights)
+        self._chunks: dict[str, list[Tensor]] = {name: [] for name in weights}  # [chunk, n] each
+        self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
+        self._factor: Tensor | None = None
+
+    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+        """Every gradient."""
+        return num_grads * weight.numel() * widened(weight.dtype).itemsize
+
+    def update(self, observation: Observation) -> None:
+        """Keep the gradients."""
+        for name, grads in observation.gradients.items():
+            # A copy: the observer's tensor may be a view of a larger one, or be written again.
+            kept = grads.flatten(1).to(self._like[name].dtype, copy=True)
+            self._chunks[name].append(kept)
+        self._factor = None
+
+    def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(v - G^T C^-1 G v) / damping."""
+        factor = self._cholesky()
+        projected = torch.zeros(len(factor), dtype=torch.float64, device=factor.device)
+        for name, x in v.items():
+            for columns, part in self._columns(name):
+                projected += part @ x.flatten()[columns].double()
+        solved = torch.cholesky_solve(projected[:, None], factor)[:, 0]
+        result = {}
+        for name, x in v.items():
+            flat = torch.empty(x.numel(), dtype=self._like[name].dtype, device=x.device)
+            for columns, part in self._columns(name):
+                flat[columns] = (x.flatten()[columns].double() - solved @ part) / self.damping
+            result[name] = flat.reshape(x.shape)
+        return result
+
+    def diag(self) -> dict[str, Tensor]:
+        """(1 - |L^-1 g_i|^2) / damping for each column g_i of G, with L the Cholesky factor of C."""
+        factor = self._cholesky()
+        result = {}
+        for name, layout in self.layouts.items():
+            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=factor.device)
+            for columns, part in self._columns(name):
+                whitened = torch.linalg.solve_triangular(factor, part, upper=False)
+                flat[columns] = (1 - whitened.square().sum(0)) / self.damping
+            result[name] = flat.reshape(layout.shape)
+        return result
+
+    def blocks(self, name: str) -> Blocks:
+        """(I - (L^-1 G_b)^T (L^-1 G_b)) / damping for each block b of columns."""
+        factor, layout = self._cholesky(), self.layouts[name]
+        size, like = layout.block_size, self._like[name]
+        inverse = torch.empty(layout.num_blocks, size, size, dtype=like.dtype, device=like.device)
+        step = max(1, COLUMNS // size)
+        grads = self._gradients(name)
+        identity = torch.eye(size, dtype=torch.float64, device=like.device)
+        for start in range(0, layout.num_blocks, step):
+            part = grads[:, start * size : (start + step) * size].double()
+            part = torch.nn.functional.pad(part, (0, -part.shape[1] % size))
+            whitened = torch.linalg.solve_triangular(factor, part, upper=False)
+            whitened = whitened.unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, m, B]
+            inverse[start : start + step] = (identity - whitened.mT @ whitened) / self.damping
+        return Blocks(inverse)
+
+    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+        """A ridge regression in the m gradients: with a = G_P w_P and the kept weights free to make up for it,
+
+        1/2 damping |w_P|^2 + 1/2 a^T (m I + G_K G_K^T / damping)^-1 a.
+        """
+        factor = self._cholesky()
+        m = len(factor)
+        lost = torch.zeros(m, dtype=torch.float64, device=factor.device)
+        kept = m * torch.eye(m, dtype=torch.float64, device=factor.device)
+        norm = 0.0
+        for name, weight in weights.items():
+            flat = torch.where(pruned[name], weight, 0).flatten().double()
+            norm += float(flat.square().sum())
+            mask = pruned[name].flatten()
+            for columns, part in self._columns(name):
+                lost += part @ flat[columns]
+                alive = torch.where(mask[columns], 0, part)
+                kept.addmm_(alive, alive.mT, alpha=1 / self.damping)
+        solved = torch.cholesky_solve(lost[:, None], torch.linalg.cholesky(kept))[:, 0]
+        return 0.5 * (self.damping * norm + float(lost @ solved))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All gradients, [m, n] for each parameter."""
+        return {"gradients": {name: self._gradients(name) for name in self._chunks}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._chunks = {
+            name: [state["gradients"][name].to(like, copy=True)] for name, like in self._like.items()
+        }
+        self._factor = None
+
+    def _gradients(self, name: str) -> Tensor:
+        """All gradients of one parameter, [m, n]."""
+        chunks = self._chunks[name]
+        if len(chunks) != 1:  # join them once
+            self._chunks[name] = chunks = [torch.cat([self._like[name], *chunks])]
+        return chunks[0]
+
+    def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The gradients of one parameter in float64, a few columns at a time."""
+        grads = self._gradients(name)
+        for start in range(0, grads.shape[1], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            yield columns, grads[:, columns].double()
+
+    def _cholesky(self) -> Tensor:
+        """The Cholesky factor of C, [m, m], float64."""
+        if self._factor is None:
+            gram: Tensor | None = None
+            for name in self._chunks:
+                for _, part in self._columns(name):
+                    gram = part @ part.mT if gram is None else gram.addmm_(part, part.mT)
+            if gram is None:
+                raise CurvatureError("low_rank has no weights")
+            gram.diagonal().add_(len(gram) * self.damping)
+            self._factor, failed = torch.linalg.cholesky_ex(gram)
+            if failed:
+                self._factor = None
+                names = ", ".join(self._chunks)
+                raise CurvatureError(
+                    f"the low-rank Fisher of {names} is not positive definite with damping {self.damping:g}"
+                )
+        return self._factor

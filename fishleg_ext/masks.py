@@ -1,0 +1,83 @@
+"""Holds masks of parameters and keeps the pruned zeros zero. Nothing else touches them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext import ops
+from fishleg_ext.ops import checks
+
+
+class Masks(Mapping[str, Tensor]):
+    """A mask for each of some parameters: name -> bool tensor of its shape, True = kept.
+
+    Args:
+        weights: name -> parameter; all weights are kept at first.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self.weights = dict(weights)
+        self._keep = {
+            name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._keep[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keep)
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks. The weights are left alone until `apply`.
+
+        Raises:
+            ValueError: a mask is missing, of an unknown parameter, or of the wrong shape; nothing is changed then.
+            TypeError: a mask is not bool.
+        """
+        if masks.keys() != self._keep.keys():
+            odd = sorted(masks.keys() ^ self._keep.keys())
+            raise ValueError(f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(odd)}")
+        for name, mask in masks.items():
+            checks.boolean(**{f"mask of {name}": mask})
+            checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
+        self._keep = {
+            name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()
+        }
+
+    def num_pruned(self) -> dict[str, int]:
+        """Name -> how many entries are False."""
+        return {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
+
+    def sparsity(self) -> float:
+        """Pruned entries over all entries."""
+        total = sum(mask.numel() for mask in self.values())
+        return sum(self.num_pruned().values()) / max(1, total)
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Name -> pruned entries over entries."""
+        return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
+
+    def packed(self) -> dict[str, Tensor]:
+        """Name -> one bit a weight, as of `ops.pack_mask`."""
+        return {name: ops.pack_mask(mask) for name, mask in self.items()}
+
+    def apply(self) -> None:
+        """Zero the pruned entries of the parameters."""
+        ops.apply_masks_([w.detach() for w in self.weights.values()], list(self.packed().values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Shapes and packed masks, for `torch.save`."""
+        return {name: {"shape": list(self[name].shape), "packed": bits} for name, bits in self.packed().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the masks are of other parameters or shapes; nothing is changed then.
+        """
+        self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})

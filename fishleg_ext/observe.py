@@ -1,0 +1,455 @@
+"""Runs a model over data and hands a curvature model what it observes, a chunk at a time.
+
+The model runs in eval mode, so that BatchNorm uses its running statistics and dropout is off. Nothing of the model is
+changed: parameters are replaced functionally, training flags and PyTorch's RNG are put back.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional, Protocol, Union
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+# Bytes of gradients, or of unfolded layer inputs, that are held at a time, beside the activations of at most
+# CHUNK_SAMPLES samples. One gradient, and one sample's inputs, are held in any case.
+CHUNK_BYTES = 2**28
+CHUNK_SAMPLES = 64
+BATCHNORM_SAMPLES = 128
+
+LossFunction = Callable[[Any, Any], Tensor]
+Likelihood = Union[str, Callable[[Tensor, torch.Generator], Tensor]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One chunk of what a curvature model observes; parameters go by name.
+
+    Attributes:
+        count: gradients or samples in this chunk.
+        gradients: name -> [count, *shape], zero where a mask is False.
+        inputs: name -> [rows, fan_in], what the layer's weight is multiplied by: a row for each sample and position.
+            A convolution with g groups has [g, rows, fan_in]. The layers come one at a time.
+    """
+
+    count: int
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """What `observe` asks of a curvature model."""
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Any of "gradients" and "inputs"."""
+
+    def update(self, observation: Observation) -> None:
+        """Take in one chunk."""
+
+
+def observe(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFunction,
+    observer: Observer,
+    weights: Mapping[str, nn.Parameter],
+    *,
+    masks: Optional[Mapping[str, Tensor]] = None,
+    num_grads: int = 1024,
+    grad_batch_size: int = 1,
+    labels: str = "data",
+    likelihood: Optional[Likelihood] = None,
+    seed: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: bool = False,
+) -> int:
+    """Feed a curvature model with gradients or layer inputs of the given weights.
+
+    Args:
+        model: any module; put into eval mode while this runs.
+        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords).
+        loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+        observer: its `observes` says what is computed; its `update` gets it.
+        weights: name -> parameter of the model.
+        masks: name -> bool tensor, True = kept; gradients of the pruned are zero.
+        num_grads: gradients in all; for layer inputs, num_grads * grad_batch_size samples.
+        grad_batch_size: samples whose mean loss one gradient is of.
+        labels: "data", or "model": targets sampled from the model's own likelihood (true Fisher).
+        likelihood: for labels="model"; "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets.
+            May be None with cross_entropy.
+        seed: of the sampled labels, and of PyTorch's RNG while the data is read.
+        chunk_bytes: of gradients or of unfolded inputs that are held at a time.
+        progress: show a progress bar.
+
+    Returns:
+        how many gradients were used. If the data ends early, a warning says so.
+
+    Raises:
+        ValueError: no data; gradients with NaN or inf, by parameter; labels="model" without a likelihood.
+        TypeError: data that does not yield pairs of batches of tensors.
+    """
+    unknown = observer.observes - {"gradients", "inputs"}
+    if unknown:
+        raise NotImplementedError(f"this version cannot observe {', '.join(sorted(unknown))} yet")
+    device = next(iter(weights.values())).device
+    with _running(model, device, seed), tqdm(
+        total=num_grads, desc="gradients", leave=False, disable=None if progress else True
+    ) as bar:
+        if "gradients" in observer.observes:
+            sample = label_sampler(labels, loss_fn, likelihood)
+            source = _GradientSource(model, loss_fn, weights, masks or {}, sample, device, seed)
+            per_gradient = sum(w.numel() * w.element_size() for w in weights.values())
+            chunk = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
+            limit = num_grads * grad_batch_size
+            used = 0
+            for inputs, targets, samples in chunks(data, chunk * grad_batch_size, limit, device):
+                for observation in source.gradients(inputs, targets, samples, grad_batch_size):
+                    observer.update(observation)
+                    used += observation.count
+                    bar.update(observation.count)
+        else:
+            bar.set_description("layer inputs")
+            used = _observe_inputs(
+                model, data, observer, weights, num_grads * grad_batch_size, chunk_bytes, device, bar
+            )
+            used = -(-used // grad_batch_size)
+    if used == 0:
+        raise ValueError("expected data that yields at least one sample, got none")
+    if used < num_grads:
+        warnings.warn(
+            f"the data ended after {used} of num_grads={num_grads} gradients; these are used", stacklevel=2
+        )
+    return used
+
+
+def label_sampler(
+    labels: str, loss_fn: LossFunction, likelihood: Optional[Likelihood]
+) -> Optional[Callable[[Tensor, torch.Generator], Tensor]]:
+    """How to draw targets from the model's outputs, or None to take those of the data.
+
+    Raises:
+        ValueError: labels is neither "data" nor "model", or the likelihood is unknown or cannot be told.
+    """
+    if labels == "data":
+        return None
+    if labels != "model":
+        raise ValueError(f"expected labels to be 'data' or 'model', got {labels!r}")
+    if likelihood is None:
+        if loss_fn is nn.functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss):
+            likelihood = "categorical"
+        else:
+            raise ValueError(
+                "expected likelihood= with labels='model' and another loss than cross_entropy: "
+                "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
+            )
+    if callable(likelihood):
+        return likelihood
+    samplers = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}
+    if likelihood not in samplers:
+        raise ValueError(f"expected likelihood to be one of {', '.join(samplers)}, got {likelihood!r}")
+    return samplers[likelihood]
+
+
+def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Classes from logits [N, C, ...]."""
+    probabilities = logits.float().softmax(1).movedim(1, -1)
+    drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+    return drawn.reshape(probabilities.shape[:-1])
+
+
+def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
+    """Values of variance 1/2, as the loss (y - mean)^2 is a negative log-likelihood of."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + noise * 0.5**0.5
+
+
+def _bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Zeros and ones from logits."""
+    return torch.bernoulli(logits.sigmoid(), generator=generator)
+
+
+@contextlib.contextmanager
+def _running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """The model in eval mode and PyTorch's RNG seeded; both as they were afterwards."""
+    training = {module: module.training for module in model.modules()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+
+
+def chunks(
+    data: Iterable[Any], size: int, limit: int, device: torch.device
+) -> Iterator[tuple[Any, Any, int]]:
+    """Re-cut batches into chunks of exactly `size` samples, the last one smaller, `limit` samples in all.
+
+    Yields:
+        inputs, targets and their number of samples; tensors on `device`.
+    """
+    held: list[Tensor] = []
+    spec = None
+    remaining = limit
+    if remaining <= 0:
+        return
+    for batch in data:
+        leaves, batch_spec = pytree.tree_flatten(_pair(batch))
+        count = _batch_size(leaves)
+        if spec is not None and batch_spec != spec:
+            raise TypeError(f"expected every batch of the structure of the first, {spec}, got {batch_spec}")
+        spec = batch_spec
+        leaves = [leaf[:remaining].to(device) for leaf in leaves]
+        remaining -= min(count, remaining)
+        held = [torch.cat(pair) for pair in zip(held, leaves, strict=True)] if held else leaves
+        while len(held[0]) >= size:
+            yield *pytree.tree_unflatten([leaf[:size] for leaf in held], spec), size
+            held = [leaf[size:] for leaf in held]
+        if remaining == 0:
+            break
+    if held and len(held[0]):
+        assert spec is not None
+        yield *pytree.tree_unflatten(held, spec), len(held[0])
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"expected data to yield (inputs, targets) pairs, got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def _batch_size(leaves: Sequence[Any]) -> int:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            raise TypeError(
+                f"expected batches of tensors whose first dimension is the sample, got {type(leaf).__name__}; "
+                "a dataset of single samples goes through torch.utils.data.DataLoader"
+            )
+    sizes = sorted({len(leaf) for leaf in leaves})
+    if len(sizes) != 1:
+        raise ValueError(f"expected inputs and targets with as many samples each, got {sizes}")
+    return sizes[0]
+
+
+def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:
+    """The model's outputs with some parameters replaced: a tuple is positional, a dict keywords."""
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    return functional_call(model, dict(weights), args, kwargs)
+
+
+class _GradientSource:
+    """Gradients of the mean loss over groups of samples, by vmap where the model allows it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        weights: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        sample: Optional[Callable[[Tensor, torch.Generator], Tensor]],
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.model, self.masks, self.sample = model, masks, sample
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.vectorized: Optional[bool] = None
+
+        def loss(values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+            return loss_fn(call(model, values, inputs), targets)
+
+        self.gradient = grad(loss)
+        self.vmapped = vmap(self.gradient, in_dims=(None, 0, 0), randomness="different")
+
+    def gradients(self, inputs: Any, targets: Any, samples: int, group: int) -> Iterator[Observation]:
+        """One observation of all whole groups of `group` samples, and one of what is left over."""
+        if self.sample is not None:
+            targets = self.sample(call(self.model, self.weights, inputs), self.generator)
+        whole = samples - samples % group
+        for part, size in ((slice(0, whole), group), (slice(whole, samples), samples - whole)):
+            if part.stop > part.start:
+                cut = lambda x, part=part, size=size: x[part].unflatten(0, (-1, size))  # noqa: E731
+                values = self._compute(pytree.tree_map(cut, inputs), pytree.tree_map(cut, targets))
+                yield Observation((part.stop - part.start) // size, gradients=self._checked(values))
+
+    def _compute(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Gradients [c, *shape] of inputs and targets [c, group, ...]."""
+        if self.vectorized is not False:
+            try:
+                values = self.vmapped(self.weights, inputs, targets)
+            except Exception as error:
+                if self.vectorized:  # it worked before, so this is not about vmap
+                    raise
+                values = self._loop(inputs, targets)  # raises what is wrong with the model or the data itself
+                self.vectorized = False
+                reason = str(error).strip().splitlines()
+                warnings.warn(
+                    "torch.func.vmap cannot run this model, so gradients are computed one by one, which is slower: "
+                    f"{reason[0] if reason else type(error).__name__}",
+                    stacklevel=2,
+                )
+            else:
+                self.vectorized = True
+            return values
+        return self._loop(inputs, targets)
+
+    def _loop(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
+        count = len(pytree.tree_leaves(targets)[0])
+        each = [
+            self.gradient(
+                self.weights,
+                pytree.tree_map(lambda x, i=i: x[i], inputs),
+                pytree.tree_map(lambda x, i=i: x[i], targets),
+            )
+            for i in range(count)
+        ]
+        return {name: torch.stack([gradient[name] for gradient in each]) for name in self.weights}
+
+    def _checked(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masked gradients, all finite."""
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
+        if not sums.isfinite().all():
+            bad = [name for name, value in values.items() if not value.isfinite().all()]
+            raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+        return {
+            name: value * self.masks[name] if name in self.masks else value for name, value in values.items()
+        }
+
+
+def _observe_inputs(
+    model: nn.Module,
+    data: Iterable[Any],
+    observer: Observer,
+    weights: Mapping[str, nn.Parameter],
+    limit: int,
+    chunk_bytes: int,
+    device: torch.device,
+    bar: tqdm,
+) -> int:
+    """Forward passes with a hook on every layer that owns one of the weights. Returns the samples used."""
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    handles = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple, Any], None]:
+        def observe_layer(module: nn.Module, args: tuple, output: Any) -> None:
+            x = args[0].detach()
+            per_sample = input_rows(module, x[:1]).numel() * x.element_size()
+            for part in x.split(max(1, chunk_bytes // max(1, per_sample))):
+                rows = input_rows(module, part)
+                if not rows.sum(dtype=torch.float64).isfinite() and not rows.isfinite().all():
+                    raise ValueError(f"the inputs of the layer of {name} contain NaN or inf")
+                observer.update(Observation(len(part), inputs={name: rows}))
+
+        return observe_layer
+
+    try:
+        for name, weight in weights.items():
+            module = owners[id(weight)]
+            input_rows(module, None)
+            handles.append(module.register_forward_hook(hook(name)))
+        used = 0
+        for inputs, _, samples in chunks(data, CHUNK_SAMPLES, limit, device):
+            call(model, {}, inputs)
+            used += samples
+            bar.update(samples)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return used
+
+
+def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
+    """What the weight of a Linear or Conv layer is multiplied by: [rows, fan_in], or [groups, rows, fan_in].
+
+    Args:
+        module: nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.
+        x: the layer's input, at least one sample; None only asks whether the module is supported.
+
+    Raises:
+        NotImplementedError: another module.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1]) if x is not None else torch.empty(0)
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise NotImplementedError(f"layer inputs of {type(module).__name__} are not observed, only of Linear and Conv")
+    if x is None:
+        return torch.empty(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    spatial = len(module.kernel_size)
+    for dim in range(spatial):
+        reach = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1
+        x = x.unfold(2 + dim, reach, module.stride[dim])[..., :: module.dilation[dim]]
+    x = x.unflatten(1, (module.groups, -1))  # [N, g, C / g, *positions, *kernel]
+    positions = range(3, 3 + spatial)
+    kernel = range(3 + spatial, 3 + 2 * spatial)
+    rows = x.permute(1, 0, *positions, 2, *kernel).flatten(-1 - spatial).flatten(1, -2)
+    return rows if module.groups > 1 else rows[0]
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, data: Iterable[Any], *, num_samples: int, seed: int = 0, progress: bool = False
+) -> int:
+    """Recompute the running statistics of every BatchNorm layer as plain means over the batches of the data.
+
+    Args:
+        model: any module; only running statistics change, and they not if anything is raised.
+        data: as in `observe`.
+        num_samples: how many samples are used at most.
+        seed: of PyTorch's RNG while the data is read.
+        progress: show a progress bar.
+
+    Returns:
+        how many samples were used.
+
+    Raises:
+        ValueError: no data.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    first = next(model.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
+    if not norms:
+        return 0
+    before = [
+        (norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]) for norm in norms
+    ]
+    used = 0
+    with _running(model, device, seed), tqdm(
+        total=num_samples, desc="BatchNorm", leave=False, disable=None if progress else True
+    ) as bar:
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for inputs, _, samples in chunks(data, BATCHNORM_SAMPLES, num_samples, device):
+                if used and samples < BATCHNORM_SAMPLES:
+                    break  # a smaller batch would count as much as a whole one
+                call(model, {}, inputs)
+                used += samples
+                bar.update(samples)
+            if used == 0:
+                raise ValueError("expected data that yields at least one sample, got none")
+        except BaseException:
+            for norm, (_, buffers) in zip(norms, before, strict=True):
+                for buffer, value in zip(norm.buffers(recurse=False), buffers, strict=True):
+                    buffer.copy_(value)
+            raise
+        finally:
+            for norm, (momentum, _) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+    return used

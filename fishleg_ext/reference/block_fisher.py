@@ -1,0 +1,66 @@
+"""Blocks of the empirical Fisher matrix and their inverses."""
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.reference.precision import batches, widened
+
+MAX_RAISES = 12
+
+
+def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee") -> None:
+    """`precision` is the least that is asked for; this always computes in the dtype of `gram`."""
+    grads = grads.to(gram.dtype)
+    gram.baddbmm_(grads.permute(1, 2, 0), grads.permute(1, 0, 2), alpha=alpha)
+
+
+def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Cholesky inverse of each damped block."""
+    inverse = torch.empty_like(gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format)
+    info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
+    for part in batches(gram.shape[0], inverse[:1].numel() * inverse.element_size(), gram.device):
+        factor, info[part] = damped_cholesky(gram[part].to(inverse.dtype), damping)
+        half = torch.cholesky_inverse(factor)
+        torch.add(half, half.mT, out=inverse[part]).mul_(0.5)
+    inverse[info < 0] = torch.nan
+    return inverse, info
+
+
+def woodbury_update_(inverse: Tensor, grads: Tensor, num_grads: int) -> None:
+    """One rank-one update of each inverse for each gradient."""
+    for grad in grads.to(inverse.dtype):  # [K, B]
+        step = (inverse @ grad[..., None])[..., 0]
+        weight = num_grads + (grad * step).sum(-1)
+        inverse.baddbmm_((step / weight[:, None])[..., None], step[:, None, :], alpha=-1)
+
+
+def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of `matrix` [K, B, B] + damping * I, damped more where that is not positive definite.
+
+    Returns:
+        factors [K, B, B] and info int32 [K], which is how often damping was raised tenfold; -1 where MAX_RAISES did
+        not help or the block is not finite, and there the factor is the identity. A damping of 0 is first raised to
+        eps * mean(diag).
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
+    info = torch.zeros_like(failed, dtype=torch.int32)
+    failed = (failed != 0) | ~factor.flatten(1).isfinite().all(1)
+    if failed.any():
+        eps = torch.finfo(matrix.dtype).eps
+        finite = matrix.flatten(1).isfinite().all(1)
+        first = 10 * damping if damping > 0 else eps * matrix.diagonal(dim1=1, dim2=2).mean(1)
+        for raises in range(1, MAX_RAISES + 1):
+            retry = (failed & finite).nonzero()[:, 0]
+            if len(retry) == 0:
+                break
+            shift = torch.as_tensor(first, dtype=matrix.dtype, device=matrix.device)
+            shift = shift.expand(len(matrix))[retry] * 10.0 ** (raises - 1)
+            factor[retry], status = torch.linalg.cholesky_ex(
+                matrix[retry] + shift[:, None, None] * identity
+            )
+            info[retry] = raises
+            failed[retry] = (status != 0) | ~factor[retry].flatten(1).isfinite().all(1)
+        info[failed] = -1
+        factor[failed] = identity
+    return factor, info

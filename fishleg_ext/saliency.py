@@ -1,0 +1,59 @@
+"""What it costs to lose each weight, by a curvature model."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fishleg_ext import ops
+from fishleg_ext.costs import Costs
+from fishleg_ext.curvature import Curvature
+from fishleg_ext.layout import BlockLayout
+
+
+def simultaneous_costs(
+    curvature: Curvature, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> dict[str, Costs]:
+    """Each weight's cost as if it went alone: w^2 / (2 [F^-1]_ii). Singh and Alistarh 2020, eq. 2."""
+    costs = {}
+    for name, diagonal in curvature.diag().items():
+        layout = BlockLayout(weights[name].shape, max(1, weights[name].numel()))
+        cost = layout.to_blocks(ops.obs_score(weights[name], diagonal))
+        costs[name] = Costs(layout, cost, layout.to_blocks(masks[name]))
+    return costs
+
+
+def exact_costs(
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    dead_first: bool = False,
+    progress: bool = False,
+) -> dict[str, Costs]:
+    """Each weight's cost after those of its block that go before it, compensated for by those that stay.
+
+    Exact greedy elimination of every block; Kuznedelev et al., CAP, arXiv 2210.09223; Frantar and Alistarh, OBC,
+    arXiv 2208.11580.
+
+    Args:
+        curvature: gives the inverse blocks.
+        weights: name -> tensor.
+        masks: name -> bool tensor, True = alive.
+        dead_first: the curvature was estimated before some weights died.
+        progress: show a progress bar.
+    """
+    costs = {}
+    for name, weight in tqdm(
+        weights.items(), desc="elimination", leave=False, disable=None if progress else True
+    ):
+        layout = curvature.layouts[name]
+        blocks = curvature.blocks(name)
+        alive = layout.to_blocks(masks[name])
+        rank, cost = ops.obs_eliminate(
+            blocks.scaled(layout.to_blocks(weight)), blocks.inverse, alive, dead_first=dead_first
+        )
+        if blocks.cost_scale is not None:
+            cost = cost * blocks.cost_scale
+        costs[name] = Costs(layout, cost, alive, rank)
+    return costs
