@@ -19,7 +19,8 @@ def simultaneous_update(
     """
     inverse_diagonal = curvature.diag()
     pulls = {
-        name: torch.where(masks[name], 0, weight / inverse_diagonal[name]) for name, weight in weights.items()
+        name: torch.where(masks[name], 0, weight / inverse_diagonal[name])
+        for name, weight in weights.items()
     }
     return {
         name: torch.where(masks[name], weights[name] - step, 0).to(weights[name].dtype)

@@ -48,7 +48,7 @@ class BlockLayout:
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """[..., K, B] -> [..., *shape], without the padding."""
-        return blocks.flatten(-2)[..., : self.numel].reshape(*blocks.shape[:-2], *self.shape)
+        return blocks.flatten(-2)[..., : self.numel].reshape((*blocks.shape[:-2], *self.shape))
 
     def is_weight(self, device: torch.device) -> Tensor:
         """Bool [K, B], False in the padding."""

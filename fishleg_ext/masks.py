@@ -20,7 +20,8 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {
-            name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()
+            name: torch.ones(w.shape, dtype=torch.bool, device=w.device)
+            for name, w in self.weights.items()
         }
 
     def __getitem__(self, name: str) -> Tensor:
@@ -41,7 +42,9 @@ class Masks(Mapping[str, Tensor]):
         """
         if masks.keys() != self._keep.keys():
             odd = sorted(masks.keys() ^ self._keep.keys())
-            raise ValueError(f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(odd)}")
+            raise ValueError(
+                f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(odd)}"
+            )
         for name, mask in masks.items():
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
@@ -60,7 +63,9 @@ class Masks(Mapping[str, Tensor]):
 
     def layer_sparsity(self) -> dict[str, float]:
         """Name -> pruned entries over entries."""
-        return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
+        return {
+            name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()
+        }
 
     def packed(self) -> dict[str, Tensor]:
         """Name -> one bit a weight, as of `ops.pack_mask`."""
@@ -72,7 +77,10 @@ class Masks(Mapping[str, Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """Shapes and packed masks, for `torch.save`."""
-        return {name: {"shape": list(self[name].shape), "packed": bits} for name, bits in self.packed().items()}
+        return {
+            name: {"shape": list(self[name].shape), "packed": bits}
+            for name, bits in self.packed().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -80,4 +88,9 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
-        self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})
+        self.set(
+            {
+                name: ops.unpack_mask(entry["packed"], entry["shape"])
+                for name, entry in state.items()
+            }
+        )

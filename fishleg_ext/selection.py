@@ -10,7 +10,9 @@ from fishleg_ext import ops
 from fishleg_ext.costs import Costs
 
 
-def select(costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]) -> dict[str, Tensor]:
+def select(
+    costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]
+) -> dict[str, Tensor]:
     """Keep masks with an exact count, the weights pruned before among them.
 
     Where costs have ranks, what goes is a prefix of each block's order: along it a weight costs what the most

@@ -106,7 +106,9 @@ class BlockFisher(Curvature):
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
         """Blocks of `matrix` [K, B, B] times a tensor of the parameter's shape."""
         layout = self.layouts[name]
-        return layout.from_blocks((matrix @ layout.to_blocks(x).to(matrix.dtype)[..., None])[..., 0])
+        return layout.from_blocks(
+            (matrix @ layout.to_blocks(x).to(matrix.dtype)[..., None])[..., 0]
+        )
 
     def _inverse(self, name: str) -> Tensor:
         # (gram / count + damping)^-1 = count * (gram + count * damping)^-1 spares a copy of the Gram matrices.

@@ -33,7 +33,8 @@ class DiagonalFisher(Curvature):
         """Zero sums."""
         super().start(weights)
         self._squares = {
-            name: torch.zeros(w.shape, dtype=widened(w.dtype), device=w.device) for name, w in weights.items()
+            name: torch.zeros(w.shape, dtype=widened(w.dtype), device=w.device)
+            for name, w in weights.items()
         }
         self._count = 0
 

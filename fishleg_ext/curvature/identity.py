@@ -51,4 +51,6 @@ class Identity(Curvature):
 
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
         """1/2 |w_P|^2."""
-        return sum(float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items())
+        return sum(
+            float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items()
+        )

@@ -46,7 +46,9 @@ class LowRankFisher(Curvature):
         """No gradients."""
         super().start(weights)
         self._chunks: dict[str, list[Tensor]] = {name: [] for name in weights}  # [chunk, n] each
-        self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
+        self._like = {
+            name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()
+        }
         self._factor: Tensor | None = None
 
     def state_bytes(self, weight: Tensor, num_grads: int) -> int:
@@ -133,7 +135,8 @@ class LowRankFisher(Curvature):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._chunks = {
-            name: [state["gradients"][name].to(like, copy=True)] for name, like in self._like.items()
+            name: [state["gradients"][name].to(like, copy=True)]
+            for name, like in self._like.items()
         }
         self._factor = None
 

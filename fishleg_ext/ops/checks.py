@@ -69,7 +69,9 @@ def inverse_blocks(inverse: Tensor, num_blocks: int, block_size: int) -> None:
 
 def writable(name: str, tensor: Tensor) -> None:
     """An in-place target holds one memory cell for each element."""
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         raise ValueError(
             f"expected {name} with one memory cell per element, got an expanded tensor "
             f"(shape {list(tensor.shape)}, strides {list(tensor.stride())}); clone it first"

@@ -53,7 +53,9 @@ def _fake_kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Te
 
 
 @op(reference=reference.kron_diag, fake=_fake_kron_diag)
-def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
+def kron_diag(
+    row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto"
+) -> Tensor:
     """The diagonal of a Kronecker-factored inverse: scale^2 * (diag P outer diag M).
 
     Args:

@@ -122,7 +122,9 @@ def _fake_obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Ten
 
 
 @op(reference=reference.obs_compensate, fake=_fake_obs_compensate)
-def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str = "auto") -> Tensor:
+def obs_compensate(
+    weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str = "auto"
+) -> Tensor:
     """Zero a set P of weights of each block and move the others so that the loss rises least.
 
     w - H[:, P] (H[P, P])^-1 w_P, with exact zeros at P.

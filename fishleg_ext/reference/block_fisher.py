@@ -8,7 +8,9 @@ from fishleg_ext.reference.precision import batches, widened
 MAX_RAISES = 12
 
 
-def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee") -> None:
+def block_gram_(
+    gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee"
+) -> None:
     """`precision` is the least that is asked for; this always computes in the dtype of `gram`."""
     grads = grads.to(gram.dtype)
     gram.baddbmm_(grads.permute(1, 2, 0), grads.permute(1, 0, 2), alpha=alpha)
@@ -16,7 +18,9 @@ def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: s
 
 def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Cholesky inverse of each damped block."""
-    inverse = torch.empty_like(gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format)
+    inverse = torch.empty_like(
+        gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format
+    )
     info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
     for part in batches(gram.shape[0], inverse[:1].numel() * inverse.element_size(), gram.device):
         factor, info[part] = damped_cholesky(gram[part].to(inverse.dtype), damping)
@@ -45,10 +49,10 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
     info = torch.zeros_like(failed, dtype=torch.int32)
-    failed = (failed != 0) | ~factor.flatten(1).isfinite().all(1)
+    finite = matrix.flatten(1).isfinite().all(1)  # the factorisation reads the lower triangle alone
+    failed = (failed != 0) | ~finite
     if failed.any():
         eps = torch.finfo(matrix.dtype).eps
-        finite = matrix.flatten(1).isfinite().all(1)
         first = 10 * damping if damping > 0 else eps * matrix.diagonal(dim1=1, dim2=2).mean(1)
         for raises in range(1, MAX_RAISES + 1):
             retry = (failed & finite).nonzero()[:, 0]
@@ -60,7 +64,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
                 matrix[retry] + shift[:, None, None] * identity
             )
             info[retry] = raises
-            failed[retry] = (status != 0) | ~factor[retry].flatten(1).isfinite().all(1)
+            failed[retry] = status != 0
         info[failed] = -1
         factor[failed] = identity
     return factor, info

@@ -31,7 +31,11 @@ def obs_eliminate(
     cost = torch.empty(num_blocks, size, dtype=widened(inverse.dtype), device=weight.device)
     for part in batches(num_blocks, size * size * cost.element_size(), weight.device):
         elimination = _Elimination(
-            weight[part], inverse if len(inverse) == 1 else inverse[part], alive[part], group, dead_first
+            weight[part],
+            inverse if len(inverse) == 1 else inverse[part],
+            alive[part],
+            group,
+            dead_first,
         )
         elimination.run(n, m, torch.inf if stop is None else stop)
         rank[part] = elimination.rank
@@ -73,8 +77,10 @@ class _Elimination:
         """Eliminate the cheapest group of every block, again and again."""
         running = torch.ones_like(self.alive[:, :1])  # [k, 1]
         next_rank = torch.zeros_like(self.rank[:, :1])
-        self._reserve(int(self.alive.sum(1).max()) if len(self.alive) else 0)
-        for _ in range(self.size // self.group):
+        groups = self.alive.unflatten(1, (-1, self.group)).any(2).sum(1)
+        rounds = int(groups.max()) if len(groups) else 0
+        self._reserve(rounds * self.group)
+        for _ in range(rounds):
             cost, chosen = self._cheapest_group(n, m)
             running = running & (cost <= stop) & (cost < torch.inf)
             if not running.any():
@@ -82,7 +88,9 @@ class _Elimination:
             for member in range(self.group):
                 pivot = chosen * self.group + member  # [k, 1]
                 valid = running & self.pending.gather(1, pivot)
-                self.rank.scatter_(1, pivot, torch.where(valid, next_rank, self.rank.gather(1, pivot)))
+                self.rank.scatter_(
+                    1, pivot, torch.where(valid, next_rank, self.rank.gather(1, pivot))
+                )
                 self.cost.scatter_(1, pivot, torch.where(valid, cost, self.cost.gather(1, pivot)))
                 next_rank = next_rank + valid
                 self._eliminate(pivot, valid)
@@ -107,7 +115,9 @@ class _Elimination:
             whitened = torch.linalg.solve_triangular(factor, weight[..., None], upper=False)
             cost = 0.5 * whitened.square().sum((-2, -1)) / pending.sum(-1)
             usable = pending.any(-1) & (failed == 0)
-        cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
+        cost = torch.where(
+            usable & (cost < torch.inf), cost, torch.inf
+        )  # NaN is never the cheapest
         chosen = cost.argmin(1, keepdim=True)  # of ties the first
         return cost.gather(1, chosen), chosen
 
@@ -120,7 +130,9 @@ class _Elimination:
             factors = done.gather(2, pivot[:, None].expand(-1, self.num_columns, -1)).mT
             column = torch.baddbmm(column[:, None], factors, done, alpha=-1)[:, 0]
         variance = column.gather(1, pivot)
-        valid_variance = valid & (variance > 0)  # a weight that nothing compensates for moves no other
+        valid_variance = valid & (
+            variance > 0
+        )  # a weight that nothing compensates for moves no other
         root = torch.where(valid_variance, variance, 1).sqrt()
         column = torch.where(self.pending & valid_variance, column / root, 0)
         self.columns[:, self.num_columns] = column

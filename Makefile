@@ -1,0 +1,38 @@
+# Every target makes .venv with the tested versions (constraints.txt) if it is missing.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: help
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: .venv/installed  ## Train a small network, prune it by six methods, print the table, draw the curves
+	$(BIN)/fishleg-ext demo
+
+.PHONY: test
+test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: .venv/installed  ## Check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: .venv/installed  ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: clean
+clean:  ## Remove .venv and everything built
+	rm -rf .venv build *.egg-info fishleg_ext/*.so fishleg_ext/build_record.json demo-results
+
+.venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

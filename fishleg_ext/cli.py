@@ -1,0 +1,218 @@
+"""The command line: `fishleg-ext info | demo | prune`."""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fishleg_ext
+from fishleg_ext.ops.dispatch import OPS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for wrong arguments or input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if arguments.debug:
+            raise
+        print(f"fishleg-ext: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fishleg-ext", description=fishleg_ext.__doc__)
+    parser.add_argument("--version", action="version", version=fishleg_ext.__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info", help="versions, GPU, and which implementation each op has here"
+    )
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo", help="train a small network, prune it by six methods, draw the curves"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-results"), help="folder of the results"
+    )
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    prune = commands.add_parser(
+        "prune",
+        help="prune a model of your own",
+        description="Prune a model made by a function of yours on data from another. "
+        "MODULE is looked for in the current folder first.",
+    )
+    prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
+    prune.add_argument(
+        "data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches"
+    )
+    prune.add_argument(
+        "--sparsity", type=float, required=True, help="pruned weights over all, in [0, 1)"
+    )
+    prune.add_argument("--checkpoint", type=Path, help="a state dict to load into the model first")
+    prune.add_argument(
+        "--out", type=Path, required=True, help="file for the pruned state dict and the masks"
+    )
+    prune.add_argument(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="(outputs, targets) -> scalar; default cross entropy",
+    )
+    prune.add_argument(
+        "--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after"
+    )
+    prune.add_argument(
+        "--curvature", default="block", help="identity, diagonal, block (default) or low_rank"
+    )
+    prune.add_argument("--saliency", choices=("exact", "simultaneous"))
+    prune.add_argument("--scope", choices=("global", "layer"))
+    prune.add_argument(
+        "--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated'
+    )
+    prune.add_argument("--num-grads", type=int)
+    prune.add_argument("--grad-batch-size", type=int, default=1)
+    prune.add_argument("--recomputations", type=int, default=1, metavar="ROUNDS")
+    prune.add_argument("--block-size", type=int, default=128)
+    prune.add_argument("--damping", type=float)
+    prune.add_argument("--labels", choices=("data", "model"))
+    prune.add_argument("--likelihood", choices=("categorical", "gaussian", "bernoulli"))
+    prune.add_argument("--recalibrate-batchnorm", action="store_true")
+    prune.add_argument("--max-memory", type=int, metavar="BYTES")
+    prune.add_argument("--impl", choices=("auto", "reference", "triton", "cuda"), default="auto")
+    prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--quiet", action="store_true", help="no progress bars")
+    prune.set_defaults(run=_prune)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(
+        f"fishleg_ext {fishleg_ext.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {_version('triton')}"
+    )
+    print(f"GPU: {_gpu()}")
+    print(f"CUDA part: {_cuda_part()}")
+    print("\nop                   runs        why nothing else does")
+    for name, op in OPS.items():
+        reasons = [f"{impl}: {why}" for impl in ("triton", "cuda") if (why := op.unavailable(impl))]
+        print(f"{name:<20} reference   {'; '.join(reasons)}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    if torch.version.cuda is None:
+        return "none; this torch is built for the CPU alone"
+    return "none that torch can use"
+
+
+def _cuda_part() -> str:
+    """Whether the compiled module is here, and if not, why not."""
+    try:
+        from fishleg_ext import _build
+    except ImportError as error:
+        record = resources.files("fishleg_ext") / "build_record.json"
+        if not record.is_file():
+            return f"not built; nothing is recorded of how this was installed ({error})"
+        recorded = json.loads(record.read_text())
+        if recorded["cuda"]:
+            return f"{recorded['reason']}, but it does not load: {error}"
+        return f"not built: {recorded['reason']}"
+    return f"toolkit {_build.cuda_toolkit}, architectures {_build.architectures}, {_build.compiler}"
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from fishleg_ext import demo
+    except ImportError as error:
+        raise ImportError(
+            f"the demo needs its extra packages: pip install 'fishleg_ext[demo]' ({error})"
+        ) from error
+    demo.run(arguments.out, seed=arguments.seed)
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    sys.path.insert(0, os.getcwd())
+    model = _load(arguments.model)()
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"expected {arguments.model} to return an nn.Module, got {type(model).__name__}"
+        )
+    if arguments.checkpoint is not None:
+        model.load_state_dict(
+            torch.load(arguments.checkpoint, weights_only=True, map_location="cpu")
+        )
+    if not arguments.out.parent.is_dir():
+        raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
+    evaluate = _load(arguments.evaluate) if arguments.evaluate else None
+    loss_fn = _load(arguments.loss) if arguments.loss else torch.nn.functional.cross_entropy
+    data = _load(arguments.data)()
+    before = evaluate(model) if evaluate else None
+    names = (
+        "sparsity curvature saliency scope params num_grads grad_batch_size recomputations block_size damping labels "
+        "likelihood recalibrate_batchnorm max_memory impl seed"
+    )
+    options = {name: getattr(arguments, name) for name in names.split()}
+    result = fishleg_ext.prune(model, data, loss_fn, progress=not arguments.quiet, **options)
+
+    width = max(map(len, result.layer_sparsity))
+    for name, sparsity in result.layer_sparsity.items():
+        print(f"{name:<{width}}  {sparsity:7.2%}  of {result.masks[name].numel()}")
+    print(
+        f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}"
+    )
+    if evaluate:
+        print(f"{arguments.evaluate}: {before} before, {evaluate(model)} after")
+    masks = {
+        name: {"shape": list(m.shape), "packed": fishleg_ext.ops.pack_mask(m)}
+        for name, m in result.masks.items()
+    }
+    _save({"model": model.state_dict(), "masks": masks}, arguments.out)
+    report = {"options": options, "sparsity": result.sparsity, "history": result.history}
+    arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {arguments.out} and {arguments.out.with_suffix('.json')}")
+    return 0
+
+
+def _load(spec: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, colon, function = spec.partition(":")
+    if not colon or not module or not function:
+        raise ValueError(f"expected MODULE:FUNCTION, got {spec!r}")
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ValueError(f"module {module} has no function {function}")
+    return found
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Write the file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Slow and plain float64 versions of what the library computes."""
+
+import torch
+from torch import Tensor
+
+
+def cholesky_inverse(matrix: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def joint_cost(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
+    """1/2 w_P^T (F^-1[P, P])^-1 w_P of one block, in float64."""
+    block = inverse.double()[pruned][:, pruned]
+    w = weight.double()[pruned]
+    return 0.5 * w @ torch.linalg.solve(block, w) if len(w) else w.sum()
+
+
+def naive_elimination(
+    weight: Tensor, inverse: Tensor, alive: Tensor
+) -> tuple[list[int], list[float]]:
+    """The formulas of exact greedy pruning, one weight of one block at a time."""
+    weight, inverse, alive = weight.double().clone(), inverse.double().clone(), alive.clone()
+    order, costs = [], []
+    while alive.any():
+        candidates = alive.nonzero()[:, 0].tolist()
+        cost = {q: float(weight[q] ** 2 / (2 * inverse[q, q])) for q in candidates}
+        q = min(candidates, key=lambda i: (cost[i], i))
+        column = torch.where(alive, inverse[:, q], 0)
+        weight -= column * weight[q] / inverse[q, q]
+        inverse -= torch.outer(column, column) / inverse[q, q]
+        alive[q] = False
+        order.append(q)
+        costs.append(cost[q])
+    return order, costs
+
+
+def batches(inputs: Tensor, targets: Tensor, size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def order_of(rank: Tensor) -> list[int]:
+    """Indices of one block in the order in which they were eliminated."""
+    reached = (rank >= 0) & (rank < len(rank))
+    return torch.where(reached, rank, len(rank)).argsort(stable=True)[: int(reached.sum())].tolist()

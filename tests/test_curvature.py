@@ -1,0 +1,180 @@
+"""Every curvature model against the dense matrix it stands for, in float64."""
+
+import pytest
+import torch
+
+from fishleg_ext.curvature import (
+    BlockFisher,
+    CurvatureError,
+    DiagonalFisher,
+    Identity,
+    LowRankFisher,
+    make_curvature,
+)
+from fishleg_ext.observe import Observation
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
+DAMPING = 0.05
+MODELS = {
+    "identity": Identity,
+    "diagonal": lambda: DiagonalFisher(DAMPING),
+    "block": lambda: BlockFisher(4, DAMPING),
+    "low_rank": lambda: LowRankFisher(4, DAMPING),
+}
+
+
+@pytest.fixture
+def gradients(generator):
+    return {
+        n: torch.randn(12, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()
+    }
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].flatten() for name in SHAPES])
+
+
+def dense_fisher(kind, gradients):
+    g = torch.cat([gradients[name].flatten(1) for name in SHAPES], dim=1)
+    d = g.shape[1]
+    full = g.mT @ g / len(g)
+    eye = torch.eye(d, dtype=torch.float64)
+    if kind == "identity":
+        return eye
+    if kind == "diagonal":
+        return full * eye + DAMPING * eye
+    if kind == "low_rank":
+        return full + DAMPING * eye
+    block = torch.zeros(d, d, dtype=torch.bool)
+    start = 0
+    for shape in SHAPES.values():
+        size = torch.Size(shape).numel()
+        for left in range(0, size, 4):
+            part = slice(start + left, start + min(left + 4, size))
+            block[part, part] = True
+        start += size
+    return full * block + DAMPING * eye
+
+
+def estimated(kind, gradients, chunk=5, dtype=torch.float64):
+    curvature = MODELS[kind]()
+    curvature.start({n: torch.zeros(s, dtype=dtype) for n, s in SHAPES.items()})
+    for start in range(0, 12, chunk):
+        part = {n: g[start : start + chunk].to(dtype) for n, g in gradients.items()}
+        curvature.update(Observation(len(part["a"]), gradients=part))
+    return curvature
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_mul_diag_and_blocks_are_those_of_the_dense_inverse(kind, gradients, generator):
+    curvature = estimated(kind, gradients)
+    inverse = torch.linalg.inv(dense_fisher(kind, gradients))
+    v = {n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
+    torch.testing.assert_close(flat(curvature.mul(v)), inverse @ flat(v), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flat(curvature.diag()), inverse.diagonal(), rtol=1e-9, atol=1e-9)
+    start = 0
+    for name, shape in SHAPES.items():
+        layout, size = curvature.layouts[name], torch.Size(shape).numel()
+        blocks = curvature.blocks(name)
+        assert blocks.weight_scale is None
+        assert blocks.cost_scale is None
+        b = layout.block_size
+        for k in range(layout.num_blocks):
+            real = min(b, size - k * b)
+            part = slice(start + k * b, start + k * b + real)
+            got = blocks.inverse[min(k, len(blocks.inverse) - 1), :real, :real]
+            torch.testing.assert_close(got, inverse[part, part], rtol=1e-9, atol=1e-9)
+        start += size
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_joint_cost_is_that_of_the_dense_inverse(kind, gradients, generator):
+    curvature = estimated(kind, gradients)
+    inverse = torch.linalg.inv(dense_fisher(kind, gradients))
+    w = {n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
+    pruned = {n: torch.rand(s, generator=generator) < 0.4 for n, s in SHAPES.items()}
+    p = flat(pruned)
+    expected = 0.5 * flat(w)[p] @ torch.linalg.solve(inverse[p][:, p], flat(w)[p])
+    assert curvature.joint_cost(w, pruned) == pytest.approx(float(expected), rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_chunks_do_not_matter_and_start_forgets(kind, gradients):
+    whole, parts = estimated(kind, gradients, 12), estimated(kind, gradients, 1)
+    torch.testing.assert_close(flat(parts.diag()), flat(whole.diag()))
+    parts.start({n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()})
+    parts.update(Observation(12, gradients=gradients))
+    torch.testing.assert_close(flat(parts.diag()), flat(whole.diag()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_state_survives(kind, gradients, tmp_path):
+    curvature = estimated(kind, gradients)
+    torch.save(curvature.state_dict(), tmp_path / "state.pt")
+    again = MODELS[kind]()
+    again.start({n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()})
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(flat(again.diag()), flat(curvature.diag()))
+
+
+def test_low_rank_keeps_its_accuracy_in_single_precision(gradients):
+    """1 - |L^-1 g|^2 cancels: at cond(F) = 1e6 a float32 difference would keep no digit."""
+    big = {n: 300 * g for n, g in gradients.items()}
+    inverse = torch.linalg.inv(dense_fisher("low_rank", big))
+    curvature = estimated("low_rank", big, dtype=torch.float32)
+    torch.testing.assert_close(
+        flat(curvature.diag()).double(), inverse.diagonal(), rtol=1e-3, atol=0
+    )
+
+
+def test_narrow_weights_are_accumulated_in_float32(gradients):
+    curvature = estimated("block", gradients, dtype=torch.bfloat16)
+    assert curvature.diag()["a"].dtype == torch.float32
+    assert curvature.state_bytes(torch.zeros(8, dtype=torch.bfloat16), 1) == 2 * 16 * 4
+
+
+def test_raised_damping_is_counted_and_told():
+    curvature = BlockFisher(2, 0.0)
+    curvature.start({"w": torch.zeros(4)})
+    curvature.update(Observation(1, gradients={"w": torch.tensor([[1.0, 1.0, 0.5, 0.5]])}))
+    with pytest.warns(UserWarning, match="w: 2 of 2 Fisher blocks are not positive definite"):
+        curvature.diag()
+    assert curvature.damping_raised == {"w": 2}
+    curvature.diag()  # told once
+
+
+def test_what_cannot_be_inverted_is_named():
+    curvature = BlockFisher(2, 0.0)
+    curvature.start({"w": torch.zeros(4)})
+    with pytest.raises(CurvatureError, match="w: 2 of 2 Fisher blocks cannot be inverted"):
+        curvature.diag()
+    low_rank = LowRankFisher()
+    low_rank.start({"w": torch.zeros(4)})
+    low_rank.update(Observation(1, gradients={"w": torch.full((1, 4), torch.nan)}))
+    with pytest.raises(CurvatureError, match="low-rank Fisher of w"):
+        low_rank.diag()
+
+
+def test_names_and_arguments():
+    assert isinstance(make_curvature("identity"), Identity)
+    assert make_curvature("block", block_size=50, damping=1e-3).block_size == 50
+    assert make_curvature("block").damping == 1e-5
+    instance = BlockFisher()
+    assert make_curvature(instance) is instance
+    with pytest.raises(ValueError, match="damping=None beside a curvature instance"):
+        make_curvature(instance, damping=1e-3)
+    with pytest.raises(ValueError, match="got 'blocks'"):
+        make_curvature("blocks")
+    with pytest.raises(TypeError, match="a name or a Curvature"):
+        make_curvature(BlockFisher)
+    for later in ("layerwise", "kronecker", "fishleg"):
+        with pytest.raises(NotImplementedError, match=later):
+            make_curvature(later)
+    for make in (
+        lambda: BlockFisher(0),
+        lambda: BlockFisher(damping=-1),
+        lambda: LowRankFisher(damping=0),
+        lambda: DiagonalFisher(0.0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            make()

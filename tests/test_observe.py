@@ -1,0 +1,419 @@
+"""Gradients, layer inputs, labels, BatchNorm statistics."""
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracles import batches
+from torch import nn
+from torch.nn import functional as F
+
+from fishleg_ext.observe import (
+    Observation,
+    input_rows,
+    label_sampler,
+    observe,
+    recalibrate_batchnorm,
+)
+
+
+@dataclass
+class Recorder:
+    observes: frozenset = frozenset({"gradients"})
+    seen: list[Observation] = field(default_factory=list)
+
+    def update(self, observation):
+        self.seen.append(observation)
+
+    def gradients(self, name):
+        return torch.cat([o.gradients[name] for o in self.seen])
+
+    def inputs(self, name):
+        return torch.cat([o.inputs[name] for o in self.seen if name in o.inputs], dim=-2)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+
+
+@pytest.fixture
+def net():
+    return small_net()
+
+
+@pytest.fixture
+def samples(generator):
+    return torch.randn(21, 2, 4, 4, generator=generator), torch.randint(
+        0, 3, (21,), generator=generator
+    )
+
+
+def weights_of(net):
+    return {n: p for n, p in net.named_parameters() if n in ("0.weight", "5.weight")}
+
+
+def expected_gradients(net, inputs, targets, group, loss_fn=F.cross_entropy):
+    net = copy.deepcopy(net).eval()
+    rows = {n: [] for n in weights_of(net)}
+    for x, y in zip(inputs.split(group), targets.split(group), strict=True):
+        grads = torch.autograd.grad(loss_fn(net(x), y), list(weights_of(net).values()))
+        for name, grad in zip(rows, grads, strict=True):
+            rows[name].append(grad)
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("batch", [1, 5, 21])
+def test_gradients_are_those_of_autograd_in_eval_mode(net, samples, group, batch):
+    recorder = Recorder()
+    count = -(-21 // group)
+    used = observe(
+        net,
+        batches(*samples, batch),
+        F.cross_entropy,
+        recorder,
+        weights_of(net),
+        num_grads=count,
+        grad_batch_size=group,
+    )
+    assert used == count == sum(o.count for o in recorder.seen)
+    for name, want in expected_gradients(net, *samples, group).items():
+        torch.testing.assert_close(recorder.gradients(name), want, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_first_samples_are_read(net, samples):
+    recorder, pulled = Recorder(), []
+
+    def data():
+        for i, batch in enumerate(batches(*samples, 4)):
+            pulled.append(i)
+            yield batch
+
+    observe(net, data(), F.cross_entropy, recorder, weights_of(net), num_grads=6)
+    assert pulled == [0, 1]
+    want = expected_gradients(net, samples[0][:6], samples[1][:6], 1)
+    torch.testing.assert_close(
+        recorder.gradients("0.weight"), want["0.weight"], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_memory_is_bounded_by_chunk_bytes(net, samples):
+    per_gradient = sum(w.numel() * 4 for w in weights_of(net).values())
+    recorder = Recorder()
+    observe(
+        net,
+        batches(*samples),
+        F.cross_entropy,
+        recorder,
+        weights_of(net),
+        num_grads=21,
+        chunk_bytes=3 * per_gradient,
+    )
+    assert {o.count for o in recorder.seen} == {3}
+    recorder = Recorder()
+    observe(
+        net,
+        batches(*samples),
+        F.cross_entropy,
+        recorder,
+        weights_of(net),
+        num_grads=4,
+        chunk_bytes=1,
+    )
+    assert [o.count for o in recorder.seen] == [1] * 4
+
+
+def test_masked_gradients_are_zero(net, samples):
+    mask = torch.rand(3, 64) < 0.5
+    plain, masked = Recorder(), Recorder()
+    for recorder, masks in ((plain, {}), (masked, {"5.weight": mask})):
+        observe(
+            net,
+            batches(*samples),
+            F.cross_entropy,
+            recorder,
+            weights_of(net),
+            num_grads=21,
+            masks=masks,
+        )
+    torch.testing.assert_close(masked.gradients("5.weight"), plain.gradients("5.weight") * mask)
+    assert torch.equal(masked.gradients("0.weight"), plain.gradients("0.weight"))
+
+
+def test_the_model_and_the_rng_are_as_before(net, samples):
+    net[1].eval()
+    net[5].weight.requires_grad_(False)
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = copy.deepcopy(net.state_dict())
+    flags = [m.training for m in net.modules()]
+    state = torch.get_rng_state()
+    observe(
+        net,
+        batches(*samples),
+        F.cross_entropy,
+        Recorder(),
+        weights_of(net),
+        num_grads=21,
+        labels="model",
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in net.modules()] == flags
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not net[5].weight.requires_grad
+    assert (net[0].weight.grad == 1).all()
+    assert net[5].weight.grad is None
+
+
+def test_flags_return_after_an_exception(net, samples):
+    net.train()
+
+    def fail(outputs, targets):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        observe(net, batches(*samples), fail, Recorder(), weights_of(net))
+    assert all(m.training for m in net.modules())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, a, b):
+        return self.fc(a + b)
+
+
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_tuple_inputs_are_positional_and_dicts_keywords(kind, generator):
+    a, b = torch.randn(2, 6, 3, generator=generator)
+    y = torch.randint(0, 2, (6,), generator=generator)
+    inputs = (a, b) if kind is tuple else {"b": b, "a": a}
+    model, recorder = TwoInputs(), Recorder()
+    observe(
+        model, [(inputs, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6
+    )
+    plain = Recorder()
+    observe(
+        model.fc, [(a + b, y)], F.cross_entropy, plain, {"weight": model.fc.weight}, num_grads=6
+    )
+    torch.testing.assert_close(recorder.gradients("fc.weight"), plain.gradients("weight"))
+
+
+class Branching(nn.Module):
+    """Control flow that depends on data, which vmap cannot run."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(x) if bool(x.sum() > 0) else self.fc(-x)
+
+
+def test_models_that_vmap_cannot_run_are_looped_over_with_a_warning(generator):
+    model, recorder = Branching(), Recorder()
+    x, y = torch.randn(6, 3, generator=generator), torch.randint(0, 2, (6,), generator=generator)
+    with pytest.warns(UserWarning, match="vmap cannot run this model"):
+        observe(
+            model, [(x, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6
+        )
+    for i in range(6):
+        want = torch.autograd.grad(
+            F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), model.fc.weight
+        )[0]
+        torch.testing.assert_close(recorder.gradients("fc.weight")[i], want)
+
+
+def test_bad_data_is_explained(net, samples):
+    run = lambda data, **kw: observe(net, data, F.cross_entropy, Recorder(), weights_of(net), **kw)  # noqa: E731
+    x, y = samples
+    with pytest.raises(ValueError, match="at least one sample"):
+        run([])
+    with pytest.raises(ValueError, match="at least one sample"):
+        run([(x[:0], y[:0])])
+    with pytest.raises(TypeError, match="pairs, got Tensor"):
+        run([x])
+    with pytest.raises(TypeError, match="DataLoader"):
+        run([(x[0], 3)])
+    with pytest.raises(ValueError, match=r"as many samples each, got \[20, 21\]"):
+        run([(x, y[:20])])
+    with pytest.raises(TypeError, match="structure of the first"):
+        run([(x, y), ((x, x), y)], num_grads=64)
+    with pytest.warns(UserWarning, match="after 21 of num_grads=64"):
+        assert run([(x, y)], num_grads=64) == 21
+
+
+def test_bad_gradients_are_named(net, samples):
+    x, y = samples
+    x = x.clone()
+    x[3] = torch.nan
+    with pytest.raises(ValueError, match=r"gradients of 0.weight, 5.weight contain NaN or inf"):
+        observe(net, [(x, y)], F.cross_entropy, Recorder(), weights_of(net), num_grads=21)
+
+
+# labels
+
+
+def test_sampled_labels_follow_the_model(generator):
+    logits = torch.tensor([[0.0, 2.0, -1.0]]).repeat(20000, 1)
+    drawn = label_sampler("model", F.cross_entropy, None)(logits, generator)
+    frequency = torch.bincount(drawn, minlength=3) / 20000
+    torch.testing.assert_close(frequency, logits[0].softmax(0), rtol=0, atol=0.015)
+    dense = label_sampler("model", nn.CrossEntropyLoss(), None)(torch.randn(2, 3, 4, 5), generator)
+    assert dense.shape == (2, 4, 5)
+    gaussian = label_sampler("model", F.mse_loss, "gaussian")(
+        torch.full((20000, 1), 3.0), generator
+    )
+    assert abs(gaussian.mean() - 3) < 0.02
+    assert abs(gaussian.var() - 0.5) < 0.02
+    bernoulli = label_sampler("model", F.binary_cross_entropy_with_logits, "bernoulli")(
+        torch.full((20000,), 1.0), generator
+    )
+    assert abs(bernoulli.mean() - torch.tensor(1.0).sigmoid()) < 0.015
+    own = label_sampler("model", F.mse_loss, lambda outputs, generator: outputs + 1)
+    assert own(torch.zeros(2), generator).tolist() == [1, 1]
+    assert label_sampler("data", F.mse_loss, None) is None
+
+
+def test_labels_that_cannot_be_told_are_refused():
+    with pytest.raises(ValueError, match="likelihood= with labels='model'"):
+        label_sampler("model", F.mse_loss, None)
+    with pytest.raises(ValueError, match="categorical, gaussian, bernoulli, got 'poisson'"):
+        label_sampler("model", F.mse_loss, "poisson")
+    with pytest.raises(ValueError, match="'data' or 'model', got 'true'"):
+        label_sampler("true", F.cross_entropy, None)
+
+
+def test_sampled_labels_depend_on_the_seed_alone(net, samples):
+    runs = []
+    for seed in (1, 1, 2):
+        recorder = Recorder()
+        torch.rand(5)
+        observe(
+            net,
+            batches(*samples),
+            F.cross_entropy,
+            recorder,
+            weights_of(net),
+            num_grads=21,
+            labels="model",
+            seed=seed,
+        )
+        runs.append(recorder.gradients("5.weight"))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# layer inputs
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(5, 3), (4, 5)),
+        (nn.Linear(5, 3), (4, 2, 5)),
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
+        (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 7, 8)),
+        (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="circular"), (2, 4, 5, 5)),
+        (nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"), (1, 2, 3, 4, 3)),
+    ],
+)
+def test_input_rows_times_the_weight_are_the_outputs(layer, shape, generator):
+    x = torch.randn(shape, generator=generator)
+    rows = input_rows(layer, x)
+    output = layer(x)
+    if isinstance(layer, nn.Linear):
+        product = rows @ layer.weight.mT
+        expected = (output - layer.bias).flatten(0, -2)
+    else:
+        weight = layer.weight.flatten(1).unflatten(0, (layer.groups, -1))  # [g, out / g, fan_in]
+        product = rows.reshape(layer.groups, -1, rows.shape[-1]) @ weight.mT  # [g, rows, out / g]
+        product = product.transpose(0, 1).flatten(1)
+        expected = output.movedim(1, -1).flatten(0, -2) - layer.bias
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_inputs_come_layer_by_layer_in_bounded_chunks(net, samples):
+    net.eval()
+    recorder = Recorder(frozenset({"inputs"}))
+    used = observe(
+        net,
+        batches(*samples),
+        F.cross_entropy,
+        recorder,
+        weights_of(net),
+        num_grads=21,
+        chunk_bytes=4 * 18 * 16 * 5,
+    )
+    assert used == 21
+    x = samples[0]
+    torch.testing.assert_close(recorder.inputs("0.weight"), input_rows(net[0], x))
+    torch.testing.assert_close(recorder.inputs("5.weight"), net[:5](x))
+    assert all(len(o.inputs) == 1 for o in recorder.seen)
+    assert (
+        max(o.inputs["0.weight"].shape[0] for o in recorder.seen if "0.weight" in o.inputs)
+        == 5 * 16
+    )
+    assert not net[0]._forward_hooks
+
+
+def test_inputs_of_other_layers_are_refused(generator):
+    model = nn.Embedding(3, 2)
+    with pytest.raises(NotImplementedError, match="Embedding"):
+        observe(
+            model,
+            [(torch.zeros(2, dtype=torch.long),) * 2],
+            F.mse_loss,
+            Recorder(frozenset({"inputs"})),
+            dict(model.named_parameters()),
+        )
+    with pytest.raises(NotImplementedError, match="output_gradients"):
+        observe(
+            model,
+            [],
+            F.mse_loss,
+            Recorder(frozenset({"output_gradients"})),
+            dict(model.named_parameters()),
+        )
+
+
+# BatchNorm
+
+
+def test_recalibrated_statistics_are_those_of_the_data(net, generator):
+    x = torch.randn(256, 2, 4, 4, generator=generator)
+    net.train()
+    net[1].momentum = 0.3
+    flags, tracked = [m.training for m in net.modules()], net[1].num_batches_tracked.clone()
+    assert recalibrate_batchnorm(net, batches(x, x, 100), num_samples=1000) == 256
+    parts = [net[0](part) for part in x.split(128)]
+    torch.testing.assert_close(
+        net[1].running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0)
+    )
+    torch.testing.assert_close(
+        net[1].running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0)
+    )
+    assert [m.training for m in net.modules()] == flags
+    assert net[1].momentum == 0.3
+    assert net[1].num_batches_tracked == tracked
+
+
+def test_a_failed_recalibration_changes_nothing(net, samples):
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="at least one sample"):
+        recalibrate_batchnorm(net, [], num_samples=10)
+    with pytest.raises(TypeError):
+        recalibrate_batchnorm(net, [samples, 3], num_samples=1000)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net[1].momentum == 0.1
+    assert recalibrate_batchnorm(nn.Linear(2, 2), [], num_samples=10) == 0

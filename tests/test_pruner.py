@@ -1,0 +1,510 @@
+"""prune and Pruner, end to end on small networks."""
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from oracles import batches, joint_cost
+from torch import nn
+from torch.nn import functional as F
+
+import fishleg_ext
+from fishleg_ext.curvature import BlockFisher, CurvatureError
+
+CURVATURES = ["identity", "diagonal", "block", "low_rank"]
+SALIENCIES = ["exact", "simultaneous"]
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+        nn.ReLU(),
+        nn.Linear(10, 3),
+    )
+
+
+@pytest.fixture
+def net():
+    return make_net()
+
+
+@pytest.fixture
+def data(generator):
+    x = torch.randn(48, 1, 6, 6, generator=generator)
+    return batches(x, torch.randint(0, 3, (48,), generator=generator))
+
+
+def prune(net, data, **options):
+    defaults = {
+        "num_grads": 32,
+        "block_size": 16,
+        "damping": None if isinstance(options.get("curvature"), BlockFisher) else 1e-3,
+        "progress": False,
+    }
+    return fishleg_ext.prune(net, data, **(defaults | options))
+
+
+def prunable(net):
+    return {n: p for n, p in net.named_parameters() if p.dim() > 1}
+
+
+def num_weights(net):
+    return sum(p.numel() for p in prunable(net).values())
+
+
+# the contract
+
+
+def test_signatures_of_the_contract():
+    parameters = inspect.signature(fishleg_ext.prune).parameters
+    assert (
+        list(parameters)
+        == ["model", "data", "loss_fn", "sparsity", "curvature", "saliency", "scope", "pattern", "params", "num_grads", "grad_batch_size", "recomputations", "block_size", "damping", "labels", "likelihood", "recalibrate_batchnorm", "max_memory", "impl", "seed", "progress"]
+    )
+    pruner = inspect.signature(fishleg_ext.Pruner).parameters
+    assert set(pruner) == set(parameters) - {"data", "loss_fn", "sparsity", "recomputations"}
+    assert all(pruner[n].default == parameters[n].default for n in pruner if n != "model")
+    assert parameters["loss_fn"].default is F.cross_entropy
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
+def test_exactly_the_count_is_zero(net, data, curvature, saliency, sparsity):
+    result = prune(net, data, sparsity=sparsity, curvature=curvature, saliency=saliency)
+    count = round(sparsity * num_weights(net))
+    assert sum(int((~m).sum()) for m in result.masks.values()) == count
+    assert result.sparsity == count / num_weights(net)
+    assert list(result.masks) == list(prunable(net))
+    for name, weight in prunable(net).items():
+        assert result.masks[name].shape == weight.shape
+        assert not weight[~result.masks[name]].any()
+        assert result.layer_sparsity[name] == float((~result.masks[name]).double().mean())
+    json.dumps(result.history)
+    assert "masks" not in repr(result)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_scope_layer_counts_in_each(net, data, curvature):
+    result = prune(net, data, sparsity=0.63, curvature=curvature, scope="layer")
+    for name, weight in prunable(net).items():
+        assert int((~result.masks[name]).sum()) == round(0.63 * weight.numel())
+
+
+def test_scope_of_given_sparsities(net, data):
+    result = prune(net, data, scope={"4.weight": 0.8, "0.weight": 0.25}, recomputations=2)
+    assert int((~result.masks["4.weight"]).sum()) == round(0.8 * 640)
+    assert int((~result.masks["0.weight"]).sum()) == 9
+    assert result.masks["6.weight"].all()
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data):
+    """In float64 on a network whose Fisher matrix can be written down."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3, bias=False).double()
+    weight = net.weight.detach().clone()
+    x = torch.randn(32, 6, dtype=torch.float64)
+    y = torch.randint(0, 3, (32,))
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]), net.weight)[
+                0
+            ].flatten()
+            for i in range(32)
+        ]
+    )
+    fisher = gradients.mT @ gradients / 32 + 1e-3 * torch.eye(18)
+    if curvature == "identity":
+        fisher = torch.eye(18)
+    elif curvature == "diagonal":
+        fisher = fisher * torch.eye(18)
+    for saliency in SALIENCIES:
+        again = copy.deepcopy(net)
+        result = prune(
+            again, [(x, y)], sparsity=0.5, curvature=curvature, saliency=saliency, block_size=18
+        )
+        gone = ~result.masks["weight"].flatten()
+        expected = joint_cost(weight.flatten(), torch.linalg.inv(fisher.double()), gone)
+        assert result.predicted_loss_increase == pytest.approx(float(expected), rel=1e-6)
+        if saliency == "exact":  # the weights moved are those of the best step
+            step = (again.weight.detach() - weight).flatten()
+            assert 0.5 * float(step @ fisher.double() @ step) == pytest.approx(
+                float(expected), rel=1e-6
+            )
+
+
+def test_compensation_helps_where_weights_are_correlated():
+    """Two equal inputs: one weight of the pair can carry both, so half the weights cost nothing."""
+    torch.manual_seed(0)
+    net = nn.Linear(8, 3, bias=False)
+    half = torch.randn(64, 4)
+    x, y = torch.cat([half, half], 1), torch.randint(0, 3, (64,))
+    before = net(x)
+    prune(net, [(x, y)], sparsity=0.5, num_grads=64, block_size=8, damping=1e-7)
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-2)
+    magnitude = nn.Linear(8, 3, bias=False)
+    prune(magnitude, None, sparsity=0.5, curvature="identity")
+    assert (net.weight == 0).sum() == 12
+
+
+# what is left alone
+
+
+def snapshot(net):
+    return (
+        copy.deepcopy(net.state_dict()),
+        [m.training for m in net.modules()],
+        [p.requires_grad for p in net.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in net.parameters()],
+        torch.get_rng_state(),
+    )
+
+
+def assert_same(before, after):
+    assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
+    assert before[1:3] == after[1:3]
+    assert all(
+        a is b is None or torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True)
+    )
+    assert torch.equal(before[4], after[4])
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_only_the_weights_change(net, data, curvature):
+    net[0].eval()
+    net[4].weight.requires_grad_(False)
+    F.cross_entropy(net(data[0][0]), data[0][1]).backward()
+    before = snapshot(net)
+    prune(net, data, sparsity=0.5, curvature=curvature, recomputations=2, labels="model")
+    after = snapshot(net)
+    for name in prunable(net):
+        before[0][name], after[0][name] = torch.zeros(()), torch.zeros(())
+    assert_same(before, after)
+
+
+class Failing(BlockFisher):
+    """Breaks in the middle of the second round."""
+
+    rounds = 0
+
+    def blocks(self, name):
+        if name == "6.weight":
+            self.rounds += 1
+            if self.rounds == 4:
+                raise KeyboardInterrupt
+        return super().blocks(name)
+
+
+def test_an_exception_leaves_the_model_as_it_was(net, data):
+    before = snapshot(net)
+    with pytest.raises(KeyboardInterrupt):
+        prune(
+            net,
+            data,
+            sparsity=0.8,
+            curvature=Failing(16, 1e-3),
+            recomputations=3,
+            recalibrate_batchnorm=True,
+        )
+    assert_same(before, snapshot(net))
+
+
+def test_a_failed_prune_to_leaves_weights_and_masks(net, data):
+    pruner = fishleg_ext.Pruner(net, curvature=Failing(16, 1e-3), num_grads=16, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.3)
+    before, masks = snapshot(net), pruner.masks
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune_to(0.6)
+    assert_same(before, snapshot(net))
+    assert all(torch.equal(m, masks[n]) for n, m in pruner.masks.items())
+    assert len(pruner.history) == 1
+
+
+# rounds
+
+
+def test_rounds_fall_geometrically_and_masks_only_grow(net, data):
+    pruner = fishleg_ext.Pruner(net, num_grads=16, block_size=16, damping=1e-3, progress=False)
+    masks = pruner.masks
+    for done in range(1, 4):
+        pruner.estimate(data, F.cross_entropy)
+        result = pruner.prune_to(1 - 0.1 ** (done / 3))
+        for name, mask in result.masks.items():
+            assert not (mask & ~masks[name]).any()
+        masks = result.masks
+    again = make_net()
+    whole = prune(again, data, sparsity=0.9, num_grads=16, recomputations=3)
+    assert [h["sparsity"] for h in whole.history] == [h["sparsity"] for h in result.history]
+    assert all(torch.equal(m, masks[n]) for n, m in whole.masks.items())
+    assert whole.predicted_loss_increase == pytest.approx(
+        sum(h["predicted_loss_increase"] for h in whole.history)
+    )
+
+
+def test_going_on_under_one_estimate_equals_one_step(data):
+    """Greedy elimination to 50 % and on to 80 % is greedy elimination to 80 %."""
+    once, twice = make_net().double(), make_net().double()
+    data = [(x.double(), y) for x, y in data]
+    options = {"num_grads": 32, "block_size": 16, "damping": 1e-3, "progress": False}
+    whole = fishleg_ext.prune(once, data, sparsity=0.8, scope="layer", **options)
+    pruner = fishleg_ext.Pruner(twice, scope="layer", **options)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    result = pruner.prune_to(0.8)
+    for name, mask in whole.masks.items():
+        assert torch.equal(mask, result.masks[name])
+        torch.testing.assert_close(once.state_dict()[name], twice.state_dict()[name])
+    assert result.predicted_loss_increase == pytest.approx(whole.predicted_loss_increase, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_result_whatever_was_drawn_before(data):
+    dataset = torch.utils.data.TensorDataset(
+        torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    )
+    results = []
+    for seed in (3, 3, 4):
+        net = make_net()
+        torch.rand(len(results) + 1)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+        prune(net, loader, sparsity=0.5, num_grads=16, seed=seed)
+        results.append(net.state_dict())
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    assert any(not torch.equal(v, results[2][k]) for k, v in results[0].items())
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "block"])
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_max_memory_changes_passes_not_results(data, curvature, saliency):
+    dataset = torch.utils.data.TensorDataset(
+        torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+    options = {
+        "sparsity": 0.7,
+        "curvature": curvature,
+        "saliency": saliency,
+        "recomputations": 2,
+        "labels": "model",
+    }
+    free, tight = make_net(), make_net()
+    budget = {"diagonal": 10_300, "block": 126_000}[curvature]  # just enough for the largest layer
+    expected = prune(free, loader, **options)
+    got = prune(tight, loader, max_memory=budget, **options)
+    pruner = fishleg_ext.Pruner(make_net(), curvature=curvature, block_size=16, max_memory=budget)
+    assert len(pruner._groups) > 1
+    for name, mask in expected.masks.items():
+        assert torch.equal(mask, got.masks[name])
+        torch.testing.assert_close(tight.state_dict()[name], free.state_dict()[name])
+    assert got.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase)
+
+
+def test_max_memory_that_holds_not_even_one_layer_is_refused(net, data):
+    with pytest.raises(
+        ValueError, match=r"max_memory=1000 is too small for BlockFisher: 0.weight needs \d+ bytes"
+    ):
+        prune(net, data, sparsity=0.5, max_memory=1000)
+    with pytest.raises(ValueError, match="LowRankFisher: all parameters together"):
+        prune(net, data, sparsity=0.5, curvature="low_rank", max_memory=50_000)
+
+
+def test_batchnorm_is_recalibrated_after_the_last_round(net, data):
+    result = prune(net, data, sparsity=0.8, recalibrate_batchnorm=True, num_grads=48)
+    x = net[0](torch.cat([x for x, _ in data]))
+    torch.testing.assert_close(net[1].running_mean, x.mean((0, 2, 3)))
+    assert result.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_tied_weights_stay_tied(data):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 36, bias=False),
+        nn.ReLU(),
+        nn.Linear(36, 36, bias=False),
+        nn.Linear(36, 3),
+    )
+    net[3].weight = net[1].weight
+    result = prune(net, data, sparsity=0.5)
+    assert list(result.masks) == ["1.weight", "4.weight"]
+    assert net[3].weight is net[1].weight
+
+
+def test_half_precision_weights_stay_so(net, data):
+    net = net.bfloat16()
+    prune(net, [(x.bfloat16(), y) for x, y in data], sparsity=0.5)
+    assert net[4].weight.dtype == torch.bfloat16
+    assert sum(int((p == 0).sum()) for p in prunable(net).values()) >= round(0.5 * num_weights(net))
+
+
+def test_zeros_of_the_user_are_not_taken_for_masks(net, data):
+    with torch.no_grad():
+        net[4].weight[:, :5] = 0
+    pruner = fishleg_ext.Pruner(net, num_grads=16, progress=False)
+    assert all(m.all() for m in pruner.masks.values())
+
+
+# Pruner
+
+
+def test_apply_masks_after_training(net, data):
+    pruner = fishleg_ext.Pruner(net, num_grads=16, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        pruner.apply_masks()
+    result = pruner.finalize()
+    for name, weight in prunable(net).items():
+        assert not weight[~result.masks[name]].any()
+        assert weight[result.masks[name]].any()
+
+
+def test_state_survives(net, data, tmp_path):
+    pruner = fishleg_ext.Pruner(net, num_grads=16, block_size=16, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    torch.save(pruner.state_dict(), tmp_path / "pruner.pt")
+    again = fishleg_ext.Pruner(make_net(), num_grads=16, block_size=16, progress=False)
+    again.load_state_dict(torch.load(tmp_path / "pruner.pt", weights_only=True))
+    assert all(torch.equal(m, again.masks[n]) for n, m in pruner.masks.items())
+    assert again.history == pruner.history
+    torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
+    with pytest.raises(ValueError, match="has no curvature, held, history, masks"):
+        again.load_state_dict({})
+
+
+def test_order_of_calls_is_explained(net, data):
+    pruner = fishleg_ext.Pruner(net, num_grads=16, progress=False)
+    with pytest.raises(RuntimeError, match="call estimate"):
+        pruner.prune_to(0.5)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    with pytest.raises(
+        ValueError, match=r"sparsity 0.4 is \d+ weights, but \d+ are pruned already"
+    ):
+        pruner.prune_to(0.4)
+    with pytest.raises(ValueError, match="expected a sparsity, got None"):
+        pruner.prune_to()
+
+
+def test_what_comes_later_says_so(net, data):
+    pruner = fishleg_ext.Pruner(net)
+    with pytest.raises(NotImplementedError):
+        pruner.step()
+    with pytest.raises(NotImplementedError, match="apply_masks"):
+        pruner.attach(torch.optim.SGD(net.parameters(), 0.1))
+    for pattern in ("2:4", "4:8", "block4"):
+        with pytest.raises(NotImplementedError, match=pattern):
+            prune(net, data, sparsity=0.5, pattern=pattern)
+    for curvature in ("layerwise", "kronecker", "fishleg"):
+        with pytest.raises(NotImplementedError, match=curvature):
+            prune(net, data, sparsity=0.5, curvature=curvature)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, ValueError, "expected a sparsity"),
+        ({"sparsity": 1.0}, ValueError, r"sparsity in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, ValueError, "got -0.1"),
+        ({"sparsity": float("nan")}, ValueError, "got nan"),
+        ({"sparsity": "0.5"}, TypeError, "got '0.5'"),
+        ({"sparsity": 0.5, "curvature": "full"}, ValueError, "got 'full'"),
+        ({"sparsity": 0.5, "saliency": "greedy"}, ValueError, "got 'greedy'"),
+        ({"sparsity": 0.5, "scope": "row"}, ValueError, "got 'row'"),
+        ({"sparsity": 0.5, "scope": {"0.weight": 0.5}}, ValueError, "got both"),
+        ({"scope": {"0.wait": 0.5}}, ValueError, "0.wait not among"),
+        ({"scope": {"0.weight": 1.5}}, ValueError, "sparsity of 0.weight"),
+        ({"sparsity": 0.5, "pattern": "4:2"}, ValueError, "got '4:2'"),
+        ({"sparsity": 0.5, "params": "nope"}, ValueError, "no parameter matches 'nope'"),
+        ({"sparsity": 0.5, "num_grads": 0}, ValueError, "num_grads"),
+        ({"sparsity": 0.5, "grad_batch_size": 1.5}, ValueError, "grad_batch_size"),
+        ({"sparsity": 0.5, "recomputations": 0}, ValueError, "recomputations"),
+        ({"sparsity": 0.5, "block_size": 0}, ValueError, "block_size"),
+        ({"sparsity": 0.5, "damping": -1.0}, ValueError, "damping"),
+        ({"sparsity": 0.5, "labels": "true"}, ValueError, "got 'true'"),
+        ({"sparsity": 0.5, "impl": "fast"}, ValueError, "got 'fast'"),
+        ({"sparsity": 0.5, "impl": "cuda"}, NotImplementedError, "impl='cuda'"),
+    ],
+)
+def test_bad_arguments_are_explained_and_change_nothing(net, data, options, error, message):
+    before = snapshot(net)
+    with pytest.raises(error, match=message):
+        prune(net, data, **options)
+    assert_same(before, snapshot(net))
+
+
+def test_bad_data_is_explained_and_changes_nothing(net, data):
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="at least one sample"):
+        prune(net, [], sparsity=0.5)
+    with pytest.raises(ValueError, match="needs data, got None"):
+        prune(net, None, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"recomputations=2, got a one-shot list_iterator"):
+        prune(net, iter(data), sparsity=0.5, recomputations=2)
+    with pytest.raises(ValueError, match="max_memory splits"):
+        prune(net, iter(data), sparsity=0.5, max_memory=126_000)
+    poisoned = [(x * torch.inf, y) for x, y in data]
+    with pytest.raises(ValueError, match=r"gradients of 0.weight.* contain NaN or inf"):
+        prune(net, poisoned, sparsity=0.5)
+    with pytest.raises(ValueError, match="likelihood="):
+        prune(net, data, loss_fn=F.mse_loss, sparsity=0.5, labels="model")
+    assert_same(before, snapshot(net))
+    prune(net, iter(data), sparsity=0.5)
+
+
+def test_bad_weights_are_named(net, data):
+    with torch.no_grad():
+        net[6].weight[0, 0] = torch.inf
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="6.weight contains NaN or inf"):
+        prune(net, data, sparsity=0.5)
+    assert_same(before, snapshot(net))
+
+
+class Singular(BlockFisher):
+    """A Gram matrix that no damping mends."""
+
+    def update(self, observation):
+        super().update(observation)
+        self._gram["4.weight"][0].fill_(torch.nan)
+
+
+def test_a_block_that_cannot_be_inverted_is_named(net, data):
+    before = snapshot(net)
+    with pytest.raises(CurvatureError, match=r"4.weight: 1 of 40 Fisher blocks cannot be inverted"):
+        prune(net, data, sparsity=0.5, curvature=Singular(16, 1e-3))
+    assert_same(before, snapshot(net))
+
+
+def test_raised_damping_is_in_the_history(net, data):
+    with pytest.warns(UserWarning, match="not positive definite with damping 1e-12"):
+        result = prune(net, data, sparsity=0.5, damping=1e-12, num_grads=4)
+    assert result.history[0]["damping_raised"]["4.weight"] > 0
+    assert result.history[0]["num_grads"] == 4
+
+
+def test_short_data_warns_and_is_used(net, data):
+    with pytest.warns(UserWarning, match="after 48 of num_grads=1024"):
+        result = prune(net, data, sparsity=0.5, num_grads=None)
+    assert result.history[0]["num_grads"] == 48
+
+
+def test_progress_is_drawn_on_a_terminal_only(net, data, capfd):
+    prune(net, data, sparsity=0.5, progress=True)
+    assert capfd.readouterr().err == ""
