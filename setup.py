@@ -51,9 +51,7 @@ def decide() -> tuple[dict, str | None]:
     if wish == "0":
         obstacle = "FISHLEG_EXT_CUDA=0 was set at install time"
     elif nvcc is None:
-        obstacle = (
-            "no CUDA toolkit was found at install time (no nvcc in $CUDACXX, $CUDA_HOME or PATH)"
-        )
+        obstacle = "no CUDA toolkit was found at install time (no nvcc in $CUDACXX, $CUDA_HOME or PATH)"
     elif find_pybind11() is None:
         obstacle = "no pybind11 was found at install time"
     if obstacle and wish == "1":

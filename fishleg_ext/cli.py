@@ -35,17 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser(
-        "info", help="versions, GPU, and which implementation each op has here"
-    )
+    info = commands.add_parser("info", help="versions, GPU, and which implementation each op has here")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser(
-        "demo", help="train a small network, prune it by six methods, draw the curves"
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo-results"), help="folder of the results"
-    )
+    demo = commands.add_parser("demo", help="train a small network, prune it by six methods, draw the curves")
+    demo.add_argument("--out", type=Path, default=Path("demo-results"), help="folder of the results")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -56,32 +50,20 @@ def _parser() -> argparse.ArgumentParser:
         "MODULE is looked for in the current folder first.",
     )
     prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
-    prune.add_argument(
-        "data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches"
-    )
-    prune.add_argument(
-        "--sparsity", type=float, required=True, help="pruned weights over all, in [0, 1)"
-    )
+    prune.add_argument("data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches")
+    prune.add_argument("--sparsity", type=float, required=True, help="pruned weights over all, in [0, 1)")
     prune.add_argument("--checkpoint", type=Path, help="a state dict to load into the model first")
-    prune.add_argument(
-        "--out", type=Path, required=True, help="file for the pruned state dict and the masks"
-    )
+    prune.add_argument("--out", type=Path, required=True, help="file for the pruned state dict and the masks")
     prune.add_argument(
         "--loss",
         metavar="MODULE:FUNCTION",
         help="(outputs, targets) -> scalar; default cross entropy",
     )
-    prune.add_argument(
-        "--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after"
-    )
-    prune.add_argument(
-        "--curvature", default="block", help="identity, diagonal, block (default) or low_rank"
-    )
+    prune.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after")
+    prune.add_argument("--curvature", default="block", help="identity, diagonal, block (default) or low_rank")
     prune.add_argument("--saliency", choices=("exact", "simultaneous"))
     prune.add_argument("--scope", choices=("global", "layer"))
-    prune.add_argument(
-        "--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated'
-    )
+    prune.add_argument("--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated')
     prune.add_argument("--num-grads", type=int)
     prune.add_argument("--grad-batch-size", type=int, default=1)
     prune.add_argument("--recomputations", type=int, default=1, metavar="ROUNDS")
@@ -130,7 +112,7 @@ def _gpu() -> str:
 def _cuda_part() -> str:
     """Whether the compiled module is here, and if not, why not."""
     try:
-        from fishleg_ext import _build
+        _build = importlib.import_module("fishleg_ext._build")
     except ImportError as error:
         record = resources.files("fishleg_ext") / "build_record.json"
         if not record.is_file():
@@ -146,9 +128,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from fishleg_ext import demo
     except ImportError as error:
-        raise ImportError(
-            f"the demo needs its extra packages: pip install 'fishleg_ext[demo]' ({error})"
-        ) from error
+        raise ImportError(f"the demo needs its extra packages: pip install 'fishleg_ext[demo]' ({error})") from error
     demo.run(arguments.out, seed=arguments.seed)
     return 0
 
@@ -157,16 +137,12 @@ def _prune(arguments: argparse.Namespace) -> int:
     sys.path.insert(0, os.getcwd())
     model = _load(arguments.model)()
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"expected {arguments.model} to return an nn.Module, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected {arguments.model} to return an nn.Module, got {type(model).__name__}")
     if arguments.checkpoint is not None:
-        model.load_state_dict(
-            torch.load(arguments.checkpoint, weights_only=True, map_location="cpu")
-        )
+        model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True, map_location="cpu"))
     if not arguments.out.parent.is_dir():
         raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
-    evaluate = _load(arguments.evaluate) if arguments.evaluate else None
+    evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
     loss_fn = _load(arguments.loss) if arguments.loss else torch.nn.functional.cross_entropy
     data = _load(arguments.data)()
     before = evaluate(model) if evaluate else None
@@ -180,15 +156,10 @@ def _prune(arguments: argparse.Namespace) -> int:
     width = max(map(len, result.layer_sparsity))
     for name, sparsity in result.layer_sparsity.items():
         print(f"{name:<{width}}  {sparsity:7.2%}  of {result.masks[name].numel()}")
-    print(
-        f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}"
-    )
+    print(f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {evaluate(model)} after")
-    masks = {
-        name: {"shape": list(m.shape), "packed": fishleg_ext.ops.pack_mask(m)}
-        for name, m in result.masks.items()
-    }
+    masks = {name: {"shape": list(m.shape), "packed": fishleg_ext.ops.pack_mask(m)} for name, m in result.masks.items()}
     _save({"model": model.state_dict(), "masks": masks}, arguments.out)
     report = {"options": options, "sparsity": result.sparsity, "history": result.history}
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

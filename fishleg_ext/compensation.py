@@ -18,10 +18,7 @@ def simultaneous_update(
     Singh and Alistarh 2020; Frantar et al. 2021. Right when few or uncorrelated weights go together.
     """
     inverse_diagonal = curvature.diag()
-    pulls = {
-        name: torch.where(masks[name], 0, weight / inverse_diagonal[name])
-        for name, weight in weights.items()
-    }
+    pulls = {name: torch.where(masks[name], 0, weight / inverse_diagonal[name]) for name, weight in weights.items()}
     return {
         name: torch.where(masks[name], weights[name] - step, 0).to(weights[name].dtype)
         for name, step in curvature.mul(pulls).items()
@@ -37,9 +34,7 @@ def exact_update(
 ) -> dict[str, Tensor]:
     """The best joint update within each block for all weights that are zero afterwards; see `ops.obs_compensate`."""
     updated = {}
-    for name, weight in tqdm(
-        weights.items(), desc="compensation", leave=False, disable=None if progress else True
-    ):
+    for name, weight in tqdm(weights.items(), desc="compensation", leave=False, disable=None if progress else True):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
         moved = ops.obs_compensate(

@@ -4,6 +4,7 @@
 """
 
 import copy
+import itertools
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fishleg_ext.parameters import choose_parameters
 from fishleg_ext.pruner import prune
 
 matplotlib.use("Agg")
@@ -48,9 +50,7 @@ class Split:
 def digits(seed: int = 0) -> tuple[Split, Split]:
     """Training and test set."""
     data = load_digits()
-    parts = train_test_split(
-        data.data, data.target, test_size=0.25, random_state=seed, stratify=data.target
-    )
+    parts = train_test_split(data.data, data.target, test_size=0.25, random_state=seed, stratify=data.target)
     return Split(parts[0], parts[2]), Split(parts[1], parts[3])
 
 
@@ -60,7 +60,7 @@ def network(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         widths = (1, 16, 32, 32)
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             layers += [
                 nn.Conv2d(fan_in, fan_out, 3, padding=1, stride=2 if i == 2 else 1, bias=False),
                 nn.BatchNorm2d(fan_out),
@@ -69,9 +69,7 @@ def network(seed: int = 0) -> nn.Module:
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-def train(
-    model: nn.Module, split: Split, epochs: int = 20, seed: int = 0, progress: bool = True
-) -> None:
+def train(model: nn.Module, split: Split, epochs: int = 20, seed: int = 0, progress: bool = True) -> None:
     """Adam with a cosine schedule."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -90,7 +88,7 @@ def train(
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
     """Correct answers in percent."""
-    return 100 * float((model(split.images).argmax(1) == split.digits).double().mean())
+    return 100 * (model(split.images).argmax(1) == split.digits).double().mean().item()
 
 
 def run(out: Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
@@ -101,7 +99,7 @@ def run(out: Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     model = network(seed)
     train(model, training, seed=seed, progress=progress)
     dense = accuracy(model, test)
-    num_weights = sum(m.weight.numel() for m in model if isinstance(m, (nn.Conv2d, nn.Linear)))
+    num_weights = sum(weight.numel() for weight in choose_parameters(model).values())
     print(
         f"trained a network of {num_weights:,} weights on {len(training.images):,} digits in "
         f"{time.perf_counter() - start:.1f} s: {dense:.2f} % of {len(test.images)} test digits are right"
@@ -119,9 +117,7 @@ def run(out: Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
         accuracies[method] = []
         for sparsity in SPARSITIES:
             pruned = copy.deepcopy(model)
-            prune(
-                pruned, training.batches(), sparsity=sparsity, seed=seed, progress=False, **options
-            )
+            prune(pruned, training.batches(), sparsity=sparsity, seed=seed, progress=False, **options)
             accuracies[method].append(accuracy(pruned, test))
             bar.update()
         seconds[method] = (time.perf_counter() - start) / len(SPARSITIES)
@@ -147,8 +143,7 @@ def table(results: dict[str, Any]) -> str:
     """Test accuracy in percent by method and sparsity, no fine-tuning."""
     headers = ["test accuracy, %", *(f"{s:.0%}" for s in results["sparsities"]), "s each"]
     rows = [
-        [method, *values, results["seconds_per_pruning"][method]]
-        for method, values in results["accuracies"].items()
+        [method, *values, results["seconds_per_pruning"][method]] for method, values in results["accuracies"].items()
     ]
     formats = ["", *[".1f"] * len(results["sparsities"]), ".2f"]
     return tabulate(rows, headers, floatfmt=tuple(formats))

@@ -19,10 +19,7 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
-        self._keep = {
-            name: torch.ones(w.shape, dtype=torch.bool, device=w.device)
-            for name, w in self.weights.items()
-        }
+        self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._keep[name]
@@ -48,9 +45,7 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in masks.items():
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
-        self._keep = {
-            name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()
-        }
+        self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
 
     def num_pruned(self) -> dict[str, int]:
         """Name -> how many entries are False."""
@@ -63,9 +58,7 @@ class Masks(Mapping[str, Tensor]):
 
     def layer_sparsity(self) -> dict[str, float]:
         """Name -> pruned entries over entries."""
-        return {
-            name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()
-        }
+        return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
 
     def packed(self) -> dict[str, Tensor]:
         """Name -> one bit a weight, as of `ops.pack_mask`."""
@@ -77,10 +70,7 @@ class Masks(Mapping[str, Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """Shapes and packed masks, for `torch.save`."""
-        return {
-            name: {"shape": list(self[name].shape), "packed": bits}
-            for name, bits in self.packed().items()
-        }
+        return {name: {"shape": list(self[name].shape), "packed": bits} for name, bits in self.packed().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -88,9 +78,4 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
-        self.set(
-            {
-                name: ops.unpack_mask(entry["packed"], entry["shape"])
-                for name, entry in state.items()
-            }
-        )
+        self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})

@@ -100,17 +100,13 @@ def observe(
     device = next(iter(weights.values())).device
     with (
         _running(model, device, seed),
-        tqdm(
-            total=num_grads, desc="gradients", leave=False, disable=None if progress else True
-        ) as bar,
+        tqdm(total=num_grads, desc="gradients", leave=False, disable=None if progress else True) as bar,
     ):
         if "gradients" in observer.observes:
             sample = label_sampler(labels, loss_fn, likelihood)
             source = _GradientSource(model, loss_fn, weights, masks or {}, sample, device, seed)
             per_gradient = sum(w.numel() * w.element_size() for w in weights.values())
-            chunk = max(
-                1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size)
-            )
+            chunk = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
             limit = num_grads * grad_batch_size
             used = 0
             for inputs, targets, samples in chunks(data, chunk * grad_batch_size, limit, device):
@@ -165,9 +161,7 @@ def label_sampler(
         return likelihood
     samplers = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}
     if likelihood not in samplers:
-        raise ValueError(
-            f"expected likelihood to be one of {', '.join(samplers)}, got {likelihood!r}"
-        )
+        raise ValueError(f"expected likelihood to be one of {', '.join(samplers)}, got {likelihood!r}")
     return samplers[likelihood]
 
 
@@ -204,9 +198,7 @@ def _running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
                 module.training = flag
 
 
-def chunks(
-    data: Iterable[Any], size: int, limit: int, device: torch.device
-) -> Iterator[tuple[Any, Any, int]]:
+def chunks(data: Iterable[Any], size: int, limit: int, device: torch.device) -> Iterator[tuple[Any, Any, int]]:
     """Re-cut batches into chunks of exactly `size` samples, the last one smaller, `limit` samples in all.
 
     Yields:
@@ -221,9 +213,7 @@ def chunks(
         leaves, batch_spec = pytree.tree_flatten(_pair(batch))
         count = _batch_size(leaves)
         if spec is not None and batch_spec != spec:
-            raise TypeError(
-                f"expected every batch of the structure of the first, {spec}, got {batch_spec}"
-            )
+            raise TypeError(f"expected every batch of the structure of the first, {spec}, got {batch_spec}")
         spec = batch_spec
         leaves = [leaf[:remaining].to(device) for leaf in leaves]
         remaining -= min(count, remaining)
@@ -240,9 +230,7 @@ def chunks(
 
 def _pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"expected data to yield (inputs, targets) pairs, got {type(batch).__name__}"
-        )
+        raise TypeError(f"expected data to yield (inputs, targets) pairs, got {type(batch).__name__}")
     return batch[0], batch[1]
 
 
@@ -261,13 +249,7 @@ def _batch_size(leaves: Sequence[Any]) -> int:
 
 def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:
     """The model's outputs with some parameters replaced: a tuple is positional, a dict keywords."""
-    args = (
-        tuple(inputs)
-        if isinstance(inputs, (tuple, list))
-        else ()
-        if isinstance(inputs, dict)
-        else (inputs,)
-    )
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     return functional_call(model, dict(weights), args, kwargs)
 
@@ -296,16 +278,14 @@ class _GradientSource:
         self.gradient = grad(loss)
         self.vmapped = vmap(self.gradient, in_dims=(None, 0, 0), randomness="different")
 
-    def gradients(
-        self, inputs: Any, targets: Any, samples: int, group: int
-    ) -> Iterator[Observation]:
+    def gradients(self, inputs: Any, targets: Any, samples: int, group: int) -> Iterator[Observation]:
         """One observation of all whole groups of `group` samples, and one of what is left over."""
         if self.sample is not None:
             targets = self.sample(call(self.model, self.weights, inputs), self.generator)
         whole = samples - samples % group
         for part, size in ((slice(0, whole), group), (slice(whole, samples), samples - whole)):
             if part.stop > part.start:
-                cut = lambda x, part=part, size=size: x[part].unflatten(0, (-1, size))  # noqa: E731
+                cut = lambda x, part=part, size=size: x[part].unflatten(0, (-1, size))
                 values = self._compute(pytree.tree_map(cut, inputs), pytree.tree_map(cut, targets))
                 yield Observation((part.stop - part.start) // size, gradients=self._checked(values))
 
@@ -317,9 +297,7 @@ class _GradientSource:
             except Exception as error:
                 if self.vectorized:  # it worked before, so this is not about vmap
                     raise
-                values = self._loop(
-                    inputs, targets
-                )  # raises what is wrong with the model or the data itself
+                values = self._loop(inputs, targets)  # raises what is wrong with the model or the data itself
                 self.vectorized = False
                 reason = str(error).strip().splitlines()
                 warnings.warn(
@@ -350,10 +328,7 @@ class _GradientSource:
         if not sums.isfinite().all():
             bad = [name for name, value in values.items() if not value.isfinite().all()]
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
-        return {
-            name: value * self.masks[name] if name in self.masks else value
-            for name, value in values.items()
-        }
+        return {name: value * self.masks[name] if name in self.masks else value for name, value in values.items()}
 
 
 def _observe_inputs(
@@ -411,9 +386,7 @@ def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1]) if x is not None else torch.empty(0)
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise NotImplementedError(
-            f"layer inputs of {type(module).__name__} are not observed, only of Linear and Conv"
-        )
+        raise NotImplementedError(f"layer inputs of {type(module).__name__} are not observed, only of Linear and Conv")
     if x is None:
         return torch.empty(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -457,24 +430,15 @@ def recalibrate_batchnorm(
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     ]
-    first = next(model.parameters(), None)
-    device = first.device if first is not None else torch.device("cpu")
     if not norms:
         return 0
-    before = [
-        (
-            norm.momentum,
-            norm.num_batches_tracked.clone(),
-            (norm.running_mean.clone(), norm.running_var.clone()),
-        )
-        for norm in norms
-    ]
+    first = next(model.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
+    before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     used = 0
     with (
         _running(model, device, seed),
-        tqdm(
-            total=num_samples, desc="BatchNorm", leave=False, disable=None if progress else True
-        ) as bar,
+        tqdm(total=num_samples, desc="BatchNorm", leave=False, disable=None if progress else True) as bar,
     ):
         try:
             for norm in norms:
@@ -490,12 +454,11 @@ def recalibrate_batchnorm(
             if used == 0:
                 raise ValueError("expected data that yields at least one sample, got none")
         except BaseException:
-            for norm, (_, _, (mean, variance)) in zip(norms, before, strict=True):
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
+            for norm, (_, buffers) in zip(norms, before, strict=True):
+                norm.load_state_dict(buffers, strict=False)
             raise
         finally:
-            for norm, (momentum, seen, _) in zip(norms, before, strict=True):
+            for norm, (momentum, buffers) in zip(norms, before, strict=True):
                 norm.momentum = momentum
-                norm.num_batches_tracked.copy_(seen)
+                norm.load_state_dict({"num_batches_tracked": buffers["num_batches_tracked"]}, strict=False)
     return used

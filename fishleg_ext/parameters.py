@@ -11,9 +11,7 @@ from torch import nn
 ParameterChoice = Union[str, Iterable[str], Callable[[str, nn.Parameter], bool]]
 
 
-def choose_parameters(
-    model: nn.Module, params: Optional[ParameterChoice] = None
-) -> dict[str, nn.Parameter]:
+def choose_parameters(model: nn.Module, params: Optional[ParameterChoice] = None) -> dict[str, nn.Parameter]:
     """The parameters to prune, by name, in the model's order; tied ones once.
 
     Args:
@@ -31,14 +29,10 @@ def choose_parameters(
     named = dict(model.named_parameters())
     if params is None:
         layers = (nn.Linear, nn.modules.conv._ConvNd)
-        weights = {
-            id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, layers)
-        }
+        weights = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, layers)}
         chosen = {name: p for name, p in named.items() if id(p) in weights}
         if not chosen:
-            raise ValueError(
-                "expected a model with Linear or Conv layers, or params= to name others; found none"
-            )
+            raise ValueError("expected a model with Linear or Conv layers, or params= to name others; found none")
     elif callable(params):
         chosen = {name: p for name, p in named.items() if params(name, p)}
         if not chosen:

@@ -161,10 +161,7 @@ class Pruner:
         if self._source is None:
             raise RuntimeError("call estimate(data, loss_fn) before prune_to")
         num_pruned = self._num_pruned(sparsity)
-        dead_first = any(
-            not torch.equal(mask, self._masks[name])
-            for name, mask in self._masks_at_estimate.items()
-        )
+        dead_first = any(not torch.equal(mask, self._masks[name]) for name, mask in self._masks_at_estimate.items())
         with use_impl(self.impl), torch.no_grad():
             costs: dict[str, Costs] = {}
             for group in self._groups:
@@ -186,9 +183,7 @@ class Pruner:
                 increase = total_cost(costs, masks)
             for name, weight in updated.items():
                 if not weight.isfinite().all():
-                    raise ValueError(
-                        f"compensating for what was pruned of {name} gave NaN or inf; use more damping"
-                    )
+                    raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
             self._masks.set(masks)
             for name, weight in updated.items():
                 self.weights[name].copy_(weight)
@@ -197,15 +192,11 @@ class Pruner:
 
     def step(self) -> NoReturn:
         """Prune by a schedule; not in this version yet."""
-        raise NotImplementedError(
-            "schedules are not in this version yet; call estimate and prune_to"
-        )
+        raise NotImplementedError("schedules are not in this version yet; call estimate and prune_to")
 
     def attach(self, optimizer: torch.optim.Optimizer) -> NoReturn:
         """Keep pruned weights zero after every optimizer step; not in this version yet."""
-        raise NotImplementedError(
-            "attach is not in this version yet; call apply_masks() after optimizer.step()"
-        )
+        raise NotImplementedError("attach is not in this version yet; call apply_masks() after optimizer.step()")
 
     def apply_masks(self) -> None:
         """Zero the pruned weights of the model, as after an optimizer step that revived them."""
@@ -248,9 +239,7 @@ class Pruner:
         """
         missing = {"masks", "held", "curvature", "history"} - state.keys()
         if missing:
-            raise ValueError(
-                f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}"
-            )
+            raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
         self._masks.load_state_dict(state["masks"])
         if state["held"]:
             self.curvature.start(self._weights(state["held"]))
@@ -264,16 +253,12 @@ class Pruner:
             for name, sparsity in self.scope.items():
                 check_sparsity(sparsity, f"sparsity of {name}")
         elif self.scope not in ("global", "layer"):
-            raise ValueError(
-                f"expected scope to be 'global', 'layer' or a dict of sparsities, got {self.scope!r}"
-            )
+            raise ValueError(f"expected scope to be 'global', 'layer' or a dict of sparsities, got {self.scope!r}")
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.weights]
         if unknown:
-            raise ValueError(
-                f"{', '.join(unknown)} not among the pruned parameters {', '.join(self.weights)}"
-            )
+            raise ValueError(f"{', '.join(unknown)} not among the pruned parameters {', '.join(self.weights)}")
 
     def _split_by_memory(self) -> list[list[str]]:
         """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""
@@ -297,12 +282,8 @@ class Pruner:
 
     def _bytes_of(self, names: list[str], held: Mapping[str, int]) -> int:
         """State of these parameters, the inverse of the largest and its workspace, and one gradient."""
-        one_gradient = sum(
-            self.weights[name].numel() * self.weights[name].element_size() for name in names
-        )
-        return (
-            sum(held[name] for name in names) + 2 * max(held[name] for name in names) + one_gradient
-        )
+        one_gradient = sum(self.weights[name].numel() * self.weights[name].element_size() for name in names)
+        return sum(held[name] for name in names) + 2 * max(held[name] for name in names) + one_gradient
 
     def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.weights[name].detach() for name in names}
@@ -344,9 +325,7 @@ class Pruner:
         weights, masks = self._weights(names), {name: self._masks[name] for name in names}
         if self.saliency == "simultaneous":
             return simultaneous_costs(self.curvature, weights, masks)
-        return exact_costs(
-            self.curvature, weights, masks, dead_first=dead_first, progress=self.progress
-        )
+        return exact_costs(self.curvature, weights, masks, dead_first=dead_first, progress=self.progress)
 
     def _updated(self, names: list[str], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = self._weights(names)
@@ -374,14 +353,10 @@ class Pruner:
                 sum(before.values()),
             )
             if target < done:
-                raise ValueError(
-                    f"sparsity {sparsity} is {target} weights, but {done} are pruned already"
-                )
+                raise ValueError(f"sparsity {sparsity} is {target} weights, but {done} are pruned already")
             return target
         else:
-            raise ValueError(
-                f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}"
-            )
+            raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
         targets = dict(before)
         for name, value in wanted.items():
             targets[name] = round(value * sizes[name])
@@ -467,7 +442,7 @@ def prune(
         grad_batch_size: samples in each gradient.
         recomputations: rounds of estimating and pruning; the density falls geometrically.
         block_size: weights in a block of the Fisher matrix.
-        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5 (diagonal: 1e-8).
+        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5.
         labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher).
         likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
             None with cross_entropy.
@@ -488,11 +463,7 @@ def prune(
     >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
     0.75
     """
-    if (
-        isinstance(recomputations, bool)
-        or not isinstance(recomputations, int)
-        or recomputations < 1
-    ):
+    if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
         raise ValueError(f"expected recomputations to be an integer >= 1, got {recomputations!r}")
     target: Sparsity
     if isinstance(scope, Mapping):
@@ -565,9 +536,7 @@ def _check_pattern(pattern: str) -> None:
     is_nm = bool(colon) and kept.isdigit() and group.isdigit() and int(kept) <= int(group)
     is_block = pattern.startswith("block") and pattern[5:].isdigit() and int(pattern[5:]) > 0
     if is_nm or is_block:
-        raise NotImplementedError(
-            f"pattern={pattern!r} is not in this version yet, only 'unstructured'"
-        )
+        raise NotImplementedError(f"pattern={pattern!r} is not in this version yet, only 'unstructured'")
     raise ValueError(f"expected pattern to be 'unstructured', 'n:m' or 'blockN', got {pattern!r}")
 
 

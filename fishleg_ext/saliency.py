@@ -44,9 +44,7 @@ def exact_costs(
         progress: show a progress bar.
     """
     costs = {}
-    for name, weight in tqdm(
-        weights.items(), desc="elimination", leave=False, disable=None if progress else True
-    ):
+    for name, weight in tqdm(weights.items(), desc="elimination", leave=False, disable=None if progress else True):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
         alive = layout.to_blocks(masks[name])

@@ -10,9 +10,7 @@ from fishleg_ext import ops
 from fishleg_ext.costs import Costs
 
 
-def select(
-    costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]
-) -> dict[str, Tensor]:
+def select(costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]) -> dict[str, Tensor]:
     """Keep masks with an exact count, the weights pruned before among them.
 
     Where costs have ranks, what goes is a prefix of each block's order: along it a weight costs what the most
@@ -27,9 +25,7 @@ def select(
     """
     queues = {name: _queue(c) for name, c in costs.items()}
     if isinstance(num_pruned, Mapping):
-        kept = {
-            name: ops.keep_mask([score], num_pruned[name])[0] for name, (score, _) in queues.items()
-        }
+        kept = {name: ops.keep_mask([score], num_pruned[name])[0] for name, (score, _) in queues.items()}
     else:
         scores = [score for score, _ in queues.values()]
         kept = dict(zip(queues, ops.keep_mask(scores, num_pruned), strict=True))

@@ -19,9 +19,7 @@ def fisher(generator: torch.Generator) -> Callable[..., Tensor]:
     def make(num_blocks: int, size: int, condition: float = 1e3) -> Tensor:
         normal = torch.randn(num_blocks, size, size, dtype=torch.float64, generator=generator)
         basis = torch.linalg.qr(normal).Q
-        spectrum = torch.logspace(
-            0, -torch.tensor(condition).log10().item(), size, dtype=torch.float64
-        )
+        spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), size, dtype=torch.float64)
         matrix = basis * spectrum @ basis.mT
         return (matrix + matrix.mT) / 2
 

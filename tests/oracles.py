@@ -15,9 +15,7 @@ def joint_cost(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
     return 0.5 * w @ torch.linalg.solve(block, w) if len(w) else w.sum()
 
 
-def naive_elimination(
-    weight: Tensor, inverse: Tensor, alive: Tensor
-) -> tuple[list[int], list[float]]:
+def naive_elimination(weight: Tensor, inverse: Tensor, alive: Tensor) -> tuple[list[int], list[float]]:
     """The formulas of exact greedy pruning, one weight of one block at a time."""
     weight, inverse, alive = weight.double().clone(), inverse.double().clone(), alive.clone()
     order, costs = [], []

@@ -52,13 +52,9 @@ def test_gram_accepts_views(generator):
 
 def test_gram_refuses_bad_input():
     good = torch.zeros(2, 3, 3)
-    with pytest.raises(
-        ValueError, match=r"expected grads of shape \[m, K, B\] = \[4, 2, 3\], got \[4, 2, 5\]"
-    ):
+    with pytest.raises(ValueError, match=r"expected grads of shape \[m, K, B\] = \[4, 2, 3\], got \[4, 2, 5\]"):
         ops.block_gram_(good, torch.zeros(4, 2, 5))
-    with pytest.raises(
-        ValueError, match=r"gram of shape \[K, B, B\] = \[2, 3, 3\], got \[2, 3, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"gram of shape \[K, B, B\] = \[2, 3, 3\], got \[2, 3, 4\]"):
         ops.block_gram_(torch.zeros(2, 3, 4), torch.zeros(4, 2, 3))
     with pytest.raises(ValueError, match="one memory cell per element"):
         ops.block_gram_(torch.zeros(1, 3, 3).expand(2, 3, 3), torch.zeros(4, 2, 3))
@@ -103,9 +99,7 @@ def test_inverse_of_a_singular_block_without_damping_starts_at_eps():
     assert info.item() >= 1
     assert inverse.isfinite().all()
     shift = torch.finfo(torch.float64).eps * 10.0 ** (info.item() - 1)
-    torch.testing.assert_close(
-        inverse.sum() * shift, torch.tensor(shift, dtype=torch.float64), rtol=0.5, atol=0
-    )
+    torch.testing.assert_close(inverse.sum() * shift, torch.tensor(shift, dtype=torch.float64), rtol=0.5, atol=0)
 
 
 def test_inverse_gives_up_with_nan_and_minus_one():

@@ -25,9 +25,7 @@ MODELS = {
 
 @pytest.fixture
 def gradients(generator):
-    return {
-        n: torch.randn(12, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()
-    }
+    return {n: torch.randn(12, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
 
 
 def flat(tensors):
@@ -122,9 +120,7 @@ def test_low_rank_keeps_its_accuracy_in_single_precision(gradients):
     big = {n: 300 * g for n, g in gradients.items()}
     inverse = torch.linalg.inv(dense_fisher("low_rank", big))
     curvature = estimated("low_rank", big, dtype=torch.float32)
-    torch.testing.assert_close(
-        flat(curvature.diag()).double(), inverse.diagonal(), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(flat(curvature.diag()).double(), inverse.diagonal(), rtol=1e-3, atol=0)
 
 
 def test_narrow_weights_are_accumulated_in_float32(gradients):

@@ -12,10 +12,7 @@ def test_is_a_running_mean_of_squares(dtype, grad_dtype, generator):
     shapes = [(3, 5), (), (0, 2), (7,)]
     fisher = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes]
     grads = [torch.randn(shape, generator=generator).to(grad_dtype) for shape in shapes]
-    expected = [
-        0.9 * f.double() + 0.1 * g.to(dtype).double() ** 2
-        for f, g in zip(fisher, grads, strict=True)
-    ]
+    expected = [0.9 * f.double() + 0.1 * g.to(dtype).double() ** 2 for f, g in zip(fisher, grads, strict=True)]
     ops.fisher_diag_update_(fisher, grads, 0.9)
     for got, want in zip(fisher, expected, strict=True):
         assert got.dtype == dtype

@@ -52,15 +52,13 @@ CALLS = {
     ],
 }
 EVERY_CALL = [
-    pytest.param(name, *call, id=f"{name}-{i}")
-    for name, calls in CALLS.items()
-    for i, call in enumerate(calls)
+    pytest.param(name, *call, id=f"{name}-{i}") for name, calls in CALLS.items() for i, call in enumerate(calls)
 ]
 
 
 def fresh(args):
     """Copies that an op may write to; expanded tensors stay expanded."""
-    copy = lambda t: t if t.stride(0) == 0 else t.clone()  # noqa: E731
+    copy = lambda t: t if t.stride(0) == 0 else t.clone()
     return tuple(
         copy(a)
         if isinstance(a, torch.Tensor)
@@ -89,9 +87,7 @@ def test_compiles_in_one_graph_to_the_same_result(name, args, kwargs):
     eager_args, compiled_args = fresh(args), fresh(args)
     expected = function(*eager_args, **kwargs)
     torch.compiler.reset()
-    got = torch.compile(lambda *a: function(*a, **kwargs), fullgraph=True, backend="aot_eager")(
-        *compiled_args
-    )
+    got = torch.compile(lambda *a: function(*a, **kwargs), fullgraph=True, backend="aot_eager")(*compiled_args)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(compiled_args, eager_args, rtol=0, atol=0)
 
@@ -99,7 +95,7 @@ def test_compiles_in_one_graph_to_the_same_result(name, args, kwargs):
 @pytest.mark.parametrize("name, args, kwargs", EVERY_CALL)
 def test_results_never_require_grad(name, args, kwargs):
     """Parameters may be read and, without no_grad, written."""
-    as_parameter = lambda t: torch.nn.Parameter(t) if t.is_floating_point() and t.stride(0) else t  # noqa: E731
+    as_parameter = lambda t: torch.nn.Parameter(t) if t.is_floating_point() and t.stride(0) else t
     args = fresh(args)
     args = tuple(
         as_parameter(a)
@@ -118,15 +114,11 @@ def test_results_never_require_grad(name, args, kwargs):
 def test_explicit_kernels_raise_with_the_reason(name):
     args, kwargs = CALLS[name][0]
     for impl, language in (("triton", "Triton"), ("cuda", r"CUDA C\+\+")):
-        with pytest.raises(
-            NotImplementedError, match=f"{name}: impl='{impl}' .* no {language} kernel"
-        ):
+        with pytest.raises(NotImplementedError, match=f"{name}: impl='{impl}' .* no {language} kernel"):
             getattr(ops, name)(*fresh(args), impl=impl, **kwargs)
         with fishleg_ext.use_impl(impl), pytest.raises(NotImplementedError, match=f"impl='{impl}'"):
             getattr(ops, name)(*fresh(args), **kwargs)
-    with pytest.raises(
-        ValueError, match="impl to be one of auto, reference, triton, cuda, got 'gpu'"
-    ):
+    with pytest.raises(ValueError, match="impl to be one of auto, reference, triton, cuda, got 'gpu'"):
         getattr(ops, name)(*fresh(args), impl="gpu", **kwargs)
 
 
@@ -138,7 +130,7 @@ def test_a_refused_call_changes_nothing():
 
 
 def test_use_impl_nests_and_an_explicit_impl_wins():
-    call = lambda **kw: ops.obs_score(torch.ones(1), torch.ones(1), **kw)  # noqa: E731
+    call = lambda **kw: ops.obs_score(torch.ones(1), torch.ones(1), **kw)
     with fishleg_ext.use_impl("cuda"):
         call(impl="reference")
         with fishleg_ext.use_impl("reference"):
@@ -174,9 +166,7 @@ def test_use_impl_is_of_its_own_thread():
 def test_the_fake_checks_its_arguments_too():
     with pytest.raises(ValueError, match="expected grads of shape"):
         ops.block_gram_(torch.empty(2, 3, 3, device="meta"), torch.empty(4, 2, 5, device="meta"))
-    inverse, info = ops.block_inverse(
-        torch.empty(2**20, 64, 64, device="meta"), 0.1
-    )  # more than 2^31 entries
+    inverse, info = ops.block_inverse(torch.empty(2**20, 64, 64, device="meta"), 0.1)  # more than 2^31 entries
     assert inverse.shape == (2**20, 64, 64)
     assert info.shape == (2**20,)
 

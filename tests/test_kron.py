@@ -7,7 +7,7 @@ from fishleg_ext import ops
 
 
 def factors(o, i, dtype, generator):
-    make = lambda n: torch.randn(n, n + 2, dtype=torch.float64, generator=generator)  # noqa: E731
+    make = lambda n: torch.randn(n, n + 2, dtype=torch.float64, generator=generator)
     row, col = make(o), make(i)
     scale = torch.rand(o, i, dtype=torch.float64, generator=generator)
     return tuple(t.to(dtype) for t in (row @ row.mT, col @ col.mT, scale))
@@ -25,9 +25,7 @@ def test_product_with_the_dense_matrix(o, i, lead, dtype, generator):
     got = ops.kron_mul(x, row, col, scale)
     assert got.dtype == dtype
     tolerance = 20 * torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        got.double(), expected, rtol=tolerance, atol=tolerance * (1 + dense.abs().sum().item())
-    )
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * (1 + dense.abs().sum().item()))
     torch.testing.assert_close(
         ops.kron_diag(row, col, scale).double(),
         dense.diagonal().reshape(o, i),
@@ -48,9 +46,7 @@ def test_zero_scale_masks_weights_out(generator):
 def test_views_and_mixed_dtypes(generator):
     row, col, scale = factors(3, 4, torch.float32, generator)
     x = torch.randn(4, 2, 3, generator=generator).permute(1, 2, 0)
-    torch.testing.assert_close(
-        ops.kron_mul(x, row.mT, col, scale), ops.kron_mul(x.contiguous(), row, col, scale)
-    )
+    torch.testing.assert_close(ops.kron_mul(x, row.mT, col, scale), ops.kron_mul(x.contiguous(), row, col, scale))
     assert ops.kron_mul(x.double(), row, col, scale).dtype == torch.float32
     assert ops.kron_diag(row.bfloat16(), col.bfloat16(), scale.bfloat16()).dtype == torch.float32
 
@@ -61,7 +57,5 @@ def test_refuses_bad_input():
         ops.kron_diag(torch.eye(2), eye, scale)
     with pytest.raises(ValueError, match=r"col_factor of shape \[i, i\] = \[3, 3\], got \[2, 2\]"):
         ops.kron_diag(eye, torch.eye(2), scale)
-    with pytest.raises(
-        ValueError, match=r"expected x of shape \[..., o, i\] = \[..., 3, 3\], got \[3, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"expected x of shape \[..., o, i\] = \[..., 3, 3\], got \[3, 2\]"):
         ops.kron_mul(torch.ones(3, 2), eye, eye, scale)

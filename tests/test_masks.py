@@ -28,9 +28,7 @@ def test_packing_reads_views_in_logical_order(generator):
 def test_apply_zeroes_exactly_the_pruned(dtype, generator):
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     masks = [torch.rand(shape, generator=generator) < 0.5 for shape in SHAPES]
-    expected = [
-        torch.where(m, t, torch.zeros((), dtype=dtype)) for t, m in zip(tensors, masks, strict=True)
-    ]
+    expected = [torch.where(m, t, torch.zeros((), dtype=dtype)) for t, m in zip(tensors, masks, strict=True)]
     ops.apply_masks_(tensors, [ops.pack_mask(m) for m in masks])
     assert all(torch.equal(t, e) for t, e in zip(tensors, expected, strict=True))
 
@@ -98,9 +96,7 @@ def test_masks_survive_a_state_dict(tmp_path, generator):
 def test_bad_masks_change_nothing():
     masks = Masks(layers())
     good = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    with pytest.raises(
-        ValueError, match=r"mask of 1.bias of shape of the parameter = \[2\], got \[3\]"
-    ):
+    with pytest.raises(ValueError, match=r"mask of 1.bias of shape of the parameter = \[2\], got \[3\]"):
         masks.set(good | {"1.bias": torch.zeros(3, dtype=torch.bool)})
     with pytest.raises(TypeError, match="mask of 0.bias"):
         masks.set(good | {"0.bias": torch.zeros(4)})

@@ -33,9 +33,7 @@ def test_score_comes_in_the_inverses_dtype_float32_at_least():
 
 
 def test_score_of_zeros_and_nans():
-    score = ops.obs_score(
-        torch.tensor([0.0, 1.0, torch.nan, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    )
+    score = ops.obs_score(torch.tensor([0.0, 1.0, torch.nan, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0]))
     assert score[0] == 0
     assert score[1] == torch.inf
     assert score[2:].isnan().all()
@@ -61,9 +59,7 @@ def test_elimination_follows_the_formulas(b, fisher, generator):
     for k in range(4):
         order, costs = naive_elimination(weight[k], inverse[k], alive[k])
         assert order_of(rank[k]) == order
-        torch.testing.assert_close(
-            cost[k][order], torch.tensor(costs, dtype=torch.float64), rtol=1e-9, atol=1e-12
-        )
+        torch.testing.assert_close(cost[k][order], torch.tensor(costs, dtype=torch.float64), rtol=1e-9, atol=1e-12)
     assert (rank[~alive] == -1).all()
     assert (cost[~alive] == torch.inf).all()
 
@@ -75,9 +71,7 @@ def test_costs_add_up_to_the_joint_cost(condition, fisher, generator):
     for count in (1, 5, 24):
         for k in range(3):
             gone = rank[k] < count
-            torch.testing.assert_close(
-                cost[k][gone].sum(), joint_cost(weight[k], inverse[k], gone), rtol=1e-8, atol=0
-            )
+            torch.testing.assert_close(cost[k][gone].sum(), joint_cost(weight[k], inverse[k], gone), rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("b", SIZES)
@@ -100,9 +94,7 @@ def test_single_precision_takes_an_order_as_cheap(b, fisher, generator):
 
 
 def test_ties_go_to_the_lowest_index():
-    rank, cost = ops.obs_eliminate(
-        torch.ones(2, 6), torch.eye(6)[None], torch.ones(2, 6, dtype=torch.bool)
-    )
+    rank, cost = ops.obs_eliminate(torch.ones(2, 6), torch.eye(6)[None], torch.ones(2, 6, dtype=torch.bool))
     assert rank.tolist() == [list(range(6))] * 2
     assert (cost == 0.5).all()
 
@@ -289,9 +281,7 @@ def test_permuting_a_block_permutes_the_answer(seed, size):
     alive = torch.ones(1, size, dtype=torch.bool)
     permutation = torch.randperm(size, generator=generator)
     rank, cost = ops.obs_eliminate(weight, inverse, alive)
-    permuted = ops.obs_eliminate(
-        weight[:, permutation], inverse[:, permutation][:, :, permutation], alive
-    )
+    permuted = ops.obs_eliminate(weight[:, permutation], inverse[:, permutation][:, :, permutation], alive)
     assert torch.equal(permuted[0], rank[:, permutation])
     torch.testing.assert_close(permuted[1], cost[:, permutation], rtol=1e-9, atol=1e-12)
 
@@ -326,7 +316,7 @@ def test_no_other_weights_with_these_zeros_are_better(seed, size):
     weight = torch.randn(1, size, dtype=torch.float64, generator=generator)
     pruned = torch.rand(1, size, generator=generator) < 0.5
     moved = ops.obs_compensate(weight, cholesky_inverse(matrix[None]), pruned)
-    loss = lambda w: float((w - weight)[0] @ matrix @ (w - weight)[0] / 2)  # noqa: E731
+    loss = lambda w: float((w - weight)[0] @ matrix @ (w - weight)[0] / 2)
     noise = torch.randn(size, dtype=torch.float64, generator=generator)
     for scale in (1e-3, 1e-1, 1.0):
         assert loss(moved) <= loss(torch.where(pruned, 0, moved + scale * noise)) + 1e-12
@@ -343,9 +333,7 @@ def test_compensation_after_elimination_moves_weights_as_it_did(fisher, generato
             w = w - h[:, q] * w[q] / h[q, q]
             h = h - torch.outer(h[:, q], h[q]) / h[q, q]
         expected = torch.where(gone[k], 0, w)
-        torch.testing.assert_close(
-            ops.obs_compensate(weight, inverse, gone)[k], expected, rtol=1e-7, atol=1e-9
-        )
+        torch.testing.assert_close(ops.obs_compensate(weight, inverse, gone)[k], expected, rtol=1e-7, atol=1e-9)
 
 
 def test_compensation_skips_a_zero_diagonal(fisher, generator):
@@ -364,18 +352,14 @@ def test_compensation_with_a_shared_inverse(fisher, generator):
     weight, inverse, _ = problem(fisher, generator, 4, 6)
     pruned = torch.rand(4, 6, generator=generator) < 0.5
     shared = ops.obs_compensate(weight, inverse[:1], pruned)
-    torch.testing.assert_close(
-        shared, ops.obs_compensate(weight, inverse[:1].repeat(4, 1, 1), pruned)
-    )
+    torch.testing.assert_close(shared, ops.obs_compensate(weight, inverse[:1].repeat(4, 1, 1), pruned))
 
 
 def test_compensation_of_a_broken_block_is_nan_there_alone():
     inverse = torch.eye(3).repeat(2, 1, 1)
     inverse[1, 0, 1] = torch.nan
     inverse[1, 1, 0] = torch.nan
-    moved = ops.obs_compensate(
-        torch.ones(2, 3), inverse, torch.tensor([[True, True, False]]).expand(2, 3)
-    )
+    moved = ops.obs_compensate(torch.ones(2, 3), inverse, torch.tensor([[True, True, False]]).expand(2, 3))
     assert torch.equal(moved[0], torch.tensor([0.0, 0.0, 1.0]))
     assert moved[1, 2].isnan()
 
@@ -385,12 +369,8 @@ def test_compensation_of_half_precision_weights(fisher, generator):
     pruned = torch.rand(2, 8, generator=generator) < 0.5
     moved = ops.obs_compensate(weight.bfloat16(), inverse, pruned)
     assert moved.dtype == torch.bfloat16
-    assert torch.equal(
-        moved, ops.obs_compensate(weight.bfloat16().float(), inverse, pruned).bfloat16()
-    )
+    assert torch.equal(moved, ops.obs_compensate(weight.bfloat16().float(), inverse, pruned).bfloat16())
 
 
 def test_compensation_of_nothing():
-    assert ops.obs_compensate(
-        torch.ones(0, 4), torch.ones(0, 4, 4), torch.ones(0, 4, dtype=torch.bool)
-    ).shape == (0, 4)
+    assert ops.obs_compensate(torch.ones(0, 4), torch.ones(0, 4, 4), torch.ones(0, 4, dtype=torch.bool)).shape == (0, 4)

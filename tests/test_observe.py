@@ -52,9 +52,7 @@ def net():
 
 @pytest.fixture
 def samples(generator):
-    return torch.randn(21, 2, 4, 4, generator=generator), torch.randint(
-        0, 3, (21,), generator=generator
-    )
+    return torch.randn(21, 2, 4, 4, generator=generator), torch.randint(0, 3, (21,), generator=generator)
 
 
 def weights_of(net):
@@ -101,9 +99,7 @@ def test_only_the_first_samples_are_read(net, samples):
     observe(net, data(), F.cross_entropy, recorder, weights_of(net), num_grads=6)
     assert pulled == [0, 1]
     want = expected_gradients(net, samples[0][:6], samples[1][:6], 1)
-    torch.testing.assert_close(
-        recorder.gradients("0.weight"), want["0.weight"], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(recorder.gradients("0.weight"), want["0.weight"], rtol=1e-4, atol=1e-6)
 
 
 def test_memory_is_bounded_by_chunk_bytes(net, samples):
@@ -199,13 +195,9 @@ def test_tuple_inputs_are_positional_and_dicts_keywords(kind, generator):
     y = torch.randint(0, 2, (6,), generator=generator)
     inputs = (a, b) if kind is tuple else {"b": b, "a": a}
     model, recorder = TwoInputs(), Recorder()
-    observe(
-        model, [(inputs, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6
-    )
+    observe(model, [(inputs, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6)
     plain = Recorder()
-    observe(
-        model.fc, [(a + b, y)], F.cross_entropy, plain, {"weight": model.fc.weight}, num_grads=6
-    )
+    observe(model.fc, [(a + b, y)], F.cross_entropy, plain, {"weight": model.fc.weight}, num_grads=6)
     torch.testing.assert_close(recorder.gradients("fc.weight"), plain.gradients("weight"))
 
 
@@ -224,18 +216,14 @@ def test_models_that_vmap_cannot_run_are_looped_over_with_a_warning(generator):
     model, recorder = Branching(), Recorder()
     x, y = torch.randn(6, 3, generator=generator), torch.randint(0, 2, (6,), generator=generator)
     with pytest.warns(UserWarning, match="vmap cannot run this model"):
-        observe(
-            model, [(x, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6
-        )
+        observe(model, [(x, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=6)
     for i in range(6):
-        want = torch.autograd.grad(
-            F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), model.fc.weight
-        )[0]
+        want = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), model.fc.weight)[0]
         torch.testing.assert_close(recorder.gradients("fc.weight")[i], want)
 
 
 def test_bad_data_is_explained(net, samples):
-    run = lambda data, **kw: observe(net, data, F.cross_entropy, Recorder(), weights_of(net), **kw)  # noqa: E731
+    run = lambda data, **kw: observe(net, data, F.cross_entropy, Recorder(), weights_of(net), **kw)
     x, y = samples
     with pytest.raises(ValueError, match="at least one sample"):
         run([])
@@ -271,9 +259,7 @@ def test_sampled_labels_follow_the_model(generator):
     torch.testing.assert_close(frequency, logits[0].softmax(0), rtol=0, atol=0.015)
     dense = label_sampler("model", nn.CrossEntropyLoss(), None)(torch.randn(2, 3, 4, 5), generator)
     assert dense.shape == (2, 4, 5)
-    gaussian = label_sampler("model", F.mse_loss, "gaussian")(
-        torch.full((20000, 1), 3.0), generator
-    )
+    gaussian = label_sampler("model", F.mse_loss, "gaussian")(torch.full((20000, 1), 3.0), generator)
     assert abs(gaussian.mean() - 3) < 0.02
     assert abs(gaussian.var() - 0.5) < 0.02
     bernoulli = label_sampler("model", F.binary_cross_entropy_with_logits, "bernoulli")(
@@ -360,10 +346,7 @@ def test_layer_inputs_come_layer_by_layer_in_bounded_chunks(net, samples):
     torch.testing.assert_close(recorder.inputs("0.weight"), input_rows(net[0], x))
     torch.testing.assert_close(recorder.inputs("5.weight"), net[:5](x))
     assert all(len(o.inputs) == 1 for o in recorder.seen)
-    assert (
-        max(o.inputs["0.weight"].shape[0] for o in recorder.seen if "0.weight" in o.inputs)
-        == 5 * 16
-    )
+    assert max(o.inputs["0.weight"].shape[0] for o in recorder.seen if "0.weight" in o.inputs) == 5 * 16
     assert not net[0]._forward_hooks
 
 
@@ -397,12 +380,8 @@ def test_recalibrated_statistics_are_those_of_the_data(net, generator):
     flags, tracked = [m.training for m in net.modules()], net[1].num_batches_tracked.clone()
     assert recalibrate_batchnorm(net, batches(x, x, 100), num_samples=1000) == 256
     parts = [net[0](part) for part in x.split(128)]
-    torch.testing.assert_close(
-        net[1].running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0)
-    )
-    torch.testing.assert_close(
-        net[1].running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0)
-    )
+    torch.testing.assert_close(net[1].running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0))
     assert [m.training for m in net.modules()] == flags
     assert net[1].momentum == 0.3
     assert net[1].num_batches_tracked == tracked

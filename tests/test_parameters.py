@@ -42,9 +42,7 @@ def test_names_expressions_and_predicates(params, expected):
 
 
 def test_what_matches_nothing_is_named_with_a_suggestion():
-    with pytest.raises(
-        ValueError, match=r"no parameter matches 'hiden.weight'; did you mean hidden.weight"
-    ):
+    with pytest.raises(ValueError, match=r"no parameter matches 'hiden.weight'; did you mean hidden.weight"):
         choose_parameters(Net(), "hiden.weight")
     with pytest.raises(ValueError, match="'re:zzz'"):
         choose_parameters(Net(), ["conv.weight", "re:zzz"])

@@ -64,10 +64,29 @@ def num_weights(net):
 
 def test_signatures_of_the_contract():
     parameters = inspect.signature(fishleg_ext.prune).parameters
-    assert (
-        list(parameters)
-        == ["model", "data", "loss_fn", "sparsity", "curvature", "saliency", "scope", "pattern", "params", "num_grads", "grad_batch_size", "recomputations", "block_size", "damping", "labels", "likelihood", "recalibrate_batchnorm", "max_memory", "impl", "seed", "progress"]
-    )
+    assert list(parameters) == [
+        "model",
+        "data",
+        "loss_fn",
+        "sparsity",
+        "curvature",
+        "saliency",
+        "scope",
+        "pattern",
+        "params",
+        "num_grads",
+        "grad_batch_size",
+        "recomputations",
+        "block_size",
+        "damping",
+        "labels",
+        "likelihood",
+        "recalibrate_batchnorm",
+        "max_memory",
+        "impl",
+        "seed",
+        "progress",
+    ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
     assert set(pruner) == set(parameters) - {"data", "loss_fn", "sparsity", "recomputations"}
     assert all(pruner[n].default == parameters[n].default for n in pruner if n != "model")
@@ -115,9 +134,7 @@ def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data)
     y = torch.randint(0, 3, (32,))
     gradients = torch.stack(
         [
-            torch.autograd.grad(F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]), net.weight)[
-                0
-            ].flatten()
+            torch.autograd.grad(F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]), net.weight)[0].flatten()
             for i in range(32)
         ]
     )
@@ -128,17 +145,13 @@ def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data)
         fisher = fisher * torch.eye(18)
     for saliency in SALIENCIES:
         again = copy.deepcopy(net)
-        result = prune(
-            again, [(x, y)], sparsity=0.5, curvature=curvature, saliency=saliency, block_size=18
-        )
+        result = prune(again, [(x, y)], sparsity=0.5, curvature=curvature, saliency=saliency, block_size=18)
         gone = ~result.masks["weight"].flatten()
         expected = joint_cost(weight.flatten(), torch.linalg.inv(fisher.double()), gone)
         assert result.predicted_loss_increase == pytest.approx(float(expected), rel=1e-6)
         if saliency == "exact":  # the weights moved are those of the best step
             step = (again.weight.detach() - weight).flatten()
-            assert 0.5 * float(step @ fisher.double() @ step) == pytest.approx(
-                float(expected), rel=1e-6
-            )
+            assert 0.5 * float(step @ fisher.double() @ step) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_compensation_helps_where_weights_are_correlated():
@@ -171,9 +184,7 @@ def snapshot(net):
 def assert_same(before, after):
     assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
     assert before[1:3] == after[1:3]
-    assert all(
-        a is b is None or torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True)
-    )
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True))
     assert torch.equal(before[4], after[4])
 
 
@@ -245,9 +256,7 @@ def test_rounds_fall_geometrically_and_masks_only_grow(net, data):
     whole = prune(again, data, sparsity=0.9, num_grads=16, recomputations=3)
     assert [h["sparsity"] for h in whole.history] == [h["sparsity"] for h in result.history]
     assert all(torch.equal(m, masks[n]) for n, m in whole.masks.items())
-    assert whole.predicted_loss_increase == pytest.approx(
-        sum(h["predicted_loss_increase"] for h in whole.history)
-    )
+    assert whole.predicted_loss_increase == pytest.approx(sum(h["predicted_loss_increase"] for h in whole.history))
 
 
 def test_going_on_under_one_estimate_equals_one_step(data):
@@ -267,9 +276,7 @@ def test_going_on_under_one_estimate_equals_one_step(data):
 
 
 def test_the_same_seed_gives_the_same_result_whatever_was_drawn_before(data):
-    dataset = torch.utils.data.TensorDataset(
-        torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
-    )
+    dataset = torch.utils.data.TensorDataset(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
     results = []
     for seed in (3, 3, 4):
         net = make_net()
@@ -284,9 +291,7 @@ def test_the_same_seed_gives_the_same_result_whatever_was_drawn_before(data):
 @pytest.mark.parametrize("curvature", ["diagonal", "block"])
 @pytest.mark.parametrize("saliency", SALIENCIES)
 def test_max_memory_changes_passes_not_results(data, curvature, saliency):
-    dataset = torch.utils.data.TensorDataset(
-        torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
-    )
+    dataset = torch.utils.data.TensorDataset(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
     options = {
         "sparsity": 0.7,
@@ -308,9 +313,7 @@ def test_max_memory_changes_passes_not_results(data, curvature, saliency):
 
 
 def test_max_memory_that_holds_not_even_one_layer_is_refused(net, data):
-    with pytest.raises(
-        ValueError, match=r"max_memory=1000 is too small for BlockFisher: 0.weight needs \d+ bytes"
-    ):
+    with pytest.raises(ValueError, match=r"max_memory=1000 is too small for BlockFisher: 0.weight needs \d+ bytes"):
         prune(net, data, sparsity=0.5, max_memory=1000)
     with pytest.raises(ValueError, match="LowRankFisher: all parameters together"):
         prune(net, data, sparsity=0.5, curvature="low_rank", max_memory=50_000)
@@ -391,9 +394,7 @@ def test_order_of_calls_is_explained(net, data):
         pruner.prune_to(0.5)
     pruner.estimate(data, F.cross_entropy)
     pruner.prune_to(0.5)
-    with pytest.raises(
-        ValueError, match=r"sparsity 0.4 is \d+ weights, but \d+ are pruned already"
-    ):
+    with pytest.raises(ValueError, match=r"sparsity 0.4 is \d+ weights, but \d+ are pruned already"):
         pruner.prune_to(0.4)
     with pytest.raises(ValueError, match="expected a sparsity, got None"):
         pruner.prune_to()

@@ -11,9 +11,7 @@ from fishleg_ext import ops
 @settings(deadline=None, max_examples=60)
 @given(
     values=st.lists(
-        st.lists(
-            st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, float("inf"), float("nan")]), max_size=9
-        ),
+        st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, float("inf"), float("nan")]), max_size=9),
         max_size=4,
     ),
     data=st.data(),
@@ -21,7 +19,7 @@ from fishleg_ext import ops
 def test_keep_mask_prunes_the_lowest_in_order_of_value_then_position(values, data):
     flat = [x for part in values for x in part]
     count = data.draw(st.integers(0, len(flat)))
-    key = lambda i: (flat[i] != flat[i], flat[i] if flat[i] == flat[i] else 0.0, i)  # noqa: E731
+    key = lambda i: (flat[i] != flat[i], flat[i] if flat[i] == flat[i] else 0.0, i)
     gone = set(sorted(range(len(flat)), key=key)[:count])
     got = ops.keep_mask([torch.tensor(part, dtype=torch.float32) for part in values], count)
     assert [x for mask in got for x in mask.tolist()] == [i not in gone for i in range(len(flat))]
@@ -49,9 +47,7 @@ def test_keep_mask_results_do_not_share_memory():
 
 
 def test_keep_mask_compares_across_dtypes_without_rounding():
-    just_above = torch.nextafter(
-        torch.tensor(1.0, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    )
+    just_above = torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64))
     masks = ops.keep_mask([just_above[None], torch.ones(1)], 1)
     assert [m.item() for m in masks] == [True, False]
 

@@ -30,10 +30,7 @@ def masks(generator):
 def curvature(generator, weights, masks):
     model = BlockFisher(8, 1e-2)
     model.start(weights)
-    grads = {
-        n: masks[n] * torch.randn(40, *s, dtype=torch.float64, generator=generator)
-        for n, s in SHAPES.items()
-    }
+    grads = {n: masks[n] * torch.randn(40, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
     model.update(Observation(40, gradients=grads))
     return model
 
@@ -50,9 +47,7 @@ def test_a_prefix_of_every_blocks_order_goes(curvature, weights, masks, target):
     assert sum(int((~m).sum()) for m in kept.values()) == target
     for name, c in costs.items():
         gone = ~c.layout.to_blocks(kept[name]) & c.layout.is_weight(torch.device("cpu"))
-        assert (
-            gone | c.alive | ~c.layout.is_weight(torch.device("cpu"))
-        ).all()  # the dead stay dead
+        assert (gone | c.alive | ~c.layout.is_weight(torch.device("cpu"))).all()  # the dead stay dead
         newly = gone & c.alive
         for k in range(c.layout.num_blocks):
             assert sorted(c.rank[k][newly[k]].tolist()) == list(range(int(newly[k].sum())))
@@ -136,9 +131,7 @@ def test_simultaneous_update_is_the_sum_of_single_updates(curvature, weights, ma
         gone = layout.to_blocks(~kept[name]).flatten()
         want = w - inverse[:, gone] @ (w / inverse.diagonal())[gone]
         want[gone] = 0
-        torch.testing.assert_close(
-            updated[name], layout.from_blocks(want.reshape(layout.num_blocks, -1))
-        )
+        torch.testing.assert_close(updated[name], layout.from_blocks(want.reshape(layout.num_blocks, -1)))
 
 
 class Scaled(BlockFisher):

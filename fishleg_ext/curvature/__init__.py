@@ -46,9 +46,7 @@ def make_curvature(
             )
         return curvature
     if not isinstance(curvature, str):
-        raise TypeError(
-            f"expected curvature to be a name or a Curvature, got {type(curvature).__name__}"
-        )
+        raise TypeError(f"expected curvature to be a name or a Curvature, got {type(curvature).__name__}")
     if curvature in PLANNED:
         raise NotImplementedError(f"curvature={curvature!r} is not in this version yet")
     if curvature == "identity":

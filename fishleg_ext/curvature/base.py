@@ -112,7 +112,5 @@ def checked_damping(damping: float, *, positive: bool) -> float:
     """`damping` if it is finite and not negative, or positive if it must be."""
     damping = float(damping)
     if not 0 <= damping < float("inf") or (positive and damping == 0):
-        raise ValueError(
-            f"expected damping to be finite and {'>' if positive else '>='} 0, got {damping}"
-        )
+        raise ValueError(f"expected damping to be finite and {'>' if positive else '>='} 0, got {damping}")
     return damping

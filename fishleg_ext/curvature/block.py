@@ -85,9 +85,7 @@ class BlockFisher(Curvature):
         for name, weight in weights.items():
             layout, gram = self.layouts[name], self._gram[name]
             blocks = layout.to_blocks(weight).to(gram.dtype)
-            step = blocks - ops.obs_compensate(
-                blocks, self._inverse(name), layout.to_blocks(pruned[name])
-            )
+            step = blocks - ops.obs_compensate(blocks, self._inverse(name), layout.to_blocks(pruned[name]))
             fisher_step = self._apply(name, gram, layout.from_blocks(step)) / max(1, self._count)
             fisher_step += self.damping * layout.from_blocks(step)
             total += 0.5 * float((layout.from_blocks(step) * fisher_step).sum(dtype=torch.float64))
@@ -106,9 +104,7 @@ class BlockFisher(Curvature):
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
         """Blocks of `matrix` [K, B, B] times a tensor of the parameter's shape."""
         layout = self.layouts[name]
-        return layout.from_blocks(
-            (matrix @ layout.to_blocks(x).to(matrix.dtype)[..., None])[..., 0]
-        )
+        return layout.from_blocks((matrix @ layout.to_blocks(x).to(matrix.dtype)[..., None])[..., 0])
 
     def _inverse(self, name: str) -> Tensor:
         # (gram / count + damping)^-1 = count * (gram + count * damping)^-1 spares a copy of the Gram matrices.

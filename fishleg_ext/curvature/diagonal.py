@@ -21,7 +21,7 @@ class DiagonalFisher(Curvature):
 
     default_saliency = "simultaneous"
 
-    def __init__(self, damping: float = 1e-8) -> None:
+    def __init__(self, damping: float = 1e-5) -> None:
         super().__init__()
         self.damping = checked_damping(damping, positive=True)
 
@@ -33,8 +33,7 @@ class DiagonalFisher(Curvature):
         """Zero sums."""
         super().start(weights)
         self._squares = {
-            name: torch.zeros(w.shape, dtype=widened(w.dtype), device=w.device)
-            for name, w in weights.items()
+            name: torch.zeros(w.shape, dtype=widened(w.dtype), device=w.device) for name, w in weights.items()
         }
         self._count = 0
 
@@ -64,8 +63,7 @@ class DiagonalFisher(Curvature):
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
         """1/2 sum_P F w^2."""
         return sum(
-            float((w.double().square() / self._inverse(name))[pruned[name]].sum()) / 2
-            for name, w in weights.items()
+            float((w.double().square() / self._inverse(name))[pruned[name]].sum()) / 2 for name, w in weights.items()
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,8 +26,7 @@ class Identity(Curvature):
         """Remember shapes alone."""
         super().start(weights)
         self._ones = {
-            name: torch.ones((), dtype=widened(w.dtype), device=w.device).expand(w.shape)
-            for name, w in weights.items()
+            name: torch.ones((), dtype=widened(w.dtype), device=w.device).expand(w.shape) for name, w in weights.items()
         }
 
     def state_bytes(self, weight: Tensor, num_grads: int) -> int:
@@ -51,6 +50,4 @@ class Identity(Curvature):
 
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
         """1/2 |w_P|^2."""
-        return sum(
-            float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items()
-        )
+        return sum(float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items())

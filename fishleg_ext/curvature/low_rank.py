@@ -46,10 +46,8 @@ class LowRankFisher(Curvature):
         """No gradients."""
         super().start(weights)
         self._chunks: dict[str, list[Tensor]] = {name: [] for name in weights}  # [chunk, n] each
-        self._like = {
-            name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()
-        }
-        self._factor: Tensor | None = None
+        self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
+        self._forget()
 
     def state_bytes(self, weight: Tensor, num_grads: int) -> int:
         """Every gradient."""
@@ -61,7 +59,7 @@ class LowRankFisher(Curvature):
             # A copy: the observer's tensor may be a view of a larger one, or be written again.
             kept = grads.flatten(1).to(self._like[name].dtype, copy=True)
             self._chunks[name].append(kept)
-        self._factor = None
+        self._forget()
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(v - G^T C^-1 G v) / damping."""
@@ -80,16 +78,13 @@ class LowRankFisher(Curvature):
         return result
 
     def diag(self) -> dict[str, Tensor]:
-        """(1 - |L^-1 g_i|^2) / damping for each column g_i of G, with L the Cholesky factor of C."""
-        factor = self._cholesky()
-        result = {}
-        for name, layout in self.layouts.items():
-            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=factor.device)
-            for columns, part in self._columns(name):
-                whitened = torch.linalg.solve_triangular(factor, part, upper=False)
-                flat[columns] = (1 - whitened.square().sum(0)) / self.damping
-            result[name] = flat.reshape(layout.shape)
-        return result
+        """(1 - |L^-1 g_i|^2) / damping for each column g_i of G, with L the Cholesky factor of C.
+
+        m^2 operations a weight, so the result is kept.
+        """
+        if self._diagonal is None:
+            self._diagonal = self._compute_diagonal()
+        return dict(self._diagonal)
 
     def blocks(self, name: str) -> Blocks:
         """(I - (L^-1 G_b)^T (L^-1 G_b)) / damping for each block b of columns."""
@@ -134,11 +129,13 @@ class LowRankFisher(Curvature):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._chunks = {
-            name: [state["gradients"][name].to(like, copy=True)]
-            for name, like in self._like.items()
-        }
-        self._factor = None
+        self._chunks = {name: [state["gradients"][name].to(like, copy=True)] for name, like in self._like.items()}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was derived from other gradients."""
+        self._factor: Tensor | None = None
+        self._diagonal: dict[str, Tensor] | None = None
 
     def _gradients(self, name: str) -> Tensor:
         """All gradients of one parameter, [m, n]."""
@@ -153,6 +150,17 @@ class LowRankFisher(Curvature):
         for start in range(0, grads.shape[1], COLUMNS):
             columns = slice(start, start + COLUMNS)
             yield columns, grads[:, columns].double()
+
+    def _compute_diagonal(self) -> dict[str, Tensor]:
+        factor = self._cholesky()
+        result = {}
+        for name, layout in self.layouts.items():
+            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=factor.device)
+            for columns, part in self._columns(name):
+                whitened = torch.linalg.solve_triangular(factor, part, upper=False)
+                flat[columns] = (1 - whitened.square().sum(0)) / self.damping
+            result[name] = flat.reshape(layout.shape)
+        return result
 
     def _cholesky(self) -> Tensor:
         """The Cholesky factor of C, [m, m], float64."""

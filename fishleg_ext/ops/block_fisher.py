@@ -37,9 +37,7 @@ def block_gram_(
     checks.shape("grads", grads, "[m, K, B]", (grads.shape[0], num_blocks, size))
     checks.writable("gram", gram)
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}"
-        )
+        raise ValueError(f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def _fake_block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -36,26 +36,20 @@ def same_device(**tensors: Tensor) -> None:
     first_name, first = next(named)
     for name, tensor in named:
         if tensor.device != first.device:
-            raise ValueError(
-                f"expected {name} on the device of {first_name}, {first.device}, got {tensor.device}"
-            )
+            raise ValueError(f"expected {name} on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
 def shape(name: str, tensor: Tensor, layout: str, expected: Sequence[int]) -> None:
     """The tensor's shape is `expected`; `layout` names its dimensions, as in "[K, B, B]"."""
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"expected {name} of shape {layout} = {list(expected)}, got {list(tensor.shape)}"
-        )
+        raise ValueError(f"expected {name} of shape {layout} = {list(expected)}, got {list(tensor.shape)}")
 
 
 def dims(name: str, tensor: Tensor, layout: str) -> None:
     """The tensor has as many dimensions as `layout` names, as in "[K, B, B]"."""
     expected = layout.count(",") + 1
     if tensor.dim() != expected:
-        raise ValueError(
-            f"expected {name} of shape {layout}, {expected} dimensions, got {list(tensor.shape)}"
-        )
+        raise ValueError(f"expected {name} of shape {layout}, {expected} dimensions, got {list(tensor.shape)}")
 
 
 def inverse_blocks(inverse: Tensor, num_blocks: int, block_size: int) -> None:
@@ -69,9 +63,7 @@ def inverse_blocks(inverse: Tensor, num_blocks: int, block_size: int) -> None:
 
 def writable(name: str, tensor: Tensor) -> None:
     """An in-place target holds one memory cell for each element."""
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ):
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(
             f"expected {name} with one memory cell per element, got an expanded tensor "
             f"(shape {list(tensor.shape)}, strides {list(tensor.stride())}); clone it first"
@@ -81,6 +73,4 @@ def writable(name: str, tensor: Tensor) -> None:
 def same_length(first_name: str, first: Sequence, second_name: str, second: Sequence) -> None:
     """Two lists go together, item by item."""
     if len(first) != len(second):
-        raise ValueError(
-            f"expected as many {second_name} as {first_name}, {len(first)}, got {len(second)}"
-        )
+        raise ValueError(f"expected as many {second_name} as {first_name}, {len(first)}, got {len(second)}")

@@ -8,9 +8,7 @@ from fishleg_ext.reference import diag_fisher as reference
 
 
 @op(reference=reference.fisher_diag_update_, mutates=("fisher",))
-def fisher_diag_update_(
-    fisher: list[Tensor], grads: list[Tensor], beta: float, *, impl: str = "auto"
-) -> None:
+def fisher_diag_update_(fisher: list[Tensor], grads: list[Tensor], beta: float, *, impl: str = "auto") -> None:
     """Move a running mean of squared gradients: f = beta f + (1 - beta) g^2, for every pair of tensors.
 
     This is Adam's second moment; Tu et al. 2016, arXiv 1605.04859, read the Fisher diagonal off it.

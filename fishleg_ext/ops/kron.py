@@ -20,9 +20,7 @@ def _fake_kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Ten
 
 
 @op(reference=reference.kron_mul, fake=_fake_kron_mul)
-def kron_mul(
-    x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto"
-) -> Tensor:
+def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """Multiply by a Kronecker-factored inverse: Q x = scale * (P (scale * x) M).
 
     McGowan et al., FishLeg Surgeon, arXiv 2412.02328.
@@ -53,9 +51,7 @@ def _fake_kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Te
 
 
 @op(reference=reference.kron_diag, fake=_fake_kron_diag)
-def kron_diag(
-    row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto"
-) -> Tensor:
+def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """The diagonal of a Kronecker-factored inverse: scale^2 * (diag P outer diag M).
 
     Args:

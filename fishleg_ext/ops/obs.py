@@ -108,9 +108,7 @@ def obs_eliminate(
         raise ValueError(f"expected group to divide the block size {size}, got {group}")
     if (n, m) != (0, 0):
         if not 0 <= n <= m or m < 1 or size % m:
-            raise ValueError(
-                f"expected 0 <= n <= m with m dividing the block size {size}, got n={n}, m={m}"
-            )
+            raise ValueError(f"expected 0 <= n <= m with m dividing the block size {size}, got n={n}, m={m}")
         if group > 1:
             raise ValueError(f"expected either group > 1 or n:m, got group={group} and {n}:{m}")
     if stop is not None and stop != stop:
@@ -122,9 +120,7 @@ def _fake_obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Ten
 
 
 @op(reference=reference.obs_compensate, fake=_fake_obs_compensate)
-def obs_compensate(
-    weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str = "auto"
-) -> Tensor:
+def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str = "auto") -> Tensor:
     """Zero a set P of weights of each block and move the others so that the loss rises least.
 
     w - H[:, P] (H[P, P])^-1 w_P, with exact zeros at P.

@@ -37,9 +37,7 @@ def keep_mask(scores: list[Tensor], num_pruned: int, *, impl: str = "auto") -> l
         checks.dense_floating(**{f"scores[{index}]": score for index, score in enumerate(scores)})
     total = sum(score.numel() for score in scores)
     if not 0 <= num_pruned <= total:
-        raise ValueError(
-            f"expected num_pruned from 0 to {total}, the number of scores, got {num_pruned}"
-        )
+        raise ValueError(f"expected num_pruned from 0 to {total}, the number of scores, got {num_pruned}")
 
 
 def _fake_nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
@@ -72,6 +70,4 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1, *, impl: str = "auto")
     if not -score.dim() <= dim < score.dim():
         raise IndexError(f"expected dim of a tensor of shape {list(score.shape)}, got {dim}")
     if score.shape[dim] % m:
-        raise ValueError(
-            f"expected the size of dim {dim} to be a multiple of m = {m}, got {score.shape[dim]}"
-        )
+        raise ValueError(f"expected the size of dim {dim} to be a multiple of m = {m}, got {score.shape[dim]}")

@@ -8,9 +8,7 @@ from fishleg_ext.reference.precision import batches, widened
 MAX_RAISES = 12
 
 
-def block_gram_(
-    gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee"
-) -> None:
+def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee") -> None:
     """`precision` is the least that is asked for; this always computes in the dtype of `gram`."""
     grads = grads.to(gram.dtype)
     gram.baddbmm_(grads.permute(1, 2, 0), grads.permute(1, 0, 2), alpha=alpha)
@@ -18,9 +16,7 @@ def block_gram_(
 
 def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Cholesky inverse of each damped block."""
-    inverse = torch.empty_like(
-        gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format
-    )
+    inverse = torch.empty_like(gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format)
     info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
     for part in batches(gram.shape[0], inverse[:1].numel() * inverse.element_size(), gram.device):
         factor, info[part] = damped_cholesky(gram[part].to(inverse.dtype), damping)
@@ -60,9 +56,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
                 break
             shift = torch.as_tensor(first, dtype=matrix.dtype, device=matrix.device)
             shift = shift.expand(len(matrix))[retry] * 10.0 ** (raises - 1)
-            factor[retry], status = torch.linalg.cholesky_ex(
-                matrix[retry] + shift[:, None, None] * identity
-            )
+            factor[retry], status = torch.linalg.cholesky_ex(matrix[retry] + shift[:, None, None] * identity)
             info[retry] = raises
             failed[retry] = status != 0
         info[failed] = -1

@@ -51,9 +51,7 @@ class _Elimination:
     moves a quarter of the bytes of updating H in place.
     """
 
-    def __init__(
-        self, weight: Tensor, inverse: Tensor, alive: Tensor, group: int, dead_first: bool
-    ) -> None:
+    def __init__(self, weight: Tensor, inverse: Tensor, alive: Tensor, group: int, dead_first: bool) -> None:
         dtype = widened(inverse.dtype)
         k, size = weight.shape
         self.size, self.group = size, group
@@ -88,9 +86,7 @@ class _Elimination:
             for member in range(self.group):
                 pivot = chosen * self.group + member  # [k, 1]
                 valid = running & self.pending.gather(1, pivot)
-                self.rank.scatter_(
-                    1, pivot, torch.where(valid, next_rank, self.rank.gather(1, pivot))
-                )
+                self.rank.scatter_(1, pivot, torch.where(valid, next_rank, self.rank.gather(1, pivot)))
                 self.cost.scatter_(1, pivot, torch.where(valid, cost, self.cost.gather(1, pivot)))
                 next_rank = next_rank + valid
                 self._eliminate(pivot, valid)
@@ -115,9 +111,7 @@ class _Elimination:
             whitened = torch.linalg.solve_triangular(factor, weight[..., None], upper=False)
             cost = 0.5 * whitened.square().sum((-2, -1)) / pending.sum(-1)
             usable = pending.any(-1) & (failed == 0)
-        cost = torch.where(
-            usable & (cost < torch.inf), cost, torch.inf
-        )  # NaN is never the cheapest
+        cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
         chosen = cost.argmin(1, keepdim=True)  # of ties the first
         return cost.gather(1, chosen), chosen
 
@@ -130,9 +124,7 @@ class _Elimination:
             factors = done.gather(2, pivot[:, None].expand(-1, self.num_columns, -1)).mT
             column = torch.baddbmm(column[:, None], factors, done, alpha=-1)[:, 0]
         variance = column.gather(1, pivot)
-        valid_variance = valid & (
-            variance > 0
-        )  # a weight that nothing compensates for moves no other
+        valid_variance = valid & (variance > 0)  # a weight that nothing compensates for moves no other
         root = torch.where(valid_variance, variance, 1).sqrt()
         column = torch.where(self.pending & valid_variance, column / root, 0)
         self.columns[:, self.num_columns] = column

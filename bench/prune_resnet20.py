@@ -1,0 +1,243 @@
+"""Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
+
+    python bench/prune_resnet20.py --data DIR [--parts one rounds table]
+
+DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
+`cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
+onwards for draw k; accuracies are of all 10,000 test images. Prints the tables and writes the numbers as JSON.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from fishleg_ext import Pruner, PruneResult
+
+WEIGHTS = r"re:(conv\d|linear)\.weight$"
+SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+EXACT = {"curvature": "block", "saliency": "exact", "block_size": 128, "damping": 1e-5}
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"curvature": "identity"},
+    "diagonal Fisher": {"curvature": "diagonal"},
+    "oBERT/WoodFisher, B=50, 1e-3": {"saliency": "simultaneous", "block_size": 50, "damping": 1e-3},
+    "oBERT/WoodFisher, B=128, 1e-3": {"saliency": "simultaneous", "block_size": 128, "damping": 1e-3},
+    "oBERT/WoodFisher, B=128, 1e-5": {"saliency": "simultaneous", "block_size": 128, "damping": 1e-5},
+    "M-FAC, full matrix, 1e-5": {"curvature": "low_rank", "damping": 1e-5},
+    "exact greedy, B=50, 1e-5": EXACT | {"block_size": 50},
+    "exact greedy, B=128, 1e-5": EXACT,
+}
+ROUNDS = 8
+FINAL_SPARSITY = 0.95
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut without parameters."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.stride, self.padding = stride, (fan_out - fan_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shortcut subsamples and pads channels with zeros."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x)
+
+
+class ResNet20(nn.Module):
+    """He et al. 2016, section 4.2, n = 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, 10] of images [N, 3, 32, 32]."""
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+class Cifar10:
+    """Normalised training and test images, read from the sheets of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.train_labels = torch.tensor(json.loads((folder / "train_labels.json").read_text()))
+        self.test_images = self._sheet("test.webp")
+        self.test_labels = torch.tensor(json.loads((folder / "test_labels.json").read_text()))
+
+    def _sheet(self, name: str) -> Tensor:
+        pixels = np.asarray(Image.open(self.folder / name).convert("RGB"))
+        images = pixels.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(10000, 3, 32, 32)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        return (torch.from_numpy(images.astype(np.float32)) / 255 - mean) / std
+
+    def training_batches(self, start: int, count: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
+        """Images start to start + count of the training set, in its order."""
+        sheets = range(start // 10000, (start + count - 1) // 10000 + 1)
+        images = torch.cat([self._sheet(f"train_{i}.webp") for i in sheets])[start - 10000 * sheets[0] :][:count]
+        return list(zip(images.split(size), self.train_labels[start : start + count].split(size), strict=True))
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Right answers on the test set, in percent."""
+        model.eval()
+        batches = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
+        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(self.test_labels) * 100
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of the peak resident memory (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """MiB of resident memory at its highest since `reset_peak_memory`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+class Bench:
+    """Runs prunings of the dense network and collects a record of each."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.cifar = Cifar10(arguments.data / "cifar10")
+        self.dense = ResNet20()
+        state = torch.load(arguments.data / "models" / "resnet20_cifar10.pt", weights_only=True)
+        self.dense.load_state_dict(state)
+        self.records: list[dict[str, Any]] = []
+        # Before anything is timed: the first call of each op pays for threads and libraries.
+        warm_up = copy.deepcopy(self.dense)
+        pruner = Pruner(warm_up, params=WEIGHTS, num_grads=64, progress=False)
+        pruner.estimate(self.cifar.training_batches(0, 64), F.cross_entropy)
+        pruner.prune_to(0.5)
+
+    def prune(self, name: str, sparsities: list[float], draw: int = 0, **options: Any) -> list[dict[str, Any]]:
+        """Prune the dense network to one sparsity after another and measure it after each."""
+        num_grads = self.arguments.num_grads
+        data = self.cifar.training_batches(draw * num_grads, num_grads)
+        model = copy.deepcopy(self.dense).eval()
+        pruner = Pruner(model, params=WEIGHTS, num_grads=num_grads, progress=self.arguments.progress, **options)
+        records = []
+        for sparsity in sparsities:
+            reset_peak_memory()
+            start = time.perf_counter()
+            pruner.estimate(data, F.cross_entropy)
+            result = pruner.prune_to(sparsity)
+            seconds = time.perf_counter() - start
+            record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model)}
+            records.append(record)
+        self.records += records
+        return records
+
+    def _record(self, name: str, draw: int, result: PruneResult, seconds: float) -> dict[str, Any]:
+        return {
+            "method": name,
+            "draw": draw,
+            "sparsity": result.sparsity,
+            "seconds": seconds,
+            "stages": result.history[-1]["seconds"],
+            "peak_mib": peak_memory(),
+            "predicted_loss_increase": result.predicted_loss_increase,
+        }
+
+    def one(self) -> None:
+        """Exact greedy at 80 %, in one shot."""
+        rows = []
+        for draw in range(self.arguments.draws):
+            (record,) = self.prune("exact greedy, B=128, 1e-5", [0.8], draw, **EXACT)
+            rows.append([draw, record["accuracy"], *self._costs(record)])
+        print(f"\nexact greedy, B=128, damping 1e-5, {self.arguments.num_grads} gradients, 80 %")
+        print(tabulate(rows, ["draw", "accuracy, %", *COSTS], floatfmt=".2f"))
+
+    def rounds(self) -> None:
+        """Exact greedy to 95 % in eight rounds, density falling geometrically."""
+        steps = [1 - (1 - FINAL_SPARSITY) ** (k / ROUNDS) for k in range(1, ROUNDS + 1)]
+        runs = [
+            self.prune("exact greedy, 8 rounds", steps, draw, **EXACT)
+            for draw in tqdm(range(self.arguments.draws), desc="runs", leave=False, disable=None)
+        ]
+        rows = []
+        for i, records in enumerate(zip(*runs, strict=True)):
+            accuracies = [r["accuracy"] for r in records]
+            rows.append([i + 1, f"{records[0]['sparsity']:.1%}", *accuracies, *self._costs(records[0])])
+        print(f"\nexact greedy, B=128, damping 1e-5, {self.arguments.num_grads} gradients a round")
+        draws = [f"draw {draw}, %" for draw in range(len(runs))]
+        print(tabulate(rows, ["round", "sparsity", *draws, *COSTS], floatfmt=".2f"))
+
+    def table(self) -> None:
+        """Every method at every sparsity, each from the dense network."""
+        rows = []
+        for name, options in tqdm(METHODS.items(), desc="methods", leave=False, disable=None):
+            records = [self.prune(name, [sparsity], **options)[0] for sparsity in SPARSITIES]
+            rows.append([name, *(r["accuracy"] for r in records), *self._costs(records[-1])])
+        print(f"\ntest accuracy, %; times and memory of the last column; dense {self.cifar.accuracy(self.dense):.2f}")
+        print(tabulate(rows, ["", *(f"{s:.0%}" for s in SPARSITIES), *COSTS], floatfmt=".2f"))
+
+    @staticmethod
+    def _costs(record: dict[str, Any]) -> list[float]:
+        stages = record["stages"]
+        return [record["seconds"], *(stages.get(stage, 0.0) for stage in STAGES), record["peak_mib"]]
+
+
+STAGES = ("observation", "saliency", "selection", "compensation")
+COSTS = ("total, s", *(f"{stage}, s" for stage in STAGES), "peak MiB")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    """Run the chosen parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
+    parts = ("one", "rounds", "table")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--num-grads", type=int, default=1024)
+    parser.add_argument("--draws", type=int, default=1, help="samples of gradients for one and rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
+    parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    for part in arguments.parts:
+        getattr(bench, part)()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    report = machine() | {"num_grads": arguments.num_grads, "runs": bench.records}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
