@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "exact greedy, B=128, 1e-5": EXACT,
 }
 ROUNDS = 8
+ROUNDS_DAMPING = (1e-5, 1e-4)
 FINAL_SPARSITY = 0.95
 
 
@@ -177,17 +178,19 @@ class Bench:
     def rounds(self) -> None:
         """Exact greedy to 95 % in eight rounds, density falling geometrically."""
         steps = [1 - (1 - FINAL_SPARSITY) ** (k / ROUNDS) for k in range(1, ROUNDS + 1)]
-        runs = [
-            self.prune("exact greedy, 8 rounds", steps, draw, **EXACT)
-            for draw in tqdm(range(self.arguments.draws), desc="runs", leave=False, disable=None)
-        ]
-        rows = []
-        for i, records in enumerate(zip(*runs, strict=True)):
-            accuracies = [r["accuracy"] for r in records]
-            rows.append([i + 1, f"{records[0]['sparsity']:.1%}", *accuracies, *self._costs(records[0])])
-        print(f"\nexact greedy, B=128, damping 1e-5, {self.arguments.num_grads} gradients a round")
-        draws = [f"draw {draw}, %" for draw in range(len(runs))]
-        print(tabulate(rows, ["round", "sparsity", *draws, *COSTS], floatfmt=".2f"))
+        for damping in ROUNDS_DAMPING:
+            options = EXACT | {"damping": damping}
+            runs = [
+                self.prune(f"exact greedy, B=128, {damping:.0e}, 8 rounds", steps, draw, **options)
+                for draw in range(self.arguments.draws)
+            ]
+            rows = []
+            for i, records in enumerate(zip(*runs, strict=True)):
+                accuracies = [record["accuracy"] for record in records]
+                rows.append([i + 1, f"{records[0]['sparsity']:.1%}", *accuracies, *self._costs(records[0])])
+            print(f"\nexact greedy, B=128, damping {damping:.0e}, {self.arguments.num_grads} gradients a round")
+            draws = [f"draw {draw}, %" for draw in range(len(runs))]
+            print(tabulate(rows, ["round", "sparsity", *draws, *COSTS], floatfmt=".2f"))
 
     def table(self) -> None:
         """Every method at every sparsity, each from the dense network."""

@@ -37,6 +37,8 @@ class LowRankFisher(Curvature):
             raise ValueError(f"expected block_size >= 1, got {block_size}")
         self.block_size = block_size
         self.damping = checked_damping(damping, positive=True)
+        self._factor: Tensor | None = None
+        self._diagonal: dict[str, Tensor] | None = None
 
     def layout(self, weight: Tensor) -> BlockLayout:
         """Blocks of block_size."""
@@ -134,8 +136,8 @@ class LowRankFisher(Curvature):
 
     def _forget(self) -> None:
         """Drop what was derived from other gradients."""
-        self._factor: Tensor | None = None
-        self._diagonal: dict[str, Tensor] | None = None
+        self._factor = None
+        self._diagonal = None
 
     def _gradients(self, name: str) -> Tensor:
         """All gradients of one parameter, [m, n]."""
