@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fishleg_ext import ops
 from fishleg_ext.curvature import Curvature
+from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_update(
@@ -34,7 +34,7 @@ def exact_update(
 ) -> dict[str, Tensor]:
     """The best joint update within each block for all weights that are zero afterwards; see `ops.obs_compensate`."""
     updated = {}
-    for name, weight in tqdm(weights.items(), desc="compensation", leave=False, disable=None if progress else True):
+    for name, weight in progress_bar(weights.items(), what="compensation", show=progress):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
         moved = ops.obs_compensate(

@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fishleg_ext.parameters import choose_parameters
+from fishleg_ext.progress import progress_bar
 from fishleg_ext.pruner import prune
 
 matplotlib.use("Agg")
@@ -75,7 +75,7 @@ def train(model: nn.Module, split: Split, epochs: int = 20, seed: int = 0, progr
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
-    for _ in tqdm(range(epochs), desc="training", leave=False, disable=None if progress else True):
+    for _ in progress_bar(range(epochs), what="training", show=progress):
         for chosen in torch.randperm(len(split.images), generator=generator).split(64):
             loss = nn.functional.cross_entropy(model(split.images[chosen]), split.digits[chosen])
             optimizer.zero_grad()
@@ -106,12 +106,7 @@ def run(out: Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     )
     accuracies: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
-    bar = tqdm(
-        total=len(METHODS) * len(SPARSITIES),
-        desc="pruning",
-        leave=False,
-        disable=None if progress else True,
-    )
+    bar = progress_bar(what="pruning", total=len(METHODS) * len(SPARSITIES), show=progress)
     for method, options in METHODS.items():
         start = time.perf_counter()
         accuracies[method] = []

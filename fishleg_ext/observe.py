@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
+from tqdm import tqdm
+
+from fishleg_ext.progress import progress_bar
 
 # Bytes of gradients, or of unfolded layer inputs, that are held at a time, beside the activations of at most
 # CHUNK_SAMPLES samples. One gradient, and one sample's inputs, are held in any case.
@@ -100,7 +102,7 @@ def observe(
     device = next(iter(weights.values())).device
     with (
         _running(model, device, seed),
-        tqdm(total=num_grads, desc="gradients", leave=False, disable=None if progress else True) as bar,
+        progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
         if "gradients" in observer.observes:
             sample = label_sampler(labels, loss_fn, likelihood)
@@ -438,7 +440,7 @@ def recalibrate_batchnorm(
     used = 0
     with (
         _running(model, device, seed),
-        tqdm(total=num_samples, desc="BatchNorm", leave=False, disable=None if progress else True) as bar,
+        progress_bar(what="BatchNorm", total=num_samples, show=progress) as bar,
     ):
         try:
             for norm in norms:

@@ -105,7 +105,7 @@ class Pruner:
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.impl = use_impl(impl).impl
         self.seed = seed
-        self.progress = progress
+        self.progress = self.curvature.progress = progress
         self.history: list[dict[str, Any]] = []
         self.max_memory = max_memory
         self._groups = self._split_by_memory()

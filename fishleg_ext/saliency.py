@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fishleg_ext import ops
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import Curvature
 from fishleg_ext.layout import BlockLayout
+from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_costs(
@@ -44,7 +44,7 @@ def exact_costs(
         progress: show a progress bar.
     """
     costs = {}
-    for name, weight in tqdm(weights.items(), desc="elimination", leave=False, disable=None if progress else True):
+    for name, weight in progress_bar(weights.items(), what="elimination", show=progress):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
         alive = layout.to_blocks(masks[name])

@@ -51,6 +51,7 @@ class Curvature(ABC):
         separable: whether each parameter can be estimated without the others.
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
         damping_raised: name -> number of blocks whose damping had to be raised to invert them.
+        progress: whether to show progress bars; `Pruner` sets it.
     """
 
     observes: ClassVar[frozenset[str]] = frozenset({"gradients"})
@@ -62,6 +63,7 @@ class Curvature(ABC):
     default_num_grads: ClassVar[int] = 1024
 
     def __init__(self) -> None:
+        self.progress = False
         self.damping_raised: dict[str, int] = {}
         self.layouts: dict[str, BlockLayout] = {}
 

@@ -11,6 +11,7 @@ from fishleg_ext import ops
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, checked_damping
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
+from fishleg_ext.progress import progress_bar
 from fishleg_ext.reference.precision import widened
 
 
@@ -66,13 +67,14 @@ class BlockFisher(Curvature):
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One inversion a layer, one product a block."""
-        return {name: self._apply(name, self._inverse(name), x) for name, x in v.items()}
+        bar = progress_bar(v.items(), what="products", show=self.progress)
+        return {name: self._apply(name, self._inverse(name), x) for name, x in bar}
 
     def diag(self) -> dict[str, Tensor]:
         """One inversion a layer."""
         return {
             name: layout.from_blocks(self._inverse(name).diagonal(dim1=1, dim2=2))
-            for name, layout in self.layouts.items()
+            for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress)
         }
 
     def blocks(self, name: str) -> Blocks:
@@ -82,7 +84,7 @@ class BlockFisher(Curvature):
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
         """1/2 dw^T F dw of the best step that zeroes P, block by block."""
         total = 0.0
-        for name, weight in weights.items():
+        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
             layout, gram = self.layouts[name], self._gram[name]
             blocks = layout.to_blocks(weight).to(gram.dtype)
             step = blocks - ops.obs_compensate(blocks, self._inverse(name), layout.to_blocks(pruned[name]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, checked_damping
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
+from fishleg_ext.progress import progress_bar
 from fishleg_ext.reference.precision import widened
 
 # Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
@@ -114,7 +115,7 @@ class LowRankFisher(Curvature):
         lost = torch.zeros(m, dtype=torch.float64, device=factor.device)
         kept = m * torch.eye(m, dtype=torch.float64, device=factor.device)
         norm = 0.0
-        for name, weight in weights.items():
+        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
             flat = torch.where(pruned[name], weight, 0).flatten().double()
             norm += float(flat.square().sum())
             mask = pruned[name].flatten()
@@ -156,7 +157,7 @@ class LowRankFisher(Curvature):
     def _compute_diagonal(self) -> dict[str, Tensor]:
         factor = self._cholesky()
         result = {}
-        for name, layout in self.layouts.items():
+        for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
             flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=factor.device)
             for columns, part in self._columns(name):
                 whitened = torch.linalg.solve_triangular(factor, part, upper=False)
@@ -168,7 +169,7 @@ class LowRankFisher(Curvature):
         """The Cholesky factor of C, [m, m], float64."""
         if self._factor is None:
             gram: Tensor | None = None
-            for name in self._chunks:
+            for name in progress_bar(self._chunks, what="gradient products", show=self.progress):
                 for _, part in self._columns(name):
                     gram = part @ part.mT if gram is None else gram.addmm_(part, part.mT)
             if gram is None:
