@@ -65,23 +65,16 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve()
-        configure = [
-            *(
-                "cmake",
-                "-S",
-                str(ROOT),
-                "-B",
-                str(work),
-                "-G",
-                "Ninja",
-                "-DCMAKE_BUILD_TYPE=Release",
-            ),
-            f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={ARCHITECTURES}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DFISHLEG_EXT_PYBIND11={find_pybind11()}",
-            f"-DFISHLEG_EXT_OUTPUT={target}",
-        ]
+        variables = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CUDA_COMPILER": find_nvcc(),
+            "CMAKE_CUDA_ARCHITECTURES": ARCHITECTURES,
+            "Python_EXECUTABLE": sys.executable,
+            "FISHLEG_EXT_PYBIND11": find_pybind11(),
+            "FISHLEG_EXT_OUTPUT": target,
+        }
+        configure = ["cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja"]
+        configure += [f"-D{name}={value}" for name, value in variables.items()]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(work)], check=True)
