@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fishleg_ext
+from fishleg_ext.masks import pack_masks
 from fishleg_ext.ops.dispatch import OPS
 
 
@@ -142,7 +143,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected {arguments.model} to return an nn.Module, got {type(model).__name__}")
     if arguments.checkpoint is not None:
-        model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True, map_location="cpu"))
+        model.load_state_dict(_read_checkpoint(arguments.checkpoint))
+    if arguments.out.suffix == ".json":
+        raise ValueError(f"--out {arguments.out} would be overwritten by the report of that name; use another suffix")
     if not arguments.out.parent.is_dir():
         raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
@@ -162,8 +165,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     print(f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {evaluate(model)} after")
-    masks = {name: {"shape": list(m.shape), "packed": fishleg_ext.ops.pack_mask(m)} for name, m in result.masks.items()}
-    _save({"model": model.state_dict(), "masks": masks}, arguments.out)
+    _save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)
     report = {"options": options, "sparsity": result.sparsity, "history": result.history}
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.out} and {arguments.out.with_suffix('.json')}")
@@ -179,6 +181,19 @@ def _load(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"module {module} has no function {function}")
     return found
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state dict in a file."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler trips over
+        raise ValueError(f"{path} is not a file of torch.save that holds tensors alone: {error!r}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"expected {path} to hold a state dict, got {type(state).__name__}")
+    return state
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

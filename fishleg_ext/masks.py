@@ -22,7 +22,8 @@ class Masks(Mapping[str, Tensor]):
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._keep[name]
+        keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
+        return keep
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keep)
@@ -69,8 +70,8 @@ class Masks(Mapping[str, Tensor]):
         ops.apply_masks_([w.detach() for w in self.weights.values()], list(self.packed().values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Shapes and packed masks, for `torch.save`."""
-        return {name: {"shape": list(self[name].shape), "packed": bits} for name, bits in self.packed().items()}
+        """As of `pack_masks`."""
+        return pack_masks(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -79,3 +80,8 @@ class Masks(Mapping[str, Tensor]):
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
         self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Name -> {"shape", "packed"}, one bit a weight: for `torch.save`, and to load with `weights_only`."""
+    return {name: {"shape": list(mask.shape), "packed": ops.pack_mask(mask)} for name, mask in masks.items()}

@@ -5,10 +5,11 @@ changed: parameters are replaced functionally, training flags and PyTorch's RNG 
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,15 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from fishleg_ext.labels import LabelSampler, Likelihood, LossFunction, label_sampler
 from fishleg_ext.progress import progress_bar
 
-# Bytes of gradients, or of unfolded layer inputs, that are held at a time, beside the activations of at most
-# CHUNK_SAMPLES samples. One gradient, and one sample's inputs, are held in any case.
+# Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples.
+# Vectorised gradients take COPIES times their own size while they are computed. One is computed in any case.
 CHUNK_BYTES = 2**28
 CHUNK_SAMPLES = 64
+COPIES = 3
 BATCHNORM_SAMPLES = 128
-
-LossFunction = Callable[[Any, Any], Tensor]
-Likelihood = Union[str, Callable[[Tensor, torch.Generator], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def observe(
         likelihood: for labels="model"; "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets.
             May be None with cross_entropy.
         seed: of the sampled labels, and of PyTorch's RNG while the data is read.
-        chunk_bytes: of gradients or of unfolded inputs that are held at a time.
+        chunk_bytes: memory for gradients or for unfolded inputs at a time.
         progress: show a progress bar.
 
     Returns:
@@ -105,17 +105,24 @@ def observe(
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
         if "gradients" in observer.observes:
-            sample = label_sampler(labels, loss_fn, likelihood)
-            source = _GradientSource(model, loss_fn, weights, masks or {}, sample, device, seed)
-            per_gradient = sum(w.numel() * w.element_size() for w in weights.values())
+            sampler = label_sampler(labels, loss_fn, likelihood)
+            source = _GradientSource(model, loss_fn, weights, masks or {}, sampler, device, seed)
+            per_gradient = gradient_bytes(weights.values())
             chunk = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
             limit = num_grads * grad_batch_size
             used = 0
             for inputs, targets, samples in chunks(data, chunk * grad_batch_size, limit, device):
-                for observation in source.gradients(inputs, targets, samples, grad_batch_size):
-                    observer.update(observation)
-                    used += observation.count
-                    bar.update(observation.count)
+                count = samples // grad_batch_size
+                if count:
+                    samples = count * grad_batch_size  # a gradient of the few left over would count as much
+                elif not used:
+                    count = 1  # fewer samples in all than one gradient is to have
+                if count:
+                    gradients = source.gradients(inputs, targets, samples, count)
+                    observer.update(Observation(count, gradients=gradients))
+                    del gradients  # before the next chunk's are computed
+                used += count
+                bar.update(count)
         else:
             bar.set_description("layer inputs")
             used = _observe_inputs(
@@ -139,50 +146,9 @@ def observe(
     return used
 
 
-def label_sampler(
-    labels: str, loss_fn: LossFunction, likelihood: Optional[Likelihood]
-) -> Optional[Callable[[Tensor, torch.Generator], Tensor]]:
-    """How to draw targets from the model's outputs, or None to take those of the data.
-
-    Raises:
-        ValueError: labels is neither "data" nor "model", or the likelihood is unknown or cannot be told.
-    """
-    if labels == "data":
-        return None
-    if labels != "model":
-        raise ValueError(f"expected labels to be 'data' or 'model', got {labels!r}")
-    if likelihood is None:
-        if loss_fn is nn.functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss):
-            likelihood = "categorical"
-        else:
-            raise ValueError(
-                "expected likelihood= with labels='model' and another loss than cross_entropy: "
-                "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
-            )
-    if callable(likelihood):
-        return likelihood
-    samplers = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}
-    if likelihood not in samplers:
-        raise ValueError(f"expected likelihood to be one of {', '.join(samplers)}, got {likelihood!r}")
-    return samplers[likelihood]
-
-
-def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Classes from logits [N, C, ...]."""
-    probabilities = logits.float().softmax(1).movedim(1, -1)
-    drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
-    return drawn.reshape(probabilities.shape[:-1])
-
-
-def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
-    """Values of variance 1/2, as the loss (y - mean)^2 is a negative log-likelihood of."""
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + noise * 0.5**0.5
-
-
-def _bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Zeros and ones from logits."""
-    return torch.bernoulli(logits.sigmoid(), generator=generator)
+def gradient_bytes(weights: Iterable[Tensor]) -> int:
+    """Memory that one gradient of these weights takes while it is computed among others."""
+    return COPIES * sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 @contextlib.contextmanager
@@ -191,7 +157,10 @@ def _running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None
     training = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not forked too
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         model.eval()
         try:
             yield
@@ -265,11 +234,11 @@ class _GradientSource:
         loss_fn: LossFunction,
         weights: Mapping[str, nn.Parameter],
         masks: Mapping[str, Tensor],
-        sample: Optional[Callable[[Tensor, torch.Generator], Tensor]],
+        sampler: Optional[LabelSampler],
         device: torch.device,
         seed: int,
     ) -> None:
-        self.model, self.masks, self.sample = model, masks, sample
+        self.model, self.loss_fn, self.masks, self.sampler = model, loss_fn, masks, sampler
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.generator = torch.Generator(device).manual_seed(seed)
         self.vectorized: Optional[bool] = None
@@ -277,60 +246,70 @@ class _GradientSource:
         def loss(values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
             return loss_fn(call(model, values, inputs), targets)
 
-        self.gradient = grad(loss)
-        self.vmapped = vmap(self.gradient, in_dims=(None, 0, 0), randomness="different")
+        self.vmapped = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
 
-    def gradients(self, inputs: Any, targets: Any, samples: int, group: int) -> Iterator[Observation]:
-        """One observation of all whole groups of `group` samples, and one of what is left over."""
-        if self.sample is not None:
-            targets = self.sample(call(self.model, self.weights, inputs), self.generator)
-        whole = samples - samples % group
-        for part, size in ((slice(0, whole), group), (slice(whole, samples), samples - whole)):
-            if part.stop > part.start:
-                cut = lambda x, part=part, size=size: x[part].unflatten(0, (-1, size))
-                values = self._compute(pytree.tree_map(cut, inputs), pytree.tree_map(cut, targets))
-                yield Observation((part.stop - part.start) // size, gradients=self._checked(values))
+    def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
+        """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
+        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
+        targets = pytree.tree_map(lambda x: x[:samples], targets)
+        scale = 1.0
+        if self.sampler is not None:
+            targets = self.sampler.draw(call(self.model, self.weights, inputs), self.generator)
+            if _batch_size(pytree.tree_leaves(targets)) != samples:
+                raise ValueError(f"expected likelihood to draw targets for {samples} samples")
+            # The mean of t independent terms has a gradient whose square is Fisher / t.
+            scale = (self.sampler.terms(targets, samples) / count) ** 0.5
+        group = lambda x: x.unflatten(0, (count, -1))
+        values = self._compute(pytree.tree_map(group, inputs), pytree.tree_map(group, targets), count)
+        return self._masked(values, scale)
 
-    def _compute(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Gradients [c, *shape] of inputs and targets [c, group, ...]."""
-        if self.vectorized is not False:
-            try:
-                values = self.vmapped(self.weights, inputs, targets)
-            except Exception as error:
-                if self.vectorized:  # it worked before, so this is not about vmap
-                    raise
-                values = self._loop(inputs, targets)  # raises what is wrong with the model or the data itself
-                self.vectorized = False
-                reason = str(error).strip().splitlines()
-                warnings.warn(
-                    "torch.func.vmap cannot run this model, so gradients are computed one by one, which is slower: "
-                    f"{reason[0] if reason else type(error).__name__}",
-                    stacklevel=2,
-                )
-            else:
-                self.vectorized = True
-            return values
-        return self._loop(inputs, targets)
-
-    def _loop(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
-        count = len(pytree.tree_leaves(targets)[0])
-        each = [
-            self.gradient(
-                self.weights,
-                pytree.tree_map(lambda x, i=i: x[i], inputs),
-                pytree.tree_map(lambda x, i=i: x[i], targets),
+    def _compute(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+        """Gradients of inputs and targets [count, group, ...]."""
+        if self.vectorized is False:
+            return self._loop(inputs, targets, count)
+        try:
+            values = self.vmapped(self.weights, inputs, targets)
+        except Exception as error:
+            if self.vectorized:  # it worked before, so this is not about vmap
+                raise
+            values = self._loop(inputs, targets, count)  # raises what is wrong with the model or the data itself
+            self.vectorized = False
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                "torch.func.vmap cannot run this model, so gradients are computed one by one, which is slower: "
+                f"{reason[0] if reason else type(error).__name__}",
+                stacklevel=2,
             )
-            for i in range(count)
-        ]
-        return {name: torch.stack([gradient[name] for gradient in each]) for name in self.weights}
+        else:
+            self.vectorized = True
+        return values
 
-    def _checked(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Masked gradients, all finite."""
+    def _loop(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+        """The same by plain autograd, for models that torch.func cannot run."""
+        weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        result = {name: weight.new_empty((count, *weight.shape)) for name, weight in self.weights.items()}
+        for i in range(count):
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # may be written to
+            with torch.enable_grad():
+                outputs = call(self.model, weights | buffers, pytree.tree_map(lambda x, i=i: x[i], inputs))
+                loss = self.loss_fn(outputs, pytree.tree_map(lambda x, i=i: x[i], targets))
+            for name, gradient in zip(result, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                result[name][i] = gradient
+        return result
+
+    def _masked(self, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Finite, scaled, and zero where a mask is False; in place."""
         sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
         if not sums.isfinite().all():
             bad = [name for name, value in values.items() if not value.isfinite().all()]
-            raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
-        return {name: value * self.masks[name] if name in self.masks else value for name, value in values.items()}
+            if bad:
+                raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+        for name, value in values.items():
+            if scale != 1:
+                value *= scale
+            if name in self.masks:
+                value *= self.masks[name]
+        return values
 
 
 def _observe_inputs(
@@ -404,20 +383,12 @@ def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
     return rows if module.groups > 1 else rows[0]
 
 
-def recalibrate_batchnorm(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    num_samples: int,
-    seed: int = 0,
-    progress: bool = False,
-) -> int:
-    """Recompute the running statistics of every BatchNorm layer as plain means over the batches of the data.
+def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> int:
+    """Recompute the running statistics of every BatchNorm layer as means over all batches of the data.
 
     Args:
         model: any module; only running statistics change, and they not if anything is raised.
-        data: as in `observe`.
-        num_samples: how many samples are used at most.
+        data: as in `observe`; read to its end.
         seed: of PyTorch's RNG while the data is read.
         progress: show a progress bar.
 
@@ -438,20 +409,18 @@ def recalibrate_batchnorm(
     device = first.device if first is not None else torch.device("cpu")
     before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     used = 0
-    with (
-        _running(model, device, seed),
-        progress_bar(what="BatchNorm", total=num_samples, show=progress) as bar,
-    ):
+    with _running(model, device, seed), progress_bar(what="BatchNorm", show=progress) as bar:
         try:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None
                 norm.train()
-            for inputs, _, samples in chunks(data, BATCHNORM_SAMPLES, num_samples, device):
-                if used and samples < BATCHNORM_SAMPLES:
-                    break  # a smaller batch would count as much as a whole one
-                call(model, {}, inputs)
+            for inputs, _, samples in chunks(data, BATCHNORM_SAMPLES, sys.maxsize, device):
+                if used and samples == 1:
+                    break  # one sample alone may have no variance
                 used += samples
+                for norm in norms:
+                    norm.momentum = samples / used  # so that every sample counts the same
+                call(model, {}, inputs)
                 bar.update(samples)
             if used == 0:
                 raise ValueError("expected data that yields at least one sample, got none")
@@ -460,7 +429,6 @@ def recalibrate_batchnorm(
                 norm.load_state_dict(buffers, strict=False)
             raise
         finally:
-            for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum
-                norm.load_state_dict({"num_batches_tracked": buffers["num_batches_tracked"]}, strict=False)
     return used

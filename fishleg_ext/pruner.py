@@ -1,6 +1,8 @@
 """The loop: observe, score, select, compensate, mask. The only file that sees every stage."""
 
 import contextlib
+import copy
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,19 +11,15 @@ from typing import Any, NoReturn, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.arguments import checked_count, checked_sparsity
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
-from fishleg_ext.masks import Masks
-from fishleg_ext.observe import (
-    CHUNK_BYTES,
-    Likelihood,
-    LossFunction,
-    label_sampler,
-    observe,
-    recalibrate_batchnorm,
-)
+from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
+from fishleg_ext.masks import Masks, pack_masks
+from fishleg_ext.observe import CHUNK_BYTES, gradient_bytes, observe, recalibrate_batchnorm
 from fishleg_ext.ops import use_impl
+from fishleg_ext.ops.dispatch import check_impl
 from fishleg_ext.parameters import ParameterChoice, check_weight, choose_parameters
 from fishleg_ext.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.selection import select
@@ -91,89 +89,99 @@ class Pruner:
             raise ValueError(f"expected saliency to be 'exact' or 'simultaneous', got {saliency!r}")
         self.scope = self.curvature.default_scope if scope is None else scope
         self.labels = self.curvature.default_labels if labels is None else labels
-        self.num_grads = self.curvature.default_num_grads if num_grads is None else num_grads
-        for name, count in (("num_grads", self.num_grads), ("grad_batch_size", grad_batch_size)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"expected {name} to be an integer >= 1, got {count!r}")
+        self.num_grads = self.curvature.default_num_grads
+        if num_grads is not None:
+            self.num_grads = checked_count("num_grads", num_grads)
+        self.grad_batch_size = checked_count("grad_batch_size", grad_batch_size)
+        self.max_memory = None if max_memory is None else checked_count("max_memory", max_memory)
         _check_pattern(pattern)
         self.model = model
         self.weights = choose_parameters(model, params)
         self._check_scope()
         self._masks = Masks(self.weights)
-        self.grad_batch_size = grad_batch_size
         self.likelihood = likelihood
         self.recalibrate_batchnorm = recalibrate_batchnorm
-        self.impl = use_impl(impl).impl
+        check_impl(impl)
+        self.impl = impl
         self.seed = seed
         self.progress = self.curvature.progress = progress
         self.history: list[dict[str, Any]] = []
-        self.max_memory = max_memory
         self._groups = self._split_by_memory()
         self._source: Optional[tuple[Iterable[Any], LossFunction]] = None
+        self._data: Optional[Iterable[Any]] = None  # of the last estimate, for BatchNorm
         self._held: list[str] = []  # whose curvature is estimated
         self._masks_at_estimate: dict[str, Tensor] = {}
         self._seconds: dict[str, float] = {}
+        self._damping_raised: dict[str, int] = {}
         self._used_grads = 0
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Name -> bool tensor, True = kept."""
-        return dict(self._masks)
+        """Name -> bool tensor, True = kept; copies."""
+        return {name: mask.clone() for name, mask in self._masks.items()}
 
     def estimate(self, data: Optional[Iterable[Any]], loss_fn: LossFunction) -> None:
         """Estimate the curvature of the model as it is now, forgetting earlier estimates.
 
         Args:
-            data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing. Where
-                `max_memory` splits the estimate it is read again by `prune_to`.
+            data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
             loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+
+        Where `max_memory` splits the estimate, the data is read, once for each part and use of it, by `prune_to`.
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
                 likelihood, weights or gradients with NaN or inf.
+            RuntimeError: parameters of the model were replaced since this pruner was made.
         """
+        self._source, self._held = None, []
+        self._check_parameters()
+        label_sampler(self.labels, loss_fn, self.likelihood)
         if self.curvature.observes:
             if data is None:
                 raise ValueError(f"{type(self.curvature).__name__} needs data, got None")
-            label_sampler(self.labels, loss_fn, self.likelihood)
             if len(self._groups) > 1:
                 require_rereadable(data, "max_memory splits the parameters over several passes")
-        self._source = (data if data is not None else (), loss_fn)
-        self._seconds = {}
+        source = (() if data is None else data, loss_fn)
+        self._seconds, self._damping_raised = {}, {}
         self._masks_at_estimate = dict(self._masks)
-        self._held = []
         if len(self._groups) == 1:
-            self._observe(self._groups[0])
+            self._observe(self._groups[0], source)
+        self._source, self._data = source, source[0]
 
     def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
         """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
 
-        Several calls after one estimate go on where the last one stopped, under the same curvature.
+        Several calls after one estimate go on where the last one stopped, under the same curvature; where `max_memory`
+        splits the estimate, each call needs its own.
 
         Args:
             sparsity: pruned weights over all weights afterwards, in [0, 1), earlier ones included; or name -> that of
                 each parameter, the others staying as they are. None takes `scope`, if that is such a dict.
 
         Raises:
-            RuntimeError: `estimate` was not called.
-            ValueError: sparsity out of range, or below what is pruned already.
+            RuntimeError: `estimate` was not called, or parameters of the model were replaced.
+            ValueError: sparsity out of range or below what is pruned already, or weights with NaN or inf.
         """
-        if self._source is None:
-            raise RuntimeError("call estimate(data, loss_fn) before prune_to")
+        split = len(self._groups) > 1
+        if self._source is None and not self._held:
+            raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
         num_pruned = self._num_pruned(sparsity)
+        self._check_parameters()
         dead_first = any(not torch.equal(mask, self._masks[name]) for name, mask in self._masks_at_estimate.items())
         with use_impl(self.impl), torch.no_grad():
             costs: dict[str, Costs] = {}
             for group in self._groups:
-                self._observe(group)
+                self._observe(group, self._source)
                 with self._timed("saliency"):
                     costs |= self._costs(group, dead_first)
+                self._damping_raised |= self.curvature.damping_raised
             with self._timed("selection"):
                 masks = select(costs, num_pruned)
             increase = 0.0
             updated: dict[str, Tensor] = {}
             for group in reversed(self._groups):  # the last one is still held
-                self._observe(group)
+                self._observe(group, self._source)
                 with self._timed("compensation"):
                     updated |= self._updated(group, masks)
                     if self.saliency == "simultaneous" or not self.curvature.block_diagonal:
@@ -184,9 +192,12 @@ class Pruner:
             for name, weight in updated.items():
                 if not weight.isfinite().all():
                     raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
-            self._masks.set(masks)
-            for name, weight in updated.items():
-                self.weights[name].copy_(weight)
+            with _restored_on_error(self.weights.values()):
+                for name, weight in updated.items():
+                    self.weights[name].copy_(weight)
+                self._masks.set(masks)
+        if split:  # the parts not held would be estimated on the weights of now
+            self._source, self._held = None, []
         self._record(increase)
         return self._result()
 
@@ -207,116 +218,133 @@ class Pruner:
         """Leave the model as a plain one: zeros are in the weights; BatchNorm recalibrated if that was asked for."""
         self.apply_masks()
         if self.recalibrate_batchnorm:
-            if self._source is None:
+            if self._data is None:
                 raise RuntimeError(
                     "call estimate(data, loss_fn) before finalize, which recalibrates BatchNorm on its data"
                 )
-            recalibrate_batchnorm(
-                self.model,
-                self._source[0],
-                num_samples=self.num_grads * self.grad_batch_size,
-                seed=self.seed,
-                progress=self.progress,
-            )
+            recalibrate_batchnorm(self.model, self._data, seed=self.seed, progress=self.progress)
         return self._result()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (packed), curvature, history: tensors, numbers and strings, for `torch.save` and `weights_only`."""
+        """Masks (packed), the curvature if it is held, history: for `torch.save`, and to load with `weights_only`."""
         return {
             "masks": self._masks.state_dict(),
-            "held": list(self._held),
+            "masks_at_estimate": pack_masks(self._masks_at_estimate) if self._held else {},
             "curvature": self.curvature.state_dict() if self._held else {},
-            "history": self.history,
+            "held": list(self._held),
+            "history": copy.deepcopy(self.history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, for a pruner of the same model made with the same arguments.
 
-        The model's own weights are not part of the state; load them beside it. `prune_to` needs a new `estimate`.
+        The model's own weights are not part of the state; load them beside it.
 
         Raises:
-            ValueError: the state is of other parameters or shapes; nothing is changed then.
+            ValueError: the state is of other parameters, shapes or arguments; nothing is changed then.
         """
-        missing = {"masks", "held", "curvature", "history"} - state.keys()
+        missing = {"masks", "masks_at_estimate", "curvature", "held", "history"} - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
-        self._masks.load_state_dict(state["masks"])
+        masks, at_estimate = Masks(self.weights), Masks(self.weights)
+        masks.load_state_dict(state["masks"])
         if state["held"]:
-            self.curvature.start(self._weights(state["held"]))
-            self.curvature.load_state_dict(state["curvature"])
-        self._held = list(state["held"])
-        self.history = list(state["history"])
+            if list(state["held"]) != list(self.weights):
+                raise ValueError(f"expected curvature of {list(self.weights)}, got that of {list(state['held'])}")
+            at_estimate.load_state_dict(state["masks_at_estimate"])
+            before = dict(vars(self.curvature))
+            try:
+                self.curvature.start(self._weights(self.weights))
+                self.curvature.load_state_dict(state["curvature"])
+            except BaseException:
+                vars(self.curvature).update(before)
+                raise
+        self._masks, self._masks_at_estimate = masks, dict(at_estimate)
+        self._held, self._source = list(state["held"]), None
+        self.history = copy.deepcopy(list(state["history"]))
+
+    def _check_parameters(self) -> None:
+        """The parameters are still those of the model, and finite."""
+        named = dict(self.model.named_parameters())
+        for name, weight in self.weights.items():
+            if named.get(name) is not weight:
+                raise RuntimeError(f"{name} was replaced in the model since this Pruner was made; make a new one")
+            check_weight(name, weight)
 
     def _check_scope(self) -> None:
         if isinstance(self.scope, Mapping):
             self._check_names(self.scope)
             for name, sparsity in self.scope.items():
-                check_sparsity(sparsity, f"sparsity of {name}")
+                checked_sparsity(sparsity, f"sparsity of {name}")
         elif self.scope not in ("global", "layer"):
             raise ValueError(f"expected scope to be 'global', 'layer' or a dict of sparsities, got {self.scope!r}")
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.weights]
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} not among the pruned parameters {', '.join(self.weights)}")
+            raise ValueError(
+                f"{', '.join(map(str, unknown))} not among the pruned parameters {', '.join(self.weights)}"
+            )
 
     def _split_by_memory(self) -> list[list[str]]:
         """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""
         if self.max_memory is None:
             return [list(self.weights)]
-        held = {n: self.curvature.state_bytes(w, self.num_grads) for n, w in self.weights.items()}
         groups: list[list[str]] = [[]]
         for name in self.weights:
-            needed = self._bytes_of([*groups[-1], name], held)
-            if groups[-1] and self.curvature.separable and needed > self.max_memory:
+            if groups[-1] and self.curvature.separable and self._bytes_of([*groups[-1], name]) > self.max_memory:
                 groups.append([])
-                needed = self._bytes_of([name], held)
             groups[-1].append(name)
-            if needed > self.max_memory:
+            if (needed := self._bytes_of(groups[-1])) > self.max_memory:
                 what = name if self.curvature.separable else "all parameters together"
                 raise ValueError(
                     f"max_memory={self.max_memory} is too small for {type(self.curvature).__name__}: "
-                    f"{what} needs {needed} bytes"
+                    f"{what} needs at least {needed} bytes"
                 )
         return groups
 
-    def _bytes_of(self, names: list[str], held: Mapping[str, int]) -> int:
-        """State of these parameters, the inverse of the largest and its workspace, and one gradient."""
-        one_gradient = sum(self.weights[name].numel() * self.weights[name].element_size() for name in names)
-        return sum(held[name] for name in names) + 2 * max(held[name] for name in names) + one_gradient
+    def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
+        """State of these parameters, the inverse of the largest and its workspace, and some gradients."""
+        held = [self.curvature.state_bytes(self.weights[name], self.num_grads) for name in names]
+        gradients = gradient_bytes(self.weights[name] for name in names) if self.curvature.observes else 0
+        return sum(held) + 2 * max(held) + num_gradients * gradients
+
+    def _chunk_bytes(self, names: list[str]) -> int:
+        """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""
+        if self.max_memory is None:
+            return CHUNK_BYTES
+        room = [
+            (min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)))
+            // gradient_bytes(self._weights(group).values())
+            for group in self._groups
+        ]
+        return min(room) * gradient_bytes(self._weights(names).values())
 
     def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.weights[name].detach() for name in names}
 
-    def _observe(self, names: list[str]) -> None:
+    def _observe(self, names: list[str], source: Optional[tuple[Iterable[Any], LossFunction]]) -> None:
         """Estimate the curvature of these parameters, unless it is held."""
         if self._held == names:
             return
-        assert self._source is not None
-        data, loss_fn = self._source
-        weights = {name: self.weights[name] for name in names}
-        for name, weight in weights.items():
-            check_weight(name, weight)
+        assert source is not None
         self._held = []
         with self._timed("observation"), use_impl(self.impl):
             self.curvature.start(self._weights(names))
             if self.curvature.observes:
-                chunk_bytes = CHUNK_BYTES
-                if self.max_memory is not None:
-                    chunk_bytes = min(CHUNK_BYTES, self.max_memory // 8)
                 self._used_grads = observe(
                     self.model,
-                    data,
-                    loss_fn,
+                    source[0],
+                    source[1],
                     self.curvature,
-                    weights,
+                    {name: self.weights[name] for name in names},
                     masks={name: self._masks_at_estimate[name] for name in names},
                     num_grads=self.num_grads,
                     grad_batch_size=self.grad_batch_size,
                     labels=self.labels,
                     likelihood=self.likelihood,
                     seed=self.seed,
-                    chunk_bytes=chunk_bytes,
+                    chunk_bytes=self._chunk_bytes(names),
                     progress=self.progress,
                 )
         self._held = names
@@ -344,12 +372,12 @@ class Pruner:
         sizes = {name: mask.numel() for name, mask in self._masks.items()}
         if isinstance(sparsity, Mapping):
             self._check_names(sparsity)
-            wanted = {n: check_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
+            wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
         elif self.scope == "layer":
-            wanted = dict.fromkeys(sizes, check_sparsity(sparsity))
+            wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
         elif self.scope == "global":
             target, done = (
-                round(check_sparsity(sparsity) * sum(sizes.values())),
+                round(checked_sparsity(sparsity) * sum(sizes.values())),
                 sum(before.values()),
             )
             if target < done:
@@ -381,7 +409,7 @@ class Pruner:
                 "layer_sparsity": self._masks.layer_sparsity(),
                 "num_grads": self._used_grads,
                 "predicted_loss_increase": increase,
-                "damping_raised": dict(self.curvature.damping_raised),
+                "damping_raised": dict(self._damping_raised),
                 "seconds": self._seconds,
             }
         )
@@ -393,7 +421,7 @@ class Pruner:
             sparsity=self._masks.sparsity(),
             layer_sparsity=self._masks.layer_sparsity(),
             predicted_loss_increase=sum(entry["predicted_loss_increase"] for entry in self.history),
-            history=list(self.history),
+            history=copy.deepcopy(self.history),
         )
 
 
@@ -446,7 +474,7 @@ def prune(
         labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher).
         likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
             None with cross_entropy.
-        recalibrate_batchnorm: afterwards recompute running statistics on num_grads * grad_batch_size samples.
+        recalibrate_batchnorm: afterwards recompute running statistics on all of the data.
         max_memory: bytes for curvature at a time; splits the parameters over several passes over the data.
         impl: "auto", "reference", "triton" or "cuda"; for every op.
         seed: of sampled labels, and of PyTorch's RNG while the data is read.
@@ -463,8 +491,7 @@ def prune(
     >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
     0.75
     """
-    if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
-        raise ValueError(f"expected recomputations to be an integer >= 1, got {recomputations!r}")
+    recomputations = checked_count("recomputations", recomputations)
     target: Sparsity
     if isinstance(scope, Mapping):
         if sparsity is not None:
@@ -473,7 +500,7 @@ def prune(
     elif sparsity is None:
         raise ValueError("expected a sparsity in [0, 1), got None")
     else:
-        target = check_sparsity(sparsity)
+        target = checked_sparsity(sparsity)
     pruner = Pruner(
         model,
         curvature=curvature,
@@ -493,7 +520,7 @@ def prune(
         seed=seed,
         progress=progress,
     )
-    if data is not None and recomputations > 1 and pruner.curvature.observes:
+    if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
     if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
         require_rereadable(data, "recalibrate_batchnorm=True")
@@ -504,18 +531,9 @@ def prune(
         return pruner.finalize()
 
 
-def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """`sparsity` if it is in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
-        raise TypeError(f"expected {name} to be a number in [0, 1), got {sparsity!r}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"expected {name} in [0, 1), got {sparsity}")
-    return float(sparsity)
-
-
 def require_rereadable(data: Iterable[Any], why: str) -> None:
     """Raise if the data can be iterated over only once."""
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError(
             f"expected data that can be read again, as {why}, got a one-shot {type(data).__name__}; "
             "pass a list or a DataLoader"
@@ -524,20 +542,20 @@ def require_rereadable(data: Iterable[Any], why: str) -> None:
 
 def _part_way(target: Sparsity, part: float) -> Sparsity:
     """The sparsity whose density lies geometrically between 1 and the target's."""
+    if part == 1:
+        return target
     if isinstance(target, Mapping):
         return {name: 1 - (1 - sparsity) ** part for name, sparsity in target.items()}
-    return target if part == 1 else 1 - (1 - target) ** part
+    return 1 - (1 - target) ** part
 
 
 def _check_pattern(pattern: str) -> None:
     if pattern == "unstructured":
         return
-    kept, colon, group = pattern.partition(":")
-    is_nm = bool(colon) and kept.isdigit() and group.isdigit() and int(kept) <= int(group)
-    is_block = pattern.startswith("block") and pattern[5:].isdigit() and int(pattern[5:]) > 0
-    if is_nm or is_block:
-        raise NotImplementedError(f"pattern={pattern!r} is not in this version yet, only 'unstructured'")
-    raise ValueError(f"expected pattern to be 'unstructured', 'n:m' or 'blockN', got {pattern!r}")
+    known = isinstance(pattern, str) and re.fullmatch(r"([0-9]+):([0-9]+)|block0*[1-9][0-9]*", pattern)
+    if not known or (known[1] and not 0 < int(known[2]) >= int(known[1])):
+        raise ValueError(f"expected pattern to be 'unstructured', 'n:m' or 'blockN', got {pattern!r}")
+    raise NotImplementedError(f"pattern={pattern!r} is not in this version yet, only 'unstructured'")
 
 
 @contextlib.contextmanager

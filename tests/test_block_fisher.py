@@ -144,3 +144,11 @@ def test_woodbury_refuses_bad_input():
         ops.woodbury_update_(torch.eye(2)[None].clone(), torch.ones(1, 1, 2), 0)
     with pytest.raises(ValueError, match="inverse with one memory cell"):
         ops.woodbury_update_(torch.eye(2)[None].expand(3, 2, 2), torch.ones(1, 3, 2), 1)
+
+
+def test_inverses_of_several_batches_do_not_differ(fisher, monkeypatch):
+    matrix = fisher(10, 6)
+    matrix[4] = torch.ones(6, 6)  # singular, damped more
+    expected = ops.block_inverse(matrix, 0.0)
+    monkeypatch.setattr("fishleg_ext.reference.batches.CPU_BYTES", 3 * 6 * 6 * 8)
+    torch.testing.assert_close(ops.block_inverse(matrix, 0.0), expected, rtol=1e-12, atol=0)

@@ -174,3 +174,38 @@ def test_names_and_arguments():
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
+
+
+def test_low_rank_works_on_several_columns_at_a_time(gradients, generator, monkeypatch):
+    v = {n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
+    pruned = {n: x > 0 for n, x in v.items()}
+    answers = []
+    for columns in (8192, 6):
+        monkeypatch.setattr("fishleg_ext.curvature.low_rank.COLUMNS", columns)
+        model = estimated("low_rank", gradients)
+        answers.append(
+            [
+                flat(model.mul(v)),
+                flat(model.diag()),
+                model.blocks("a").inverse,
+                torch.tensor(model.joint_cost(v, pruned)),
+            ]
+        )
+    torch.testing.assert_close(answers[0], answers[1])
+
+
+def test_padding_does_not_make_a_block_singular(generator):
+    curvature = BlockFisher(4, 0.0)
+    curvature.start({"w": torch.zeros(6, dtype=torch.float64)})
+    grads = torch.randn(50, 6, dtype=torch.float64, generator=generator)
+    curvature.update(Observation(50, gradients={"w": grads}))
+    expected = torch.linalg.inv(grads[:, 4:].mT @ grads[:, 4:] / 50)
+    torch.testing.assert_close(curvature.blocks("w").inverse[1, :2, :2], expected)
+    assert not curvature.damping_raised
+
+
+def test_low_rank_forgets_what_it_derived_from_fewer_gradients(gradients):
+    model = estimated("low_rank", {n: g[:6] for n, g in gradients.items()}, chunk=6)
+    model.diag()
+    model.update(Observation(6, gradients={n: g[6:] for n, g in gradients.items()}))
+    torch.testing.assert_close(flat(model.diag()), flat(estimated("low_rank", gradients).diag()))

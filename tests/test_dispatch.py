@@ -28,18 +28,26 @@ CALLS = {
         (([WEIGHT, torch.ones(2)], [WEIGHT, torch.ones(2)], 0.9), {}),
         (([], [], 0.9), {}),
     ],
-    "obs_score": [((WEIGHT, WEIGHT.abs()), {})],
+    "obs_score": [((WEIGHT, WEIGHT.abs()), {}), ((WEIGHT.mT, WEIGHT.abs().mT), {})],
     "obs_eliminate": [
         ((WEIGHT, GRAM, MASK), {}),
         ((WEIGHT, GRAM[:1], MASK), {"n": 2, "m": 4, "stop": 0.3, "dead_first": True}),
         ((WEIGHT, GRAM, MASK), {"group": 2}),
+        ((WEIGHT[:, :3].mT, GRAM[:, :3, :3].mT, MASK[:, :3].mT), {}),
     ],
-    "obs_compensate": [((WEIGHT, GRAM, MASK), {}), ((WEIGHT, GRAM[:1].expand(3, 4, 4), MASK), {})],
-    "kron_mul": [((WEIGHT.expand(2, 3, 4), torch.eye(3), torch.eye(4), WEIGHT), {})],
-    "kron_diag": [((torch.eye(3), torch.eye(4), WEIGHT), {})],
+    "obs_compensate": [
+        ((WEIGHT, GRAM, MASK), {}),
+        ((WEIGHT, GRAM[:1].expand(3, 4, 4), MASK), {}),
+        ((WEIGHT[:, :3].mT, GRAM[:, :3, :3].mT, MASK[:, :3].mT), {}),
+    ],
+    "kron_mul": [
+        ((WEIGHT.expand(2, 3, 4), torch.eye(3), torch.eye(4), WEIGHT), {}),
+        ((WEIGHT.mT, torch.eye(4), torch.eye(3), WEIGHT.mT), {}),
+    ],
+    "kron_diag": [((torch.eye(3), torch.eye(4), WEIGHT), {}), ((torch.eye(4), torch.eye(3), WEIGHT.mT), {})],
     "keep_mask": [(([WEIGHT, torch.ones(5)], 7), {}), (([], 0), {})],
-    "nm_mask": [((WEIGHT, 2, 4), {}), ((WEIGHT, 1, 3, 0), {})],
-    "pack_mask": [((MASK,), {})],
+    "nm_mask": [((WEIGHT, 2, 4), {}), ((WEIGHT, 1, 3, 0), {}), ((WEIGHT.mT, 2, 4, 0), {})],
+    "pack_mask": [((MASK,), {}), ((MASK.mT,), {})],
     "unpack_mask": [((torch.tensor([5, 1], dtype=torch.uint8), [3, 4]), {})],
     "apply_masks_": [
         (

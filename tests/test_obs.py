@@ -226,6 +226,36 @@ def test_costs_that_are_not_finite_are_never_reached():
     assert rank.tolist() == [[0, 3, 3]]
 
 
+def test_a_group_with_dead_members_goes_by_its_joint_cost():
+    """0.605 for the one that is left of the first group, 1.0 for the two of the second."""
+    weight, alive = torch.tensor([[1.1, 0.0, 1.0, 1.0]]), torch.tensor([[True, False, True, True]])
+    rank, cost = ops.obs_eliminate(weight, torch.eye(4)[None], alive, group=2)
+    assert rank.tolist() == [[0, -1, 1, 2]]
+    torch.testing.assert_close(cost, torch.tensor([[0.605, torch.inf, 0.5, 0.5]]))
+    assert ops.obs_eliminate(weight, torch.eye(4)[None], alive, group=2, stop=0.7)[0].tolist() == [[0, -1, 4, 4]]
+
+
+def test_dead_weights_that_the_inverse_leaves_out_move_nothing(fisher, generator):
+    weight, inverse, alive = problem(fisher, generator, 2, 6)
+    alive[:, 2] = False
+    inverse = torch.where(alive[:, :, None] & alive[:, None, :], inverse, 0)
+    expected = ops.obs_eliminate(weight, inverse, alive)
+    got = ops.obs_eliminate(weight, inverse, alive, dead_first=True)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 3}, {"n": 1, "m": 3}, {"dead_first": True}])
+def test_blocks_worked_on_in_several_batches_do_not_differ(options, fisher, generator, monkeypatch):
+    weight, inverse, alive = problem(fisher, generator, 10, 12)
+    alive &= torch.rand(10, 12, generator=generator) < 0.8
+    pruned = torch.rand(10, 12, generator=generator) < 0.5
+    expected = (*ops.obs_eliminate(weight, inverse, alive, **options), ops.obs_compensate(weight, inverse, pruned))
+    monkeypatch.setattr("fishleg_ext.reference.batches.CPU_BYTES", 3 * 12 * 12 * 8)
+    got = (*ops.obs_eliminate(weight, inverse, alive, **options), ops.obs_compensate(weight, inverse, pruned))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
 def test_elimination_of_nothing():
     for k, b in [(0, 4), (3, 1)]:
         rank, cost = ops.obs_eliminate(

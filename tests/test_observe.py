@@ -1,6 +1,9 @@
 """Gradients, layer inputs, labels, BatchNorm statistics."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,13 +12,8 @@ from oracles import batches
 from torch import nn
 from torch.nn import functional as F
 
-from fishleg_ext.observe import (
-    Observation,
-    input_rows,
-    label_sampler,
-    observe,
-    recalibrate_batchnorm,
-)
+from fishleg_ext.labels import label_sampler
+from fishleg_ext.observe import Observation, gradient_bytes, input_rows, observe, recalibrate_batchnorm
 
 
 @dataclass
@@ -62,7 +60,8 @@ def weights_of(net):
 def expected_gradients(net, inputs, targets, group, loss_fn=F.cross_entropy):
     net = copy.deepcopy(net).eval()
     rows = {n: [] for n in weights_of(net)}
-    for x, y in zip(inputs.split(group), targets.split(group), strict=True):
+    whole = len(inputs) - len(inputs) % group  # what is left over is not used
+    for x, y in zip(inputs[:whole].split(group), targets[:whole].split(group), strict=True):
         grads = torch.autograd.grad(loss_fn(net(x), y), list(weights_of(net).values()))
         for name, grad in zip(rows, grads, strict=True):
             rows[name].append(grad)
@@ -73,7 +72,7 @@ def expected_gradients(net, inputs, targets, group, loss_fn=F.cross_entropy):
 @pytest.mark.parametrize("batch", [1, 5, 21])
 def test_gradients_are_those_of_autograd_in_eval_mode(net, samples, group, batch):
     recorder = Recorder()
-    count = -(-21 // group)
+    count = 21 // group
     used = observe(
         net,
         batches(*samples, batch),
@@ -103,7 +102,7 @@ def test_only_the_first_samples_are_read(net, samples):
 
 
 def test_memory_is_bounded_by_chunk_bytes(net, samples):
-    per_gradient = sum(w.numel() * 4 for w in weights_of(net).values())
+    per_gradient = gradient_bytes(weights_of(net).values())
     recorder = Recorder()
     observe(
         net,
@@ -254,27 +253,27 @@ def test_bad_gradients_are_named(net, samples):
 
 def test_sampled_labels_follow_the_model(generator):
     logits = torch.tensor([[0.0, 2.0, -1.0]]).repeat(20000, 1)
-    drawn = label_sampler("model", F.cross_entropy, None)(logits, generator)
+    drawn = label_sampler("model", F.cross_entropy, None).draw(logits, generator)
     frequency = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(frequency, logits[0].softmax(0), rtol=0, atol=0.015)
-    dense = label_sampler("model", nn.CrossEntropyLoss(), None)(torch.randn(2, 3, 4, 5), generator)
+    dense = label_sampler("model", nn.CrossEntropyLoss(), None).draw(torch.randn(2, 3, 4, 5), generator)
     assert dense.shape == (2, 4, 5)
-    gaussian = label_sampler("model", F.mse_loss, "gaussian")(torch.full((20000, 1), 3.0), generator)
+    gaussian = label_sampler("model", F.mse_loss, "gaussian").draw(torch.full((20000, 1), 3.0), generator)
     assert abs(gaussian.mean() - 3) < 0.02
     assert abs(gaussian.var() - 0.5) < 0.02
-    bernoulli = label_sampler("model", F.binary_cross_entropy_with_logits, "bernoulli")(
+    bernoulli = label_sampler("model", F.binary_cross_entropy_with_logits, "bernoulli").draw(
         torch.full((20000,), 1.0), generator
     )
     assert abs(bernoulli.mean() - torch.tensor(1.0).sigmoid()) < 0.015
     own = label_sampler("model", F.mse_loss, lambda outputs, generator: outputs + 1)
-    assert own(torch.zeros(2), generator).tolist() == [1, 1]
+    assert own.draw(torch.zeros(2), generator).tolist() == [1, 1]
     assert label_sampler("data", F.mse_loss, None) is None
 
 
 def test_labels_that_cannot_be_told_are_refused():
     with pytest.raises(ValueError, match="likelihood= with labels='model'"):
         label_sampler("model", F.mse_loss, None)
-    with pytest.raises(ValueError, match="categorical, gaussian, bernoulli, got 'poisson'"):
+    with pytest.raises(ValueError, match="bernoulli or a function, got 'poisson'"):
         label_sampler("model", F.mse_loss, "poisson")
     with pytest.raises(ValueError, match="'data' or 'model', got 'true'"):
         label_sampler("true", F.cross_entropy, None)
@@ -370,29 +369,158 @@ def test_inputs_of_other_layers_are_refused(generator):
         )
 
 
-# BatchNorm
-
-
 def test_recalibrated_statistics_are_those_of_the_data(net, generator):
-    x = torch.randn(256, 2, 4, 4, generator=generator)
+    """Whatever the batches: 300 samples in batches of 100 are forwarded as 128, 128 and 44, and weighted so."""
+    x = torch.randn(300, 2, 4, 4, generator=generator)
     net.train()
     net[1].momentum = 0.3
-    flags, tracked = [m.training for m in net.modules()], net[1].num_batches_tracked.clone()
-    assert recalibrate_batchnorm(net, batches(x, x, 100), num_samples=1000) == 256
-    parts = [net[0](part) for part in x.split(128)]
-    torch.testing.assert_close(net[1].running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0))
-    torch.testing.assert_close(net[1].running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0))
+    flags = [m.training for m in net.modules()]
+    assert recalibrate_batchnorm(net, batches(x, x, 100)) == 300
+    features = net[0](x)
+    torch.testing.assert_close(net[1].running_mean, features.mean((0, 2, 3)))
+    variances = torch.stack([part.var((0, 2, 3)) for part in features.split(128)])
+    shares = torch.tensor([128, 128, 44]) / 300
+    torch.testing.assert_close(net[1].running_var, shares @ variances)
     assert [m.training for m in net.modules()] == flags
     assert net[1].momentum == 0.3
-    assert net[1].num_batches_tracked == tracked
+
+
+def test_a_single_sample_left_over_has_no_variance_and_is_left_out(generator):
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    x = torch.randn(129, 3, generator=generator)
+    assert recalibrate_batchnorm(net, [(x, x)]) == 128
+    torch.testing.assert_close(net[1].running_mean, net[0](x[:128]).mean(0))
 
 
 def test_a_failed_recalibration_changes_nothing(net, samples):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match="at least one sample"):
-        recalibrate_batchnorm(net, [], num_samples=10)
+        recalibrate_batchnorm(net, [])
     with pytest.raises(TypeError):
-        recalibrate_batchnorm(net, [samples, 3], num_samples=1000)
+        recalibrate_batchnorm(net, [*[samples] * 7, 3])  # the first chunk has been used by then
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert net[1].momentum == 0.1
-    assert recalibrate_batchnorm(nn.Linear(2, 2), [], num_samples=10) == 0
+    assert recalibrate_batchnorm(nn.Linear(2, 2), []) == 0
+
+
+# what vmap cannot run
+
+
+class Legacy(torch.autograd.Function):
+    """An autograd function of the old style, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Awkward(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.kind == "buffer":
+            self.calls += 1
+        y = self.fc(x)
+        if self.kind == "checkpoint":
+            return torch.utils.checkpoint.checkpoint(torch.square, y, use_reentrant=False)
+        return Legacy.apply(y) if self.kind == "legacy" else y.square()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "checkpoint", "legacy"])
+def test_what_torch_func_cannot_run_is_run_by_plain_autograd(kind, generator):
+    model, recorder = Awkward(kind), Recorder()
+    x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
+    with pytest.warns(UserWarning, match="one by one"):
+        observe(model, [(x, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=5)
+    assert model.calls == 0
+    assert model.fc.weight.grad is None
+    for i in range(5):
+        loss = F.cross_entropy(model.fc(x[i : i + 1]).square(), y[i : i + 1])
+        want = torch.autograd.grad(loss, model.fc.weight)[0]
+        torch.testing.assert_close(recorder.gradients("fc.weight")[i], want)
+
+
+def test_fewer_samples_than_one_gradient_is_to_have_make_one(net, samples):
+    recorder = Recorder()
+    with pytest.warns(UserWarning, match="after 1 of num_grads=4"):
+        observe(net, batches(*samples), F.cross_entropy, recorder, weights_of(net), num_grads=4, grad_batch_size=32)
+    want = expected_gradients(net, *samples, 21)
+    torch.testing.assert_close(recorder.gradients("5.weight"), want["5.weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+@pytest.mark.parametrize("group", [1, 4])
+def test_sampled_gradients_estimate_the_true_fisher(outputs, group, generator):
+    """For the mean squared error of a linear model it is the Hessian, 2 / outputs * mean x x^T in each row."""
+    model = nn.Linear(3, outputs, bias=False)
+    x = torch.randn(8000, 3, generator=generator)
+    recorder = Recorder()
+    options = {"num_grads": 8000 // group, "grad_batch_size": group, "labels": "model", "likelihood": "gaussian"}
+    data = [(x, torch.zeros(8000, outputs))]
+    observe(model, data, F.mse_loss, recorder, {"weight": model.weight}, **options)
+    gradients = recorder.gradients("weight").flatten(1)
+    fisher = gradients.mT @ gradients / len(gradients)
+    hessian = torch.block_diag(*[2 / outputs * x.mT @ x / 8000] * outputs)
+    error = (fisher - hessian).norm() / hessian.norm()
+    assert error < 12 * outputs / len(gradients) ** 0.5  # 1 / sqrt(samples), times the spread of products of four
+
+
+def test_bad_likelihoods_are_explained(net, samples):
+    run = lambda **kw: observe(net, [samples], F.cross_entropy, Recorder(), weights_of(net), labels="model", **kw)
+    with pytest.raises(TypeError, match="got NoneType"):
+        run(likelihood=lambda outputs, generator: None)
+    with pytest.raises(ValueError, match="targets for 21 samples"):
+        run(likelihood=lambda outputs, generator: torch.zeros(3, dtype=torch.long))
+    with torch.no_grad():
+        net[5].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="model's outputs.* contain NaN"):
+        run()
+
+
+def test_other_devices_are_not_seeded(net, samples, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds every GPU"))
+    observe(net, [samples], F.cross_entropy, Recorder(), weights_of(net), num_grads=4)
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from fishleg_ext.observe import observe
+
+class Counter:
+    observes = frozenset({"gradients"})
+    def update(self, observation):
+        pass
+
+def mib(field):
+    return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) / 1024
+
+net = nn.Linear(1000, 1000, bias=False)
+data = [(torch.randn(128, 1000), torch.randint(0, 1000, (128,)))]
+weights = {"weight": net.weight}
+mask = {"weight": torch.ones(1000, 1000, dtype=torch.bool)}
+loss_fn = nn.functional.cross_entropy
+run = lambda count, **kw: observe(net, data, loss_fn, Counter(), weights, masks=mask, num_grads=count, **kw)
+run(4)
+before = mib("VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")
+run(128, chunk_bytes=64 * 2**20)
+print(mib("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_that_of_a_chunk_not_of_all_gradients():
+    """128 gradients are 488 MiB; with chunk_bytes of 64 MiB the peak must stay near it (allocators hold some more)."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 96

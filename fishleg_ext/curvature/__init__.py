@@ -2,6 +2,7 @@
 
 from typing import Optional, Union
 
+from fishleg_ext.arguments import checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
@@ -37,7 +38,7 @@ def make_curvature(
         TypeError: neither a name nor a `Curvature`.
         NotImplementedError: a model that this version does not have yet.
     """
-    given = {} if damping is None else {"damping": damping}
+    given = {} if damping is None else {"damping": checked_damping(damping, positive=False)}
     if isinstance(curvature, Curvature):
         if given:
             raise ValueError(

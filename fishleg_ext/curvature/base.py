@@ -105,14 +105,26 @@ class Curvature(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, after `start` with the same weights."""
+        """The inverse of `state_dict`, after `start` with the same weights; ValueError if it does not fit them."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
 
 
-def checked_damping(damping: float, *, positive: bool) -> float:
-    """`damping` if it is finite and not negative, or positive if it must be."""
-    damping = float(damping)
-    if not 0 <= damping < float("inf") or (positive and damping == 0):
-        raise ValueError(f"expected damping to be finite and {'>' if positive else '>='} 0, got {damping}")
-    return damping
+def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy a saved tensor into each own one; ValueError where names or shapes differ."""
+    if own.keys() != state.keys():
+        raise ValueError(f"expected curvature of {', '.join(own)}, got that of {', '.join(state)}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"expected curvature of {name} of shape {list(tensor.shape)}, got {list(state[name].shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def state_entry(state: Mapping[str, Any], key: str) -> Any:
+    """An entry of a saved state, or ValueError if it is that of another model."""
+    if key not in state:
+        raise ValueError(f"expected the state of a curvature model with {key!r}, got {sorted(state)}")
+    return state[key]

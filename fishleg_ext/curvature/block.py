@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
-from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, checked_damping
+from fishleg_ext.arguments import checked_count, checked_damping
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
+from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 from fishleg_ext.progress import progress_bar
-from fishleg_ext.reference.precision import widened
 
 
 class BlockFisher(Curvature):
@@ -30,9 +31,7 @@ class BlockFisher(Curvature):
 
     def __init__(self, block_size: int = 128, damping: float = 1e-5) -> None:
         super().__init__()
-        if block_size < 1:
-            raise ValueError(f"expected block_size >= 1, got {block_size}")
-        self.block_size = block_size
+        self.block_size = checked_count("block_size", block_size)
         self.damping = checked_damping(damping, positive=False)
 
     def layout(self, weight: Tensor) -> BlockLayout:
@@ -52,6 +51,8 @@ class BlockFisher(Curvature):
             )
             for name, layout in self.layouts.items()
         }
+        for name, gram in self._gram.items():  # padding must not make a block singular
+            gram.diagonal(dim1=1, dim2=2).masked_fill_(~self.layouts[name].is_weight(gram.device), 1)
         self._count = 0
 
     def state_bytes(self, weight: Tensor, num_grads: int) -> int:
@@ -99,9 +100,8 @@ class BlockFisher(Curvature):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._count = int(state["count"])
-        for name, gram in self._gram.items():
-            gram.copy_(state["gram"][name])
+        load_tensors(self._gram, state_entry(state, "gram"))
+        self._count = int(state_entry(state, "count"))
 
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
         """Blocks of `matrix` [K, B, B] times a tensor of the parameter's shape."""

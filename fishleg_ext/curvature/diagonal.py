@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext.curvature.base import Blocks, Curvature, checked_damping
+from fishleg_ext.arguments import checked_damping
+from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
+from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
-from fishleg_ext.reference.precision import widened
 
 
 class DiagonalFisher(Curvature):
@@ -72,9 +73,8 @@ class DiagonalFisher(Curvature):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._count = int(state["count"])
-        for name, squares in self._squares.items():
-            squares.copy_(state["squares"][name])
+        load_tensors(self._squares, state_entry(state, "squares"))
+        self._count = int(state_entry(state, "count"))
 
     def _inverse(self, name: str) -> Tensor:
         return 1 / (self._squares[name] / max(1, self._count) + self.damping)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.curvature.base import Blocks, Curvature
+from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
-from fishleg_ext.reference.precision import widened
 
 
 class Identity(Curvature):

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, checked_damping
+from fishleg_ext.arguments import checked_count, checked_damping
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
+from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 from fishleg_ext.progress import progress_bar
-from fishleg_ext.reference.precision import widened
 
 # Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
 COLUMNS = 8192
@@ -34,9 +35,7 @@ class LowRankFisher(Curvature):
 
     def __init__(self, block_size: int = 128, damping: float = 1e-5) -> None:
         super().__init__()
-        if block_size < 1:
-            raise ValueError(f"expected block_size >= 1, got {block_size}")
-        self.block_size = block_size
+        self.block_size = checked_count("block_size", block_size)
         self.damping = checked_damping(damping, positive=True)
         self._factor: Tensor | None = None
         self._diagonal: dict[str, Tensor] | None = None
@@ -132,7 +131,13 @@ class LowRankFisher(Curvature):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._chunks = {name: [state["gradients"][name].to(like, copy=True)] for name, like in self._like.items()}
+        saved = state_entry(state, "gradients")
+        counts = {len(grads) for grads in saved.values()}
+        if len(counts) > 1:
+            raise ValueError(f"expected as many gradients of every parameter, got {sorted(counts)}")
+        kept = {name: like.new_empty(max(counts, default=0), like.shape[1]) for name, like in self._like.items()}
+        load_tensors(kept, saved)
+        self._chunks = {name: [grads] for name, grads in kept.items()}
         self._forget()
 
     def _forget(self) -> None:

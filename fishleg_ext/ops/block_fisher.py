@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from fishleg_ext.dtypes import widened
 from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import block_fisher as reference
-from fishleg_ext.reference.precision import widened
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 

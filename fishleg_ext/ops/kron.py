@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fishleg_ext.dtypes import widened
 from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import kron as reference
@@ -16,7 +17,7 @@ def _check_factors(row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Non
 
 
 def _fake_kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=reference.kron_dtype(row_factor, col_factor, scale))
+    return x.new_empty(x.shape, dtype=widened(row_factor.dtype, col_factor.dtype, scale.dtype))
 
 
 @op(reference=reference.kron_mul, fake=_fake_kron_mul)
@@ -47,7 +48,7 @@ def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor, *
 
 
 def _fake_kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Tensor:
-    return scale.new_empty(scale.shape, dtype=reference.kron_dtype(row_factor, col_factor, scale))
+    return scale.new_empty(scale.shape, dtype=widened(row_factor.dtype, col_factor.dtype, scale.dtype))
 
 
 @op(reference=reference.kron_diag, fake=_fake_kron_diag)

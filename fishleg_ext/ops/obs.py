@@ -5,10 +5,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from fishleg_ext.dtypes import widened
 from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import obs as reference
-from fishleg_ext.reference.precision import widened
 
 
 def _fake_obs_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ def obs_eliminate(
         weight: [K, B], floating point; not changed.
         inverse: [K, B, B], or [1, B, B] shared by all blocks; symmetric positive definite, in the units of 1 / Fisher.
         alive: bool [K, B]; only alive rows and columns are read, and the inverse must be that of the alive sub-block.
-        group: remove whole groups of this many consecutive weights; a divisor of B.
+        group: remove whole groups of this many consecutive weights, the one of least joint cost first; a divisor of B.
         n, m: of each m consecutive weights keep at least n: a group that has lost m - n (dead weights count as lost)
             is closed. m divides B; 0 is no such pattern. Not together with group > 1.
-        stop: the elimination of a block ends when its next cost exceeds this.
+        stop: the elimination of a block ends when the cost of its next removal, of a whole group then, exceeds this.
         dead_first: the inverse is that of the whole block: condition it on the dead weights first.
 
     Returns:

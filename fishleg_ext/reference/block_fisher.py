@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fishleg_ext.reference.precision import batches, widened
+from fishleg_ext.dtypes import widened
+from fishleg_ext.reference.batches import batches
 
 MAX_RAISES = 12
 

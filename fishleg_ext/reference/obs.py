@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
+from fishleg_ext.dtypes import widened
+from fishleg_ext.reference.batches import batches
 from fishleg_ext.reference.block_fisher import damped_cholesky
-from fishleg_ext.reference.precision import batches, widened
 
 
 def obs_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
     """The cost of losing each weight alone."""
     inverse_diagonal = inverse_diagonal.to(widened(inverse_diagonal.dtype))
     weight = weight.to(inverse_diagonal.dtype)
-    return weight * weight / (2 * inverse_diagonal)
+    return (weight * weight / (2 * inverse_diagonal)).contiguous()
 
 
 def obs_eliminate(
@@ -83,16 +84,18 @@ class _Elimination:
             running = running & (cost <= stop) & (cost < torch.inf)
             if not running.any():
                 break
+            members = self.pending.unflatten(1, (-1, self.group)).sum(2).gather(1, chosen)
+            share = cost / members
             for member in range(self.group):
                 pivot = chosen * self.group + member  # [k, 1]
                 valid = running & self.pending.gather(1, pivot)
                 self.rank.scatter_(1, pivot, torch.where(valid, next_rank, self.rank.gather(1, pivot)))
-                self.cost.scatter_(1, pivot, torch.where(valid, cost, self.cost.gather(1, pivot)))
+                self.cost.scatter_(1, pivot, torch.where(valid, share, self.cost.gather(1, pivot)))
                 next_rank = next_rank + valid
                 self._eliminate(pivot, valid)
 
     def _cheapest_group(self, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """Cost per weight and index, both [k, 1], of the open group that is cheapest; infinite if none is open."""
+        """Joint cost and index, both [k, 1], of the open group that is cheapest; infinite if none is open."""
         pending = self.pending
         if m:  # a group of m that has lost m - n is closed
             tuples = pending.unflatten(1, (-1, m))
@@ -109,7 +112,7 @@ class _Elimination:
             factor, failed = torch.linalg.cholesky_ex(torch.where(both, self.diagonal, identity))
             weight = torch.where(pending, weight, 0)
             whitened = torch.linalg.solve_triangular(factor, weight[..., None], upper=False)
-            cost = 0.5 * whitened.square().sum((-2, -1)) / pending.sum(-1)
+            cost = 0.5 * whitened.square().sum((-2, -1))
             usable = pending.any(-1) & (failed == 0)
         cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
         chosen = cost.argmin(1, keepdim=True)  # of ties the first

@@ -1,0 +1,17 @@
+"""How many blocks are worked on at once."""
+
+from collections.abc import Iterator
+
+import torch
+
+# Workspace: about the last-level cache of a CPU; on a GPU enough blocks to fill it.
+CPU_BYTES = 2**24
+GPU_BYTES = 2**30
+
+
+def batches(num_blocks: int, bytes_per_block: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the blocks, each with a workspace of bounded size."""
+    budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
+    step = max(1, budget // max(1, bytes_per_block))
+    for start in range(0, num_blocks, step):
+        yield slice(start, min(start + step, num_blocks))
