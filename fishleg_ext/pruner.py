@@ -123,11 +123,11 @@ class Pruner:
     def estimate(self, data: Optional[Iterable[Any]], loss_fn: LossFunction) -> None:
         """Estimate the curvature of the model as it is now, forgetting earlier estimates.
 
+        Where `max_memory` splits the estimate it is `prune_to` that reads the data, twice for each part but the last.
+
         Args:
             data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
             loss_fn: (outputs, targets) -> scalar, the mean over the batch.
-
-        Where `max_memory` splits the estimate, the data is read, once for each part and use of it, by `prune_to`.
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
@@ -313,12 +313,10 @@ class Pruner:
         """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""
         if self.max_memory is None:
             return CHUNK_BYTES
-        room = [
-            (min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)))
-            // gradient_bytes(self._weights(group).values())
-            for group in self._groups
-        ]
-        return min(room) * gradient_bytes(self._weights(names).values())
+        room = [min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)) for group in self._groups]
+        one = [gradient_bytes(self._weights(group).values()) for group in self._groups]
+        most = min(left // gradient for left, gradient in zip(room, one, strict=True))
+        return most * gradient_bytes(self._weights(names).values())
 
     def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.weights[name].detach() for name in names}
