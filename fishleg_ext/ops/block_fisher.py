@@ -11,6 +11,18 @@ from fishleg_ext.reference import block_fisher as reference
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
+def _check_update(name: str, target: Tensor, grads: Tensor) -> None:
+    """Blocks [K, B, B] that are updated in place by gradients [m, K, B]."""
+    checks.dense_floating(**{name: target}, grads=grads)
+    checks.single_or_double(**{name: target})
+    checks.dims(name, target, "[K, B, B]")
+    num_blocks, size = target.shape[:2]
+    checks.shape(name, target, "[K, B, B]", (num_blocks, size, size))
+    checks.dims("grads", grads, "[m, K, B]")
+    checks.shape("grads", grads, "[m, K, B]", (grads.shape[0], num_blocks, size))
+    checks.writable(name, target)
+
+
 @op(reference=reference.block_gram_, mutates=("gram",))
 def block_gram_(
     gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee", impl: str = "auto"
@@ -28,14 +40,7 @@ def block_gram_(
         TypeError: a tensor is not dense and floating point, or gram is neither float32 nor float64.
         ValueError: shapes or devices do not fit, gram is expanded, or precision is unknown.
     """
-    checks.dense_floating(gram=gram, grads=grads)
-    checks.single_or_double(gram=gram)
-    checks.dims("gram", gram, "[K, B, B]")
-    num_blocks, size = gram.shape[:2]
-    checks.shape("gram", gram, "[K, B, B]", (num_blocks, size, size))
-    checks.dims("grads", grads, "[m, K, B]")
-    checks.shape("grads", grads, "[m, K, B]", (grads.shape[0], num_blocks, size))
-    checks.writable("gram", gram)
+    _check_update("gram", gram, grads)
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
@@ -87,13 +92,6 @@ def woodbury_update_(inverse: Tensor, grads: Tensor, num_grads: int, *, impl: st
         TypeError: a tensor is not dense and floating point, or inverse is neither float32 nor float64.
         ValueError: shapes or devices do not fit, inverse is expanded, or num_grads < 1.
     """
-    checks.dense_floating(inverse=inverse, grads=grads)
-    checks.single_or_double(inverse=inverse)
-    checks.dims("inverse", inverse, "[K, B, B]")
-    num_blocks, size = inverse.shape[:2]
-    checks.shape("inverse", inverse, "[K, B, B]", (num_blocks, size, size))
-    checks.dims("grads", grads, "[m, K, B]")
-    checks.shape("grads", grads, "[m, K, B]", (grads.shape[0], num_blocks, size))
-    checks.writable("inverse", inverse)
+    _check_update("inverse", inverse, grads)
     if num_grads < 1:
         raise ValueError(f"expected num_grads >= 1, got {num_grads}")

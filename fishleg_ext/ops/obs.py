@@ -1,6 +1,6 @@
 """Optimal Brain Surgeon within blocks of weights: score, eliminate, compensate."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -48,17 +48,7 @@ def _check_blocks(weight: Tensor, inverse: Tensor, mask_name: str, mask: Tensor)
     checks.inverse_blocks(inverse, *weight.shape)
 
 
-def _fake_obs_eliminate(
-    weight: Tensor,
-    inverse: Tensor,
-    alive: Tensor,
-    *,
-    group: int = 1,
-    n: int = 0,
-    m: int = 0,
-    stop: Optional[float] = None,
-    dead_first: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _fake_obs_eliminate(weight: Tensor, inverse: Tensor, alive: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     rank = weight.new_empty(weight.shape, dtype=torch.int32)
     return rank, weight.new_empty(weight.shape, dtype=widened(inverse.dtype))
 
