@@ -233,12 +233,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()
+    report = machine() | {"num_grads": arguments.num_grads}
     bench = Bench(arguments)
     for part in arguments.parts:
         getattr(bench, part)()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = machine() | {"num_grads": arguments.num_grads, "runs": bench.records}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(report | {"runs": bench.records}, indent=1) + "\n")
     print(f"\nwrote {arguments.out}")
 
 
