@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
     prune.add_argument("data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches")
     prune.add_argument("--sparsity", type=float, required=True, help="pruned weights over all, in [0, 1)")
-    prune.add_argument("--checkpoint", type=Path, help="a state dict to load into the model first")
-    prune.add_argument("--out", type=Path, required=True, help="file for the pruned state dict and the masks")
+    prune.add_argument("--checkpoint", type=Path, help="a state dict, or an earlier --out, to load first")
+    prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
     prune.add_argument(
         "--loss",
         metavar="MODULE:FUNCTION",
@@ -151,7 +151,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
     loss_fn = _load(arguments.loss) if arguments.loss else torch.nn.functional.cross_entropy
     data = _load(arguments.data)()
-    before = evaluate(model) if evaluate else None
+    before = float(evaluate(model)) if evaluate else None
     names = (
         "sparsity curvature saliency scope params num_grads grad_batch_size recomputations block_size damping labels "
         "likelihood recalibrate_batchnorm max_memory impl seed"
@@ -159,14 +159,24 @@ def _prune(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in names.split()}
     result = fishleg_ext.prune(model, data, loss_fn, progress=not arguments.quiet, **options)
 
+    after = float(evaluate(model)) if evaluate else None
+
     width = max(map(len, result.layer_sparsity))
     for name, sparsity in result.layer_sparsity.items():
         print(f"{name:<{width}}  {sparsity:7.2%}  of {result.masks[name].numel()}")
     print(f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}")
     if evaluate:
-        print(f"{arguments.evaluate}: {before} before, {evaluate(model)} after")
+        print(f"{arguments.evaluate}: {before} before, {after} after")
     _save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)
-    report = {"options": options, "sparsity": result.sparsity, "history": result.history}
+    report = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "checkpoint": arguments.checkpoint and str(arguments.checkpoint),
+        "options": options,
+        "sparsity": result.sparsity,
+        "evaluation": {"before": before, "after": after} if evaluate else None,
+        "history": result.history,
+    }
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.out} and {arguments.out.with_suffix('.json')}")
     return 0
@@ -193,7 +203,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a file of torch.save that holds tensors alone: {error!r}") from error
     if not isinstance(state, dict):
         raise ValueError(f"expected {path} to hold a state dict, got {type(state).__name__}")
-    return state
+    return state["model"] if state.keys() == {"model", "masks"} else state  # what this command wrote itself
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -100,6 +100,7 @@ def observe(
     if unknown:
         raise NotImplementedError(f"this version cannot observe {', '.join(sorted(unknown))} yet")
     device = next(iter(weights.values())).device
+    source: Optional[_GradientSource] = None
     with (
         _running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
@@ -138,6 +139,8 @@ def observe(
             used = -(-used // grad_batch_size)
     if used == 0:
         raise ValueError("expected data that yields at least one sample, got none")
+    if source is not None and not source.any_nonzero:
+        warnings.warn("every gradient is zero: does the loss fit the model's outputs?", stacklevel=2)
     if used < num_grads:
         warnings.warn(
             f"the data ended after {used} of num_grads={num_grads} gradients; these are used",
@@ -209,7 +212,8 @@ def _batch_size(leaves: Sequence[Any]) -> int:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             raise TypeError(
-                f"expected batches of tensors whose first dimension is the sample, got {type(leaf).__name__}; "
+                "expected batches of tensors whose first dimension is the sample, got a "
+                f"{'tensor without dimensions' if isinstance(leaf, Tensor) else type(leaf).__name__}; "
                 "a dataset of single samples goes through torch.utils.data.DataLoader"
             )
     sizes = sorted({len(leaf) for leaf in leaves})
@@ -242,11 +246,8 @@ class _GradientSource:
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.generator = torch.Generator(device).manual_seed(seed)
         self.vectorized: Optional[bool] = None
-
-        def loss(values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-            return loss_fn(call(model, values, inputs), targets)
-
-        self.vmapped = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+        self.any_nonzero = False
+        self.vmapped = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
 
     def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
         """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
@@ -284,6 +285,12 @@ class _GradientSource:
             self.vectorized = True
         return values
 
+    def _loss(self, values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+        loss = self.loss_fn(call(self.model, values, inputs), targets)
+        if loss.dim():
+            raise ValueError(f"expected loss_fn to return a scalar, got a tensor of shape {list(loss.shape)}")
+        return loss
+
     def _loop(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
         """The same by plain autograd, for models that torch.func cannot run."""
         weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
@@ -291,8 +298,8 @@ class _GradientSource:
         for i in range(count):
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # may be written to
             with torch.enable_grad():
-                outputs = call(self.model, weights | buffers, pytree.tree_map(lambda x, i=i: x[i], inputs))
-                loss = self.loss_fn(outputs, pytree.tree_map(lambda x, i=i: x[i], targets))
+                one = pytree.tree_map(lambda x, i=i: x[i], (inputs, targets))
+                loss = self._loss(weights | buffers, *one)
             for name, gradient in zip(result, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 result[name][i] = gradient
         return result
@@ -304,6 +311,7 @@ class _GradientSource:
             bad = [name for name, value in values.items() if not value.isfinite().all()]
             if bad:
                 raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+        self.any_nonzero = self.any_nonzero or any(bool(value.any()) for value in values.values())
         for name, value in values.items():
             if scale != 1:
                 value *= scale

@@ -67,7 +67,10 @@ def _matches(model: nn.Module, named: dict[str, nn.Parameter], pattern: str) -> 
     if not isinstance(pattern, str):
         raise TypeError(f"expected params to hold names, got {type(pattern).__name__}")
     if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"params {pattern!r} is not a regular expression: {error}") from error
         found = [name for name in named if expression.search(name)]
     elif pattern in named:
         found = [pattern]
@@ -75,7 +78,8 @@ def _matches(model: nn.Module, named: dict[str, nn.Parameter], pattern: str) -> 
         aliases = dict(model.named_parameters(remove_duplicate=False))
         found = [name for name, p in named.items() if pattern in aliases and p is aliases[pattern]]
     if not found:
-        close = difflib.get_close_matches(pattern, named, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"no parameter matches {pattern!r}{hint}")
+        inside = sorted((name for name in named if pattern in name), key=lambda name: not name.endswith("weight"))
+        close = inside[:3] or difflib.get_close_matches(pattern, named, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join([*named][:8])}, ..."
+        raise ValueError(f"no parameter matches {pattern!r}; {hint}")
     return found

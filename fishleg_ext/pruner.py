@@ -169,7 +169,7 @@ class Pruner:
         num_pruned = self._num_pruned(sparsity)
         self._check_parameters()
         dead_first = any(not torch.equal(mask, self._masks[name]) for name, mask in self._masks_at_estimate.items())
-        with use_impl(self.impl), torch.no_grad():
+        with self._implementation(), torch.no_grad():
             costs: dict[str, Costs] = {}
             for group in self._groups:
                 self._observe(group, self._source)
@@ -211,7 +211,7 @@ class Pruner:
 
     def apply_masks(self) -> None:
         """Zero the pruned weights of the model, as after an optimizer step that revived them."""
-        with use_impl(self.impl):
+        with self._implementation():
             self._masks.apply()
 
     def finalize(self) -> PruneResult:
@@ -327,7 +327,7 @@ class Pruner:
             return
         assert source is not None
         self._held = []
-        with self._timed("observation"), use_impl(self.impl):
+        with self._timed("observation"), self._implementation():
             self.curvature.start(self._weights(names))
             if self.curvature.observes:
                 self._used_grads = observe(
@@ -391,6 +391,10 @@ class Pruner:
                     f"sparsity {value} of {name} is {targets[name]} weights, but {before[name]} are pruned already"
                 )
         return targets
+
+    def _implementation(self) -> contextlib.AbstractContextManager[None]:
+        """The one asked for; "auto" leaves a `use_impl` around this in force."""
+        return contextlib.nullcontext() if self.impl == "auto" else use_impl(self.impl)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -463,7 +467,7 @@ def prune(
             name -> sparsity; parameters not in it stay dense. None is the curvature's default, "global".
         pattern: "unstructured"; "n:m" and "blockN" are not in this version yet.
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
-            None is the weight of every Linear and Conv layer.
+            None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
         num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024.
         grad_batch_size: samples in each gradient.
         recomputations: rounds of estimating and pruning; the density falls geometrically.

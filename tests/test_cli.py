@@ -68,7 +68,13 @@ def test_prune_writes_model_masks_and_report(user, capsys):
         assert torch.equal(saved["model"][name] != 0, mask)
         total += int((~mask).sum())
     assert total == 36
-    assert json.loads((user / "pruned.json").read_text())["sparsity"] == 0.5
+    report = json.loads((user / "pruned.json").read_text())
+    assert report["sparsity"] == 0.5
+    assert report["evaluation"]["after"] == pytest.approx(float(sum(v.abs().sum() for v in saved["model"].values())))
+    again = "prune mine:model mine:data --sparsity 0 --num-grads 32 --checkpoint pruned.pt --out again.pt --quiet"
+    assert main(again.split()) == 0
+    reloaded = torch.load("again.pt", weights_only=True)["model"]
+    assert all(torch.equal(v, reloaded[k]) for k, v in saved["model"].items())
 
 
 def _model():

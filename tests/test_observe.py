@@ -476,7 +476,7 @@ def test_sampled_gradients_estimate_the_true_fisher(outputs, group, generator):
 
 def test_bad_likelihoods_are_explained(net, samples):
     run = lambda **kw: observe(net, [samples], F.cross_entropy, Recorder(), weights_of(net), labels="model", **kw)
-    with pytest.raises(TypeError, match="got NoneType"):
+    with pytest.raises(TypeError, match="got a NoneType"):
         run(likelihood=lambda outputs, generator: None)
     with pytest.raises(ValueError, match="targets for 21 samples"):
         run(likelihood=lambda outputs, generator: torch.zeros(3, dtype=torch.long))
@@ -524,3 +524,13 @@ def test_peak_memory_is_that_of_a_chunk_not_of_all_gradients():
     """128 gradients are 488 MiB; with chunk_bytes of 64 MiB the peak must stay near it (allocators hold some more)."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 96
+
+
+def test_a_loss_that_is_no_scalar_is_explained(net, samples):
+    with pytest.raises(ValueError, match=r"loss_fn to return a scalar, got a tensor of shape \[1\]"):
+        observe(net, [samples], nn.CrossEntropyLoss(reduction="none"), Recorder(), weights_of(net))
+
+
+def test_gradients_that_are_all_zero_are_told(net, samples):
+    with pytest.warns(UserWarning, match="every gradient is zero"):
+        observe(net, [samples], lambda outputs, targets: 0 * outputs.sum(), Recorder(), weights_of(net), num_grads=21)

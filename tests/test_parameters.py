@@ -44,7 +44,11 @@ def test_names_expressions_and_predicates(params, expected):
 def test_what_matches_nothing_is_named_with_a_suggestion():
     with pytest.raises(ValueError, match=r"no parameter matches 'hiden.weight'; did you mean hidden.weight"):
         choose_parameters(Net(), "hiden.weight")
-    with pytest.raises(ValueError, match="'re:zzz'"):
+    with pytest.raises(ValueError, match=r"'conv'; did you mean conv.weight or conv.bias\?"):
+        choose_parameters(Net(), "conv")
+    with pytest.raises(ValueError, match=r"'re:\(' is not a regular expression"):
+        choose_parameters(Net(), "re:(")
+    with pytest.raises(ValueError, match="'re:zzz'; there are embed.weight, conv.weight"):
         choose_parameters(Net(), ["conv.weight", "re:zzz"])
     with pytest.raises(ValueError, match="none of the 9 parameters"):
         choose_parameters(Net(), lambda name, p: False)

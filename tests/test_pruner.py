@@ -601,6 +601,13 @@ def test_impl_governs_every_stage(net, data):
         pruner.apply_masks()
 
 
+def test_use_impl_reaches_the_ops_of_prune(net, data):
+    with fishleg_ext.use_impl("cuda"):
+        with pytest.raises(NotImplementedError, match="impl='cuda'"):
+            prune(net, data, sparsity=0.5)
+        prune(net, data, sparsity=0.5, impl="reference")
+
+
 # one estimate, several uses
 
 

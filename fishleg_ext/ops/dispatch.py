@@ -39,7 +39,7 @@ class Op:
         if impl in ("auto", "reference"):
             return None
         language = {"triton": "Triton", "cuda": "CUDA C++"}[impl]
-        return f"this version has no {language} kernel for it"
+        return f"there is no {language} kernel for it yet"
 
     def resolve(self, impl: str) -> Callable[..., Any]:
         """The function that runs for `impl`; what "auto" means is decided by `use_impl`, if it is in force."""
