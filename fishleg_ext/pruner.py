@@ -374,10 +374,8 @@ class Pruner:
         elif self.scope == "layer":
             wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
         elif self.scope == "global":
-            target, done = (
-                round(checked_sparsity(sparsity) * sum(sizes.values())),
-                sum(before.values()),
-            )
+            target = round(checked_sparsity(sparsity) * sum(sizes.values()))
+            done = sum(before.values())
             if target < done:
                 raise ValueError(f"sparsity {sparsity} is {target} weights, but {done} are pruned already")
             return target
