@@ -118,16 +118,18 @@ def test_shared_inverse_equals_copies_of_it(fisher, generator):
         assert torch.equal(got[1], copied[1])
 
 
-def test_dead_rows_are_not_read(fisher, generator):
-    weight, inverse, alive = problem(fisher, generator, 2, 10)
+@pytest.mark.parametrize("options", [{}, {"group": 2}, {"group": 4}, {"n": 2, "m": 4}, {"stop": 0.1}])
+def test_dead_rows_are_not_read(options, fisher, generator):
+    weight, inverse, alive = problem(fisher, generator, 2, 12)
     alive[:, [1, 6]] = False
-    expected = ops.obs_eliminate(weight, inverse, alive)
+    expected = ops.obs_eliminate(weight, inverse, alive, **options)
+    assert (expected[0][alive] < 12).any()
     dirty = inverse.clone()
     dirty[:, [1, 6]] = torch.nan
     dirty[:, :, [1, 6]] = torch.nan
     weight = weight.clone()
     weight[:, [1, 6]] = torch.nan
-    for got, want in zip(ops.obs_eliminate(weight, dirty, alive), expected, strict=True):
+    for got, want in zip(ops.obs_eliminate(weight, dirty, alive, **options), expected, strict=True):
         assert torch.equal(got, want)
 
 

@@ -58,7 +58,7 @@ class _Elimination:
         self.size, self.group = size, group
         self.alive = alive
         self.inverse = inverse
-        # Not yet eliminated, and to be. What else the columns hold is never looked at.
+        # Not yet eliminated, and to be: everything else is neither read nor moved.
         self.pending = torch.ones_like(alive) if dead_first else alive.clone()
         self.weight = torch.where(alive, weight.to(dtype), 0)
         # The group x group blocks on the diagonal of H, [k, size / group, group, group].
@@ -129,7 +129,8 @@ class _Elimination:
         variance = column.gather(1, pivot)
         valid_variance = valid & (variance > 0)  # a weight that nothing compensates for moves no other
         root = torch.where(valid_variance, variance, 1).sqrt()
-        column = torch.where(valid_variance, column / root, 0)
+        # Zero where nothing is pending: what is dead may hold anything, and a group's dead member is a pivot too.
+        column = torch.where(self.pending & valid_variance, column / root, 0)
         self.columns[:, self.num_columns] = column
         self.num_columns += 1
         self.weight -= column * (self.weight.gather(1, pivot) / root)
