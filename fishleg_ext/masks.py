@@ -1,7 +1,7 @@
 """Holds masks of parameters and keeps the pruned zeros zero. Nothing else touches them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
+        self._packed: Optional[dict[str, Tensor]] = None  # of _keep; applied after every optimizer step
 
     def __getitem__(self, name: str) -> Tensor:
         keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
@@ -47,6 +48,7 @@ class Masks(Mapping[str, Tensor]):
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
+        self._packed = None
 
     def num_pruned(self) -> dict[str, int]:
         """Name -> how many entries are False."""
@@ -61,13 +63,12 @@ class Masks(Mapping[str, Tensor]):
         """Name -> pruned entries over entries."""
         return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
 
-    def packed(self) -> dict[str, Tensor]:
-        """Name -> one bit a weight, as of `ops.pack_mask`."""
-        return {name: ops.pack_mask(mask) for name, mask in self.items()}
-
     def apply(self) -> None:
         """Zero the pruned entries of the parameters."""
-        ops.apply_masks_([w.detach() for w in self.weights.values()], list(self.packed().values()))
+        if self._packed is None:
+            self._packed = {name: ops.pack_mask(mask) for name, mask in self.items()}
+        packed = [self._packed[name].to(weight.device) for name, weight in self.weights.items()]
+        ops.apply_masks_([weight.detach() for weight in self.weights.values()], packed)
 
     def state_dict(self) -> dict[str, Any]:
         """As of `pack_masks`."""

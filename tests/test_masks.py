@@ -60,6 +60,8 @@ def test_apply_refuses_bad_input():
         ops.apply_masks_([torch.ones(8)], [])
     with pytest.raises(TypeError, match="bool"):
         ops.pack_mask(torch.ones(3))
+    with pytest.raises(TypeError, match="dense"):
+        ops.pack_mask(torch.ones(3, dtype=torch.bool).to_sparse())
     with pytest.raises(ValueError, match=r"packed of shape \[2\]"):
         ops.unpack_mask(torch.zeros(1, dtype=torch.uint8), [9])
 
@@ -84,6 +86,9 @@ def test_masks_hold_count_and_apply(generator):
         assert not w[~wanted[name]].any()
         assert w[wanted[name]].all()
         assert w.requires_grad
+    masks.set({name: torch.zeros_like(mask) for name, mask in masks.items()})
+    masks.apply()  # those of now, not those packed before
+    assert not any(w.any() for w in weights.values())
 
 
 def test_masks_survive_a_state_dict(tmp_path, generator):

@@ -26,6 +26,8 @@ def single_or_double(**tensors: Tensor) -> None:
 def boolean(**tensors: Tensor) -> None:
     """Every tensor is a dense mask."""
     for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"expected {name} to be a dense (strided) tensor, got {tensor.layout}")
         if tensor.dtype != torch.bool:
             raise TypeError(f"expected {name} of dtype torch.bool, got {tensor.dtype}")
 
