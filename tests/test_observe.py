@@ -57,6 +57,13 @@ def weights_of(net):
     return {n: p for n, p in net.named_parameters() if n in ("0.weight", "5.weight")}
 
 
+def recorded(net, data, **options):
+    """What `observe` hands over for the cross entropy of a small net."""
+    recorder = Recorder()
+    observe(net, data, F.cross_entropy, recorder, weights_of(net), **options)
+    return recorder
+
+
 def expected_gradients(net, inputs, targets, group, loss_fn=F.cross_entropy):
     net = copy.deepcopy(net).eval()
     rows = {n: [] for n in weights_of(net)}
@@ -103,27 +110,9 @@ def test_only_the_first_samples_are_read(net, samples):
 
 def test_memory_is_bounded_by_chunk_bytes(net, samples):
     per_gradient = gradient_bytes(weights_of(net).values())
-    recorder = Recorder()
-    observe(
-        net,
-        batches(*samples),
-        F.cross_entropy,
-        recorder,
-        weights_of(net),
-        num_grads=21,
-        chunk_bytes=3 * per_gradient,
-    )
+    recorder = recorded(net, batches(*samples), num_grads=21, chunk_bytes=3 * per_gradient)
     assert {o.count for o in recorder.seen} == {3}
-    recorder = Recorder()
-    observe(
-        net,
-        batches(*samples),
-        F.cross_entropy,
-        recorder,
-        weights_of(net),
-        num_grads=4,
-        chunk_bytes=1,
-    )
+    recorder = recorded(net, batches(*samples), num_grads=4, chunk_bytes=1)
     assert [o.count for o in recorder.seen] == [1] * 4
 
 
