@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "fishleg_ext"
 ARCHITECTURES = os.environ.get("FISHLEG_EXT_CUDA_ARCHITECTURES", "80;90")
+LIBRARIES = ("_build", "_kernels")  # CMake's targets, each a file in the package
 
 
 def find_nvcc() -> str | None:
@@ -33,13 +35,23 @@ def find_nvcc() -> str | None:
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
+def find_package(name: str) -> Path | None:
+    """The folder of an installed package; an isolated build sees no other packages, but knows where they are."""
+    spec = importlib.util.find_spec(name)
+    folder = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("platlib")) / name
+    return folder if folder.is_dir() else None
+
+
 def find_pybind11() -> Path | None:
     """The folder of pybind11's headers: the package's own, or those that torch carries."""
-    for package in ("pybind11", "torch"):
-        spec = importlib.util.find_spec(package)
-        if spec and spec.origin and (include := Path(spec.origin).parent / "include").is_dir():
-            return include
-    return None
+    folders = (find_package(name) for name in ("pybind11", "torch"))
+    return next((f / "include" for f in folders if f and (f / "include" / "pybind11").is_dir()), None)
+
+
+def find_torch() -> Path | None:
+    """The folder of a torch that has the stable ABI of 2.10."""
+    folder = find_package("torch")
+    return folder if folder and (folder / "include/torch/csrc/stable/accelerator.h").is_file() else None
 
 
 def decide() -> tuple[dict, str | None]:
@@ -54,16 +66,17 @@ def decide() -> tuple[dict, str | None]:
         obstacle = "no CUDA toolkit was found at install time (no nvcc in $CUDACXX, $CUDA_HOME or PATH)"
     elif find_pybind11() is None:
         obstacle = "no pybind11 was found at install time"
+    elif find_torch() is None:
+        obstacle = "no torch >= 2.10 was found at install time: install torch first, then this package again"
     if obstacle and wish == "1":
         sys.exit(f"FISHLEG_EXT_CUDA=1, but {obstacle}")
     return {"cuda": obstacle is None, "reason": obstacle or f"built with {nvcc}"}, obstacle
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake, which places the module where setuptools looks for it."""
+    """Runs CMake, which places the libraries where setuptools looks for them."""
 
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def build_extensions(self) -> None:
         work = Path(self.build_temp).resolve()
         variables = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -71,8 +84,11 @@ class CMakeBuild(build_ext):
             "CMAKE_CUDA_ARCHITECTURES": ARCHITECTURES,
             "Python_EXECUTABLE": sys.executable,
             "FISHLEG_EXT_PYBIND11": find_pybind11(),
-            "FISHLEG_EXT_OUTPUT": target,
+            "FISHLEG_EXT_TORCH": find_torch(),
         }
+        for ext in self.extensions:
+            name = ext.name.rpartition(".")[2]
+            variables[f"FISHLEG_EXT_OUTPUT{name}"] = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = ["cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in variables.items()]
         try:
@@ -88,9 +104,10 @@ class CMakeBuild(build_ext):
 
 
 def install_pure(reason: str, build_lib: Path | None = None) -> None:
-    """Record why there is no CUDA part; no module of an earlier build may outlive that."""
-    for stale in PACKAGE.glob("_build*.so"):
-        stale.unlink()
+    """Record why there is no CUDA part; no library of an earlier build may outlive that."""
+    for library in LIBRARIES:
+        for stale in PACKAGE.glob(f"{library}*.so"):
+            stale.unlink()
     for folder in (PACKAGE, build_lib and build_lib / "fishleg_ext"):
         if folder and folder.is_dir():
             record(folder, {"cuda": False, "reason": reason})
@@ -105,7 +122,7 @@ record(PACKAGE, decision)
 if obstacle:
     install_pure(obstacle)
 setup(
-    # Optional: where the build fails, the installation goes on without the module.
-    ext_modules=[] if obstacle else [Extension("fishleg_ext._build", sources=[], optional=True)],
+    # Optional: where the build fails, the installation goes on without them.
+    ext_modules=[Extension(f"fishleg_ext.{name}", sources=[], optional=True) for name in LIBRARIES if not obstacle],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-"""The command line: `fishleg-ext info | demo | prune`."""
+"""The command line: `fishleg-ext info | check | bench | demo | prune`."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ from fishleg_ext.ops.dispatch import OPS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for wrong arguments or input."""
+    """Run a command; returns the exit status: 0, 1 where a check failed, 2 for wrong arguments or input."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -41,6 +41,18 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, GPU, and which implementation each op has here")
     info.set_defaults(run=_info)
+
+    check = commands.add_parser(
+        "check",
+        help="compare every implementation of every op with float64 on this machine",
+        description="Compare every implementation of every op that runs here with the reference in float64, over odd "
+        "shapes, views, ties, zeros, NaN, dead weights and condition numbers up to 1e7. Exit status 1 where one is "
+        "further off than its budget. TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU.",
+    )
+    check.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    check.add_argument("--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all")
+    check.add_argument("--seed", type=int, default=0, help="of the inputs")
+    check.set_defaults(run=_check)
 
     demo = commands.add_parser("demo", help="train a small network, prune it by six methods, draw the curves")
     demo.add_argument("--out", type=Path, default=Path("demo-results"), help="folder of the results")
@@ -91,11 +103,47 @@ def _info(arguments: argparse.Namespace) -> int:
     )
     print(f"GPU: {_gpu()}")
     print(f"CUDA part: {_cuda_part()}")
-    print("\nop                   runs        why nothing else does")
+    print("\nop                   runs on a GPU, fastest first   why not")
     for name, op in OPS.items():
-        reasons = [f"{impl}: {why}" for impl in ("triton", "cuda") if (why := op.unavailable(impl))]
-        print(f"{name:<20} reference   {'; '.join(reasons)}")
+        reasons = {impl: op.unavailable(impl) for impl in op.kernels}
+        here = [impl for impl, reason in reasons.items() if reason is None]
+        why = [f"{impl}: {reason}" for impl, reason in reasons.items() if reason]
+        print(f"{name:<20} {', '.join([*here, 'reference']):<30} {'; '.join(why)}".rstrip())
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fishleg_ext.check import check, device_of
+
+    impls = arguments.impl or ("reference", "triton", "cuda")
+    device = device_of("reference")
+    where = f"on {torch.cuda.get_device_name()}" if device.type == "cuda" else "on the CPU"
+    print(f"torch {torch.__version__}, triton {_version('triton')}, {where}, seed {arguments.seed}")
+    print("error: the largest relative error against float64, of the case that used most of its budget\n")
+    print("op                   implementation      dtype     cases    error   budget   result")
+    failures = 0
+    for row in check(arguments.ops or None, impls, seed=arguments.seed):
+        impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
+        label = f"{row.op:<20} {impl:<19} {row.dtype:<9}"
+        if not row.cases:
+            print(f"{label}     -        -        -   not run: {row.reason}")
+            continue
+        result = "ok" if not row.failures else "FAILED"
+        note = f"; some cases left out: {row.reason}" if row.reason else ""
+        print(f"{label} {row.cases:>5} {row.error:>8.1e} {row.budget:>8.1e}   {result}{note}", flush=True)
+        failures += len(row.failures)
+        for failure in row.failures:
+            print(f"    {failure}")
+    print(f"\n{failures} cases failed" if failures else "\nall within their budgets")
+    return 1 if failures else 0
+
+
+def _interpreted() -> bool:
+    try:
+        from fishleg_ext import kernels
+    except ImportError:
+        return False
+    return kernels.INTERPRETED
 
 
 def _version(package: str) -> str:

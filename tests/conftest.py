@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 
@@ -24,3 +25,19 @@ def fisher(generator: torch.Generator) -> Callable[..., Tensor]:
         return (matrix + matrix.mT) / 2
 
     return make
+
+
+_TABLES = pytest.StashKey[dict[str, list[dict]]]()
+
+
+@pytest.fixture
+def record_table(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Add a row to a table, by its title, that is printed after all tests."""
+    tables = request.config.stash.setdefault(_TABLES, {})
+    return lambda title, **row: tables.setdefault(title, []).append(row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for title, rows in config.stash.get(_TABLES, {}).items():
+        terminalreporter.section(title)
+        terminalreporter.write_line(tabulate(rows, headers="keys"))

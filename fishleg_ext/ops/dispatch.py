@@ -6,13 +6,18 @@ metadata alone, so that they guard real calls and traced ones (fake tensors) ali
 
 The op is registered for CompositeExplicitAutograd and chooses the implementation at run time: `impl=` and `use_impl`
 therefore mean the same inside and outside `torch.compile`. The autograd key falls through: results never require grad.
+
+A kernel of op `S` in family `F` is a launcher `S` in `fishleg_ext/kernels/F.py` (Triton) or `fishleg_ext/cuda/F.py`
+(CUDA C++), which takes the op's arguments, and beside it `supports_S`, which takes them too and returns whether the
+kernel takes them and, if not, why not. Neither module is imported before the kernel is wanted.
 """
 
 import contextvars
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,24 +36,67 @@ class Op:
     """One registered op: its schema and the implementations of it."""
 
     name: str
+    family: str
     schema: str
     reference: Callable[..., Any]
+    mutates: tuple[str, ...]  # arguments written in place
+    kernels: tuple[str, ...]  # implementations beside the reference, the fastest first
 
     def unavailable(self, impl: str) -> str | None:
-        """Why `impl` cannot run this op here, or None if it can."""
+        """Why `impl` can run this op on no arguments here, or None if it can."""
         if impl in ("auto", "reference"):
             return None
-        language = {"triton": "Triton", "cuda": "CUDA C++"}[impl]
-        return f"there is no {language} kernel for it yet"
+        if impl not in self.kernels:
+            return f"there is no {_LANGUAGE[impl]} kernel for it yet"
+        try:
+            return _lane(impl).unavailable()
+        except ImportError as error:
+            return f"{_LANGUAGE[impl]} is not installed ({error})"
 
-    def resolve(self, impl: str) -> Callable[..., Any]:
-        """The function that runs for `impl`; what "auto" means is decided by `use_impl`, if it is in force."""
+    def launcher(self, impl: str) -> Callable[..., Any]:
+        """The function that runs kernel `impl`, which must be available."""
+        return getattr(self._module(impl), self.name)
+
+    def supports(self, impl: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """Whether `impl` takes these arguments here, and if not, why not."""
+        reason = self.unavailable(impl)
+        if reason is not None:
+            return False, reason
+        if impl in ("auto", "reference"):
+            return True, ""
+        return getattr(self._module(impl), f"supports_{self.name}")(*args, **kwargs)
+
+    def resolve(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The function that runs for `impl` and these arguments; `use_impl`, if in force, says what "auto" means."""
         check_impl(impl)
         chosen = _preferred_impl.get() if impl == "auto" else impl
-        reason = self.unavailable(chosen)
-        if reason is not None:
-            raise NotImplementedError(f"{self.name}: impl={chosen!r} was requested, but {reason}")
-        return self.reference
+        if chosen == "auto":
+            usable = (kernel for kernel in self.kernels if _on_gpu(args) and self.supports(kernel, *args, **kwargs)[0])
+            chosen = next(usable, "reference")
+        elif chosen != "reference":
+            supported, reason = self.supports(chosen, *args, **kwargs)
+            if not supported:
+                raise NotImplementedError(f"{self.name}: impl={chosen!r} was requested, but {reason}")
+        return self.reference if chosen == "reference" else self.launcher(chosen)
+
+    def _module(self, impl: str) -> ModuleType:
+        return importlib.import_module(f"{_LANES[impl]}.{self.family}")
+
+
+_LANES = {"triton": "fishleg_ext.kernels", "cuda": "fishleg_ext.cuda"}
+_LANGUAGE = {"triton": "Triton", "cuda": "CUDA C++"}
+
+
+def _lane(impl: str) -> ModuleType:
+    return importlib.import_module(_LANES[impl])
+
+
+def _on_gpu(args: tuple[Any, ...]) -> bool:
+    """Whether the first argument, or the first of it, is on a GPU: nowhere else is a kernel faster."""
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)):
+        first = first[0] if first else None
+    return isinstance(first, torch.Tensor) and first.is_cuda
 
 
 OPS: dict[str, Op] = {}
@@ -59,6 +107,7 @@ def op(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     mutates: tuple[str, ...] = (),
+    kernels: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make an op of a function that checks arguments.
 
@@ -66,16 +115,18 @@ def op(
         reference: the specification, in eager PyTorch; the checked function's signature without `impl`.
         fake: the same signature; allocates outputs of the right shape and dtype. None where nothing is returned.
         mutates: names of the arguments that are written in place.
+        kernels: "triton", "cuda" or both: the kernels there are, the fastest first.
     """
 
     def decorate(check: Callable[P, R]) -> Callable[P, R]:
         name = check.__name__
-        entry = Op(name, name + torch.library.infer_schema(check, mutates_args=mutates), reference)
+        schema = name + torch.library.infer_schema(check, mutates_args=mutates)
+        entry = Op(name, check.__module__.rpartition(".")[2], schema, reference, mutates, kernels)
 
         def run(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
             with torch.no_grad():
                 check(*args, **kwargs)
-                return entry.resolve(impl)(*args, **kwargs)
+                return entry.resolve(impl, *args, **kwargs)(*args, **kwargs)
 
         def trace(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
             check(*args, **kwargs)

@@ -62,7 +62,7 @@ def unpack_mask(packed: Tensor, shape: list[int], *, impl: str = "auto") -> Tens
     _check_packed("packed", packed, shape)
 
 
-@op(reference=reference.apply_masks_, mutates=("tensors",))
+@op(reference=reference.apply_masks_, mutates=("tensors",), kernels=("triton",))
 def apply_masks_(tensors: list[Tensor], packed_masks: list[Tensor], *, impl: str = "auto") -> None:
     """Set the pruned entries of many tensors to zero, whatever they hold (NaN and inf too).
 

@@ -1,0 +1,61 @@
+// What a test hands to a kernel and takes back, through files: the arguments of a private op, one after the other. An int,
+// a bool or a float is 8 bytes; a tensor is its bytes per element, its number of dimensions, its sizes, its elements.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+struct Tensor {
+  int64_t element_size, count;
+  std::vector<int64_t> sizes;
+  std::unique_ptr<char[]> bytes;  // an allocation of its own, so that an access beyond it is seen
+
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(bytes.get());
+  }
+};
+
+class Arguments {
+ public:
+  Arguments(int count, char** values) {
+    if (count != 3 || !(in_ = std::fopen(values[1], "rb")) || !(out_ = std::fopen(values[2], "wb"))) {
+      std::fprintf(stderr, "usage: %s INPUT OUTPUT\n", values[0]);
+      std::exit(2);
+    }
+  }
+  ~Arguments() { std::fclose(in_), std::fclose(out_); }
+
+  int64_t integer() { return scalar<int64_t>(); }
+  double real() { return scalar<double>(); }
+  Tensor tensor() {
+    Tensor result{integer(), 1, std::vector<int64_t>(integer()), nullptr};
+    for (int64_t& size : result.sizes) result.count *= size = integer();
+    const int64_t bytes = result.count * result.element_size;
+    result.bytes.reset(new char[bytes]);
+    read(result.bytes.get(), bytes);
+    return result;
+  }
+  void give_back(const Tensor& tensor) {
+    std::fwrite(tensor.bytes.get(), tensor.element_size, tensor.count, out_);
+  }
+
+ private:
+  template <typename T>
+  T scalar() {
+    T value;
+    read(&value, sizeof(T));
+    return value;
+  }
+  void read(void* to, size_t bytes) {
+    if (std::fread(to, 1, bytes, in_) != bytes) {
+      std::fprintf(stderr, "the input is too short\n");
+      std::exit(2);
+    }
+  }
+  FILE* in_ = nullptr;
+  FILE* out_ = nullptr;
+};

@@ -1,0 +1,110 @@
+"""Builds csrc/ kernels for the host (tests/cuda_on_host/) and runs them in the place of a private op."""
+
+import contextlib
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+HOST = ROOT / "tests" / "cuda_on_host"
+BARRIER = re.compile(r"__sync(threads|warp)\([^)]*\);")
+DRIVERS = sorted(HOST.glob("*_out.cpp"))  # each named after the private op that launches its kernel
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """One barrier of a kernel."""
+
+    file: Path
+    line: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file.name}:{self.line} {self.name}"
+
+    def deleted(self) -> str:
+        """The file's text without it."""
+        lines = self.file.read_text().splitlines(keepends=True)
+        lines[self.line - 1] = BARRIER.sub("", lines[self.line - 1], count=1)
+        return "".join(lines)
+
+
+def barriers(file: Path) -> list[Barrier]:
+    found = enumerate(map(BARRIER.search, file.read_text().splitlines()), start=1)
+    return [Barrier(file, line, match[0]) for line, match in found if match]
+
+
+def kernels(file: Path) -> list[str]:
+    """Names of the __global__ functions in a file."""
+    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", file.read_text())
+
+
+def build(driver: Path, target: Path, *, sanitize: str, csrc: Path = CSRC) -> Path:
+    """Compile a driver with the kernels of folder `csrc`."""
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-fsanitize={sanitize}"]
+    includes = [f"-I{folder}" for folder in (HOST, csrc, CSRC)]
+    command = ["g++", *flags, "-fno-sanitize-recover=undefined", *includes, str(driver), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def why_not() -> str | None:
+    """Why nothing can be run on the host here, or None if it can."""
+    from fishleg_ext import cuda
+
+    if shutil.which("g++") is None:
+        return "running CUDA kernels on the host needs g++"
+    return cuda.not_loaded()
+
+
+@contextlib.contextmanager
+def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
+    """In this block private op `name` on CPU tensors runs `executable`; yields what it has printed to stderr, by call."""
+    overload = getattr(torch.ops.fishleg_ext_cuda, name).default
+    arguments = overload._schema.arguments
+    printed: list[str] = []
+
+    def run(*values: Any) -> None:
+        (folder / "in").write_bytes(b"".join(map(_serialised, values)))
+        done = subprocess.run(
+            [executable, folder / "in", folder / "out"], capture_output=True, text=True, errors="replace", check=False
+        )
+        printed.append(done.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{executable.name} ended with status {done.returncode}:\n{done.stderr[:3000]}")
+        result = (folder / "out").read_bytes()
+        for argument, value in zip(arguments, values, strict=True):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                size = value.numel() * value.element_size()
+                value.copy_(torch.frombuffer(bytearray(result[:size]), dtype=value.dtype).view(value.shape))
+                result = result[size:]
+        assert not result
+
+    library = torch.library.Library("fishleg_ext_cuda", "IMPL")
+    library.impl(name, run, "CPU")
+    try:
+        yield printed
+    finally:
+        library._destroy()
+
+
+def _serialised(value: Any) -> bytes:
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        header = struct.pack(f"<{2 + value.dim()}q", value.element_size(), value.dim(), *value.shape)
+        return header + value.flatten().view(torch.uint8).numpy().tobytes()
+    return struct.pack("<d" if isinstance(value, float) else "<q", value)
+
+
+def cuda_launcher(op: Any) -> Callable[..., Any]:
+    """The launcher of an op's CUDA C++ kernel, which does not ask whether there is a GPU."""
+    return getattr(op._module("cuda"), op.name)

@@ -1,0 +1,152 @@
+"""CUDA C++ kernels, run on the host: right to float64, within bounds, ordered by their barriers.
+
+A kernel needs no more than a driver in cuda_on_host/ named after its private op: everything here finds it by itself.
+"""
+
+import re
+import subprocess
+
+import host
+import pytest
+import torch
+
+from fishleg_ext import check
+from fishleg_ext.ops.dispatch import OPS
+
+REASON = host.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+HEADERS = sorted(host.CSRC.glob("*.cuh"))
+BARRIERS = [barrier for header in HEADERS for barrier in host.barriers(header)]
+SELFTEST = host.HOST / "selftest.cpp"
+# The order in which threads run is drawn from these seeds.
+SEEDS = ("0", "1")
+
+
+def op_of(driver):
+    """The op whose launcher calls the private op that a driver stands for."""
+    return OPS[driver.stem.removesuffix("_out")]
+
+
+def drivers_of(header):
+    return [driver for driver in host.DRIVERS if f'#include "{header.name}"' in driver.read_text()]
+
+
+@pytest.fixture(scope="module")
+def executable(tmp_path_factory):
+    """Drivers by name and sanitizer, each built once."""
+    built = {}
+
+    def get(driver, sanitize):
+        key = driver.stem, sanitize
+        if key not in built:
+            target = tmp_path_factory.mktemp(driver.stem) / sanitize.replace(",", "_")
+            built[key] = host.build(driver, target, sanitize=sanitize)
+        return built[key]
+
+    return get
+
+
+def test_every_kernel_has_a_driver():
+    assert host.DRIVERS
+    for header in HEADERS:
+        text = "".join(driver.read_text() for driver in drivers_of(header))
+        for kernel in host.kernels(header):
+            assert kernel in text, f"no driver in {host.HOST} runs {kernel} of {header.name}"
+    for driver in host.DRIVERS:
+        assert "cuda" in op_of(driver).kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("driver", host.DRIVERS, ids=lambda driver: driver.stem)
+def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, executable, tmp_path):
+    """All cases of `fishleg-ext check`, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    op = op_of(driver)
+    launcher = host.cuda_launcher(op)
+    row = check.Row(op.name, "cuda", str(dtype))
+    with host.on_host(driver.stem, executable(driver, "address,undefined"), tmp_path) as printed:
+        for case in check.CASES[op.name](check.Inputs(dtype, torch.device("cpu"), 0)):
+            if case.kwargs.get("group", 1) == 1:  # the kernel's own limits are tested where it runs
+                row.take(case, *check.error_and_budget(op, launcher, case))
+    assert not row.failures
+    assert row.cases > 30
+    assert len(printed) > 30
+    assert not any(printed)
+
+
+def ordered(driver, program, folder):
+    """Small problems that use several warps, and all of a kernel's options; returns what ThreadSanitizer said."""
+    op = op_of(driver)
+    reports = []
+    with host.on_host(driver.stem, program, folder) as printed:
+        for case in check.CASES[op.name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
+            if case.kwargs.get("group", 1) == 1 and case.args[0].numel() < 300:
+                try:
+                    host.cuda_launcher(op)(*case.args, **case.kwargs)
+                except RuntimeError:
+                    reports.append(printed[-1])
+    assert len(printed) > 10
+    return reports
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("driver", host.DRIVERS, ids=lambda driver: driver.stem)
+def test_kernels_are_free_of_races(driver, seed, executable, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_HOST_SEED", seed)
+    assert ordered(driver, executable(driver, "thread"), tmp_path) == []
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=str)
+def test_every_barrier_is_needed(barrier, tmp_path, record_table):
+    """Without any one of them ThreadSanitizer reports a race: the tool sees, and the kernel has none too many."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / barrier.file.name).write_text(barrier.deleted())
+    reports = []
+    for driver in drivers_of(barrier.file):
+        program = host.build(driver, tmp_path / driver.stem, sanitize="thread", csrc=tmp_path / "csrc")
+        reports += ordered(driver, program, tmp_path)
+    races = [race for report in reports for race in re.findall(r"SUMMARY: ThreadSanitizer: data race (.*)", report)]
+    where = re.search(rf"{barrier.file.name}:\d+", races[0]) if races else None
+    assert where is not None
+    record_table(
+        "barriers: each deleted in turn",
+        barrier=barrier.name,
+        place=f"{barrier.file.relative_to(host.ROOT)}:{barrier.line}",
+        reported_by=f"ThreadSanitizer: data race at {where[0]}",
+        cases=len(reports),
+    )
+
+
+# The tool itself
+
+
+def selftest(program, name):
+    return subprocess.run([program, name], capture_output=True, text=True, errors="replace", check=False)
+
+
+@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
+@pytest.mark.parametrize("name", ["exchange", "collective", "bounds"])
+def test_the_host_runs_kernels_as_a_gpu_does(name, sanitize, executable):
+    done = selftest(executable(SELFTEST, sanitize), name)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["shared", "global"])
+def test_the_host_sees_accesses_out_of_bounds(name, executable):
+    done = selftest(executable(SELFTEST, "address,undefined"), name)
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert re.search(r"bounds_kernel.*selftest.cuh:\d+", done.stderr)
+
+
+def test_the_host_sees_a_barrier_that_some_never_reach(executable):
+    done = selftest(executable(SELFTEST, "thread"), "deadlock")
+    assert done.returncode == 3
+    assert "deadlock" in done.stderr
+
+
+@pytest.mark.parametrize("barrier", host.barriers(host.HOST / "selftest.cuh")[:2], ids=str)
+def test_the_host_sees_a_deleted_barrier(barrier, tmp_path):
+    (tmp_path / "selftest.cuh").write_text(barrier.deleted())
+    (tmp_path / SELFTEST.name).write_text(SELFTEST.read_text())
+    program = host.build(tmp_path / SELFTEST.name, tmp_path / "program", sanitize="thread", csrc=tmp_path)
+    assert "ThreadSanitizer: data race" in selftest(program, "exchange").stderr
