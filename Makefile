@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+CXX_FILES := $(wildcard csrc/* tests/cuda_on_host/*)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
@@ -14,19 +15,22 @@ demo: .venv/installed  ## Train a small network, prune it by six methods, print 
 	$(BIN)/fishleg-ext demo
 
 .PHONY: test
-test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores)
+test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton kernels interpreted where there is no GPU
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: lint
 lint: .venv/installed  ## Check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 .PHONY: format
 format: .venv/installed  ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 .PHONY: clean
 clean:  ## Remove .venv and everything built
@@ -34,5 +38,6 @@ clean:  ## Remove .venv and everything built
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch  # first: the CUDA part is built against it
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -1,19 +1,23 @@
 // Optimal Brain Surgeon within blocks of weights.
 //
-// obs_eliminate, one thread block per block of B weights, with its inverse H in shared memory. Until nothing is left:
-//   q = argmin w_q^2 / (2 H_qq);   u = H[:, q] / sqrt(H_qq);   w -= u w_q / sqrt(H_qq);   H -= u u^T.
+// obs_eliminate: one thread block for each block of B weights, with its inverse H in shared memory.
+// Until nothing is left:
+//   q = argmin w_q^2 / (2 H_qq);   u = H[:, q] / sqrt(H_qq);
+//   w -= u w_q / sqrt(H_qq);       H -= u u^T.
 //
-// Every warp finds q by itself from w and the diagonal, and forms its own copy of u, so that one barrier a step suffices:
-// w, diagonal and pending have two copies, one read in a step and one written for the next, and row q, from which u is read, is
-// the one row that the step leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in registers.
+// Every warp finds q by itself from w and the diagonal, and forms its own copy of u, so that one
+// barrier a step suffices: of w, the diagonal and what is pending there are two copies, one read in
+// a step and one written for the next, and row q, from which u is read, is the one row that the step
+// leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in registers.
 // Only rows that are still pending are updated.
 //
-// Device memory: B + 1 values of T and one byte are read, a T and an int written per weight; a shared inverse is read by
-// every block but stays in L2. Shared memory: B^2 values, of which a step reads and writes those of pending rows: 4 B^3
-// bytes in all at 4 bytes a value. Arithmetic: B^3 FLOP.
+// Device memory, per weight: B + 1 values and a byte are read, a value and an int are written; an
+// inverse that all blocks share stays in L2. Shared memory: a step reads and writes the pending rows
+// of H, B^3 values in all. Arithmetic: B^3 FLOP.
 //
-// Invariants: entries of H with a dead row or column are 0 and never loaded, unless dead_first; H stays symmetric to the
-// bit, so that row q is column q; every warp computes the same q, so that the loop ends for all threads at once.
+// Invariants: entries of H with a dead row or column are 0 and never loaded, unless dead_first; H
+// stays symmetric to the bit, so that row q is column q; every warp computes the same q, so that the
+// loop ends for all threads at once.
 #pragma once
 
 #include <cstdint>
@@ -62,14 +66,15 @@ struct Elimination {
   static constexpr int kHeld = 256 / (kWarpSize * kVector);
 
   int size, row, lane, warp, warps;
-  int now;              // which copy of weights, diagonal and pending is read
-  T* h;                 // [size, row]
-  T* u;                 // [row], this warp's own
-  T* weights;           // [2, row]
-  T* diagonal;          // [2, row]
-  bool* pending;        // [2, row]: moved by eliminations, and read by them
+  int now;        // which copy of weights, diagonal and pending is read
+  T* h;           // [size, row]
+  T* u;           // [row], this warp's own
+  T* weights;     // [2, row]
+  T* diagonal;    // [2, row]
+  bool* pending;  // [2, row]: moved by eliminations, and read by them
 
-  __device__ __forceinline__ explicit Elimination(int block_size) : size(block_size), row(eliminate_row<T>(size)), now(0) {
+  __device__ __forceinline__ explicit Elimination(int block_size)
+      : size(block_size), row(eliminate_row<T>(size)), now(0) {
     lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
     h = reinterpret_cast<T*>(dynamic_shared_memory());
     u = h + row * (size + warp);
@@ -79,9 +84,11 @@ struct Elimination {
   }
 
   // Copy what may be read of a block, and 0 for all else.
-  __device__ __forceinline__ void load(const T* weight, const T* inverse, const bool* alive, bool dead_first) {
+  __device__ __forceinline__ void load(const T* weight, const T* inverse, const bool* alive,
+                                       bool dead_first) {
     for (int j = threadIdx.x; j < row; j += blockDim.x) {
-      const bool inside = j < size, mine = inside && alive[j], read = mine || (inside && dead_first);
+      const bool inside = j < size, mine = inside && alive[j],
+                 read = mine || (inside && dead_first);
       weights[j] = mine ? weight[j] : T(0);
       diagonal[j] = read ? inverse[static_cast<int64_t>(j) * size + j] : T(0);
       pending[j] = read;
@@ -96,13 +103,15 @@ struct Elimination {
     __syncthreads();
   }
 
-  // The weight of lowest cost, of ties the lowest index, the same in every thread: `size` and infinity where there is none.
+  // The weight of lowest cost, of ties the lowest index, the same in every thread: `size` and
+  // infinity where there is none.
   __device__ __forceinline__ int cheapest(int n, int m, T* lowest) const {
     T best = static_cast<T>(INFINITY);
     int index = size;
     for (int j = lane; j < size; j += kWarpSize) {
       const T w = weights[now * row + j], variance = diagonal[now * row + j];
-      if (!pending[now * row + j] || !(variance > 0) || (m > 0 && left_of_group(j, m) <= n)) continue;
+      if (!pending[now * row + j] || !(variance > 0) || (m > 0 && left_of_group(j, m) <= n))
+        continue;
       const T cost = w * w / (2 * variance);
       if (cost < best) best = cost, index = j;  // NaN is never the cheapest
     }
@@ -169,12 +178,14 @@ struct Elimination {
   }
 };
 
-// weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Block k of the grid takes block k of the
-// weights, with eliminate_threads(B) threads and eliminate_shared_bytes<T>(B) of dynamic shared memory.
+// weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Block k of the
+// grid takes block k of the weights, with eliminate_threads(B) threads and
+// eliminate_shared_bytes<T>(B) of dynamic shared memory.
 template <typename T>  // T: float or double, of weights, inverse and cost
 __global__ void __launch_bounds__(kMaxEliminateThreads)
-    obs_eliminate_kernel(const T* __restrict__ weight, const T* __restrict__ inverse, const bool* __restrict__ alive,
-                         int32_t* __restrict__ rank, T* __restrict__ cost, EliminateOptions<T> options) {
+    obs_eliminate_kernel(const T* __restrict__ weight, const T* __restrict__ inverse,
+                         const bool* __restrict__ alive, int32_t* __restrict__ rank,
+                         T* __restrict__ cost, EliminateOptions<T> options) {
   static_assert(kMaxEliminateThreads % kWarpSize == 0, "warps are whole");
   const int size = options.size;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * size;

@@ -7,13 +7,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fishleg_ext
+from fishleg_ext import cuda
 from fishleg_ext.masks import pack_masks
 from fishleg_ext.ops.dispatch import OPS
 
@@ -50,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         "further off than its budget. TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU.",
     )
     check.add_argument("ops", nargs="*", metavar="OP", help="default: all")
-    check.add_argument("--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all")
+    check.add_argument(
+        "--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all that there are"
+    )
     check.add_argument("--seed", type=int, default=0, help="of the inputs")
     check.set_defaults(run=_check)
 
@@ -113,18 +116,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fishleg_ext.check import check, device_of
+    from fishleg_ext.check import check
 
-    impls = arguments.impl or ("reference", "triton", "cuda")
-    device = device_of("reference")
-    where = f"on {torch.cuda.get_device_name()}" if device.type == "cuda" else "on the CPU"
-    print(f"torch {torch.__version__}, triton {_version('triton')}, {where}, seed {arguments.seed}")
-    print("error: the largest relative error against float64, of the case that used most of its budget\n")
-    print("op                   implementation      dtype     cases    error   budget   result")
+    print(f"torch {torch.__version__}, triton {_version('triton')}, GPU: {_gpu()}; seed {arguments.seed}")
+    print("error: the largest relative error against float64, in the case that used most of its budget\n")
+    print("op                   implementation        dtype     cases    error   budget   result")
     failures = 0
-    for row in check(arguments.ops or None, impls, seed=arguments.seed):
+    for row in check(arguments.ops or None, arguments.impl, seed=arguments.seed):
         impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
-        label = f"{row.op:<20} {impl:<19} {row.dtype:<9}"
+        label = f"{row.op:<20} {impl:<21} {row.dtype:<9}"
         if not row.cases:
             print(f"{label}     -        -        -   not run: {row.reason}")
             continue
@@ -140,10 +140,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _interpreted() -> bool:
     try:
-        from fishleg_ext import kernels
+        from fishleg_ext.kernels import INTERPRETED
     except ImportError:
         return False
-    return kernels.INTERPRETED
+    return INTERPRETED
 
 
 def _version(package: str) -> str:
@@ -162,18 +162,16 @@ def _gpu() -> str:
 
 
 def _cuda_part() -> str:
-    """Whether the compiled module is here, and if not, why not."""
+    """What the compiled libraries were built with, or why they are not here."""
     try:
         _build = importlib.import_module("fishleg_ext._build")
     except ImportError as error:
-        record = resources.files("fishleg_ext") / "build_record.json"
-        if not record.is_file():
-            return f"not built; nothing is recorded of how this was installed ({error})"
-        recorded = json.loads(record.read_text())
-        if recorded["cuda"]:
-            return f"{recorded['reason']}, but it does not load: {error}"
-        return f"not built: {recorded['reason']}"
-    return f"toolkit {_build.cuda_toolkit}, architectures {_build.architectures}, {_build.compiler}"
+        record = cuda.build_record()
+        return (
+            f"{record['reason']}, but it does not load: {error}" if record["cuda"] else f"not built: {record['reason']}"
+        )
+    built = f"built with toolkit {_build.cuda_toolkit}, architectures {_build.architectures}, {_build.compiler}"
+    return f"{built}; {reason}" if (reason := cuda.not_loaded()) else built
 
 
 def _demo(arguments: argparse.Namespace) -> int:

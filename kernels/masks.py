@@ -3,13 +3,13 @@
 apply_masks_: t[i] = 0 where bit i of the packed mask is 0.
 
 The weights are cut into tiles of BLOCK. A table on the device has a row for each tile of every tensor, (address of its
-weights, address of its bits, number of weights), so that one program handles one tile and reads nothing else about the
-tensors. Tables are kept between calls: the next call with the same tensors copies nothing from the host, which also
-makes it possible to capture it in a CUDA graph.
+weights, address of its bits, number of weights up to the end of the tensor), so that one program handles one tile and
+reads nothing else about the tensors. Tables are kept between calls: the next call with the same tensors copies nothing
+from the host, which also makes it possible to capture it in a CUDA graph.
 
 Bytes per weight: 1/8 of mask is read, and weights are not read at all; zeros are written to pruned weights alone, in
-sectors of 32 bytes. Invariants: weights are moved as integers of their width, so that no dtype needs arithmetic (zero is
-all bits 0 in each) and kept ones are never touched; BLOCK is a multiple of 8, so that tiles begin at a byte of the mask.
+sectors of 32 bytes. Invariants: weights are moved as integers of their width, so that no dtype needs arithmetic (zero
+is all bits 0 in each) and kept ones are never touched; BLOCK is a multiple of 8, so that tiles begin at a whole byte.
 """
 
 import torch
@@ -87,8 +87,8 @@ def _make_table(key: tuple) -> Tensor:
         start = torch.arange(0, size, BLOCK)
         rows.append(torch.stack([address + width * start, packed_address + start // 8, size - start], dim=1))
     if len(_tables) >= MAX_TABLES:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # before memory that a launch may yet read is given away
+        for used in {table.device for table in _tables.values() if table.is_cuda}:
+            torch.cuda.synchronize(used)  # before memory that a launch may yet read is given away
         _tables.clear()
     table = torch.cat(rows).to(device)
     if device.type == "cuda":

@@ -7,6 +7,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from fishleg_ext.ops.dispatch import OPS
+
 
 @pytest.fixture
 def generator() -> torch.Generator:
@@ -25,6 +27,16 @@ def fisher(generator: torch.Generator) -> Callable[..., Tensor]:
         return (matrix + matrix.mT) / 2
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, and say why."""
+    reasons = {"gpu": None if torch.cuda.is_available() else "needs a GPU, and torch sees none"}
+    reasons |= {impl: OPS[name].unavailable(impl) for name in OPS for impl in OPS[name].kernels}
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 _TABLES = pytest.StashKey[dict[str, list[dict]]]()

@@ -47,6 +47,15 @@ def kernels(file: Path) -> list[str]:
     return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", file.read_text())
 
 
+def included(file: Path) -> list[Path]:
+    """The headers of csrc/ that a file includes itself."""
+    return [CSRC / name for name in re.findall(r'#include "(\w+\.cuh)"', file.read_text())]
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 def build(driver: Path, target: Path, *, sanitize: str, csrc: Path = CSRC) -> Path:
     """Compile a driver with the kernels of folder `csrc`."""
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-fsanitize={sanitize}"]
@@ -68,7 +77,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
-    """In this block private op `name` on CPU tensors runs `executable`; yields what it has printed to stderr, by call."""
+    """In this block private op `name` on CPU tensors runs `executable`; yields what each call printed to stderr."""
     overload = getattr(torch.ops.fishleg_ext_cuda, name).default
     arguments = overload._schema.arguments
     printed: list[str] = []

@@ -29,7 +29,7 @@ def op_of(driver):
 
 
 def drivers_of(header):
-    return [driver for driver in host.DRIVERS if f'#include "{header.name}"' in driver.read_text()]
+    return [driver for driver in host.DRIVERS if header in host.included(driver)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def ordered(driver, program, folder):
     reports = []
     with host.on_host(driver.stem, program, folder) as printed:
         for case in check.CASES[op.name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
-            if case.kwargs.get("group", 1) == 1 and case.args[0].numel() < 300:
+            if case.kwargs.get("group", 1) == 1 and case.args[0].numel() < 300 and case.condition <= 1e3:
                 try:
                     host.cuda_launcher(op)(*case.args, **case.kwargs)
                 except RuntimeError:

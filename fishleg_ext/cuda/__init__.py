@@ -47,3 +47,9 @@ def supports_device(tensor: Tensor) -> tuple[bool, str]:
     capability = torch.cuda.get_device_capability(tensor.device)
     reason = "CUDA C++ kernels are compiled for compute capability {}.{} and later, and {} has {}.{}"
     return capability >= OLDEST, reason.format(*OLDEST, tensor.device, *capability)
+
+
+@functools.cache
+def shared_bytes_per_block(device: torch.device) -> int:
+    """The most shared memory that a kernel may ask for on a GPU, for one thread block."""
+    return torch.ops.fishleg_ext_cuda.shared_bytes_per_block(device.index)

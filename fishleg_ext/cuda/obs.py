@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fishleg_ext.cuda import supports_device
+from fishleg_ext.cuda import shared_bytes_per_block, supports_device
 from fishleg_ext.dtypes import widened
 
 
@@ -26,7 +26,7 @@ def supports_obs_eliminate(
         return False, f"its CUDA C++ kernel removes single weights, not groups of {group}"
     size, dtype = weight.shape[1], widened(inverse.dtype)
     needed = torch.ops.fishleg_ext_cuda.obs_eliminate_shared_bytes(size, dtype.itemsize)
-    room = torch.cuda.get_device_properties(weight.device).shared_memory_per_block_optin
+    room = shared_bytes_per_block(weight.device)
     return needed <= room, (
         f"its CUDA C++ kernel holds a block in shared memory: {size} weights in {dtype} take {needed} bytes, "
         f"and {weight.device} has {room}"

@@ -1,5 +1,6 @@
-// What a test hands to a kernel and takes back, through files: the arguments of a private op, one after the other. An int,
-// a bool or a float is 8 bytes; a tensor is its bytes per element, its number of dimensions, its sizes, its elements.
+// What a test hands to a kernel and takes back, through files: the arguments of a private op, one
+// after the other. An int, a bool or a float is 8 bytes; a tensor is its bytes per element, its
+// number of dimensions, its sizes, its elements.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ struct Tensor {
 class Arguments {
  public:
   Arguments(int count, char** values) {
-    if (count != 3 || !(in_ = std::fopen(values[1], "rb")) || !(out_ = std::fopen(values[2], "wb"))) {
+    if (count != 3 || !(in_ = std::fopen(values[1], "rb")) ||
+        !(out_ = std::fopen(values[2], "wb"))) {
       std::fprintf(stderr, "usage: %s INPUT OUTPUT\n", values[0]);
       std::exit(2);
     }

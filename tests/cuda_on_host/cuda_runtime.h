@@ -1,15 +1,20 @@
-// Runs CUDA C++ kernels on the host, for tests: the compiler's include path finds this file in place of the CUDA one.
+// Runs CUDA C++ kernels on the host, for tests: the compiler's include path finds this file in
+// place of the CUDA one.
 //
-// Every CUDA thread of a block is a fiber (a stack of its own, switched to by hand) and blocks run one after the other, so
-// a kernel is ordinary C++ to the sanitizers:
+// Every CUDA thread of a block is a fiber (a stack of its own, switched to by hand) and blocks run
+// one after the other, so a kernel is ordinary C++ to the sanitizers:
 // - AddressSanitizer: dynamic shared memory is a heap allocation of exactly the bytes asked for.
-// - ThreadSanitizer: every fiber is a thread to it, and nothing but __syncthreads, __syncwarp and atomics orders their
-//   accesses, as on a GPU. A missing barrier is therefore a data race, reported with file and line, whatever the order in
-//   which the fibers happen to run. Barriers use two synchronisation objects in turn: with one, a thread that reaches the
-//   next barrier early would be ordered before a thread that has yet to leave this one, and no race would ever be seen.
-// Shared memory is filled with 0xff (NaN) before each block. A barrier that some thread never reaches ends the program.
+// - ThreadSanitizer: every fiber is a thread to it, and nothing but __syncthreads, __syncwarp and
+// atomics orders their
+//   accesses, as on a GPU. A missing barrier is therefore a data race, reported with file and line,
+//   whatever the order in which the fibers happen to run. Barriers use two synchronisation objects
+//   in turn: with one, a thread that reaches the next barrier early would be ordered before a
+//   thread that has yet to leave this one, and no race would ever be seen.
+// Shared memory is filled with 0xff (NaN) before each block. A barrier that some thread never
+// reaches ends the program.
 //
-// Not covered: tensor cores, asynchronous copies, inline PTX, clusters, partial warp masks, races between blocks.
+// Not covered: tensor cores, asynchronous copies, inline PTX, clusters, partial warp masks, races
+// between blocks.
 #pragma once
 
 #define CUDA_ON_HOST
@@ -98,7 +103,9 @@ struct Context {
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     stack_pointer = top;
   }
-  CUDA_ON_HOST_UNSEEN void switch_to(Context& other) { cuda_on_host_switch(&stack_pointer, other.stack_pointer); }
+  CUDA_ON_HOST_UNSEEN void switch_to(Context& other) {
+    cuda_on_host_switch(&stack_pointer, other.stack_pointer);
+  }
 };
 #else
 struct Context {
@@ -148,7 +155,9 @@ struct Block {
 
 CUDA_ON_HOST_UNSEEN inline Block& block() { return *Block::active(); }
 CUDA_ON_HOST_UNSEEN inline Fiber& me() { return *block().current; }
-CUDA_ON_HOST_UNSEEN inline int thread_number() { return static_cast<int>(&me() - block().fibers.data()); }
+CUDA_ON_HOST_UNSEEN inline int thread_number() {
+  return static_cast<int>(&me() - block().fibers.data());
+}
 
 #if defined(__SANITIZE_THREAD__)
 CUDA_ON_HOST_UNSEEN inline void release(char* object) { __tsan_release(object); }
@@ -233,7 +242,8 @@ CUDA_ON_HOST_UNSEEN inline void run_block(std::mt19937& random) {
   const int count = static_cast<int>(b.fibers.size());
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = i;
-  for (Fiber& fiber : b.fibers) fiber.waits = Waits::kNot, fiber.block_barriers = fiber.warp_barriers = 0;
+  for (Fiber& fiber : b.fibers)
+    fiber.waits = Waits::kNot, fiber.block_barriers = fiber.warp_barriers = 0;
   for (;;) {
     for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
     for (int i : order) {
@@ -250,7 +260,8 @@ CUDA_ON_HOST_UNSEEN inline void run_block(std::mt19937& random) {
       at_barrier += fiber.waits == Waits::kBlock;
     }
     if (done == count) return;
-    if (done + at_barrier != count) fail("deadlock: some threads wait for a barrier that others never reach");
+    if (done + at_barrier != count)
+      fail("deadlock: some threads wait for a barrier that others never reach");
     for (Fiber& fiber : b.fibers) {
       if (fiber.waits == Waits::kBlock) fiber.waits = Waits::kNot;
     }
@@ -273,7 +284,8 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, Kernel kernel, Argumen
   for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = b.fibers[i];
     fiber.index = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for the threads' stacks");
     fiber.stack = static_cast<char*>(stack);
     fiber.context.prepare(fiber.stack, fiber_main);
@@ -348,14 +360,16 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned by) {
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   unsigned votes = vote ? 1u << cuda_on_host::thread_number() % cuda_on_host::kWarp : 0u;
-  for (int bits = 1; bits < cuda_on_host::kWarp; bits *= 2) votes |= __shfl_xor_sync(mask, votes, bits);
+  for (int bits = 1; bits < cuda_on_host::kWarp; bits *= 2)
+    votes |= __shfl_xor_sync(mask, votes, bits);
   return votes;
 }
 
 template <typename T>
 inline T atomicAdd(T* address, T value) {
   T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, old + value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange_n(address, &old, old + value, false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
   }
   return old;
 }

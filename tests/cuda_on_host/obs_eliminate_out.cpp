@@ -17,8 +17,9 @@ void run(Arguments& arguments, const Tensor& weight) {
   options.dead_first = arguments.integer() != 0;
   const Tensor rank = arguments.tensor(), cost = arguments.tensor();
   cuda_on_host::launch(static_cast<unsigned>(weight.sizes[0]), eliminate_threads(size),
-                       eliminate_shared_bytes<T>(size), obs_eliminate_kernel<T>, weight.data<T>(), inverse.data<T>(),
-                       alive.data<bool>(), rank.data<int32_t>(), cost.data<T>(), options);
+                       eliminate_shared_bytes<T>(size), obs_eliminate_kernel<T>, weight.data<T>(),
+                       inverse.data<T>(), alive.data<bool>(), rank.data<int32_t>(), cost.data<T>(),
+                       options);
   arguments.give_back(rank);
   arguments.give_back(cost);
 }

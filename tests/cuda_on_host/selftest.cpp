@@ -25,9 +25,10 @@ int main(int count, char** values) {
       right &= out[i] == sum * 1000 + before * 100 + 1;
     }
     right &= total == 2016;
-  } else if (!std::strcmp(test, "bounds") || !std::strcmp(test, "shared") || !std::strcmp(test, "global")) {
-    cuda_on_host::launch(1, 128, 128 * sizeof(int), bounds_kernel, in.data(), out.data(), test[0] == 's',
-                         test[0] == 'g');
+  } else if (!std::strcmp(test, "bounds") || !std::strcmp(test, "shared") ||
+             !std::strcmp(test, "global")) {
+    cuda_on_host::launch(1, 128, 128 * sizeof(int), bounds_kernel, in.data(), out.data(),
+                         test[0] == 's', test[0] == 'g');
     right = in == out;
   } else if (!std::strcmp(test, "deadlock")) {
     cuda_on_host::launch(1, 64, 0, deadlock_kernel);

@@ -1,0 +1,179 @@
+"""fishleg-ext check: every implementation that runs here passes, and what is wrong fails."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from fishleg_ext import check
+from fishleg_ext.cli import main
+from fishleg_ext.ops.dispatch import OPS
+
+IMPLEMENTATIONS = [
+    pytest.param(name, impl, marks=[getattr(pytest.mark, impl)] if impl != "reference" else [])
+    for name in OPS
+    for impl in ("reference", *OPS[name].kernels)
+]
+
+
+def test_every_op_has_cases():
+    assert set(check.CASES) == set(OPS)
+    assert set(check.WITHOUT_DTYPE) <= set(OPS)
+
+
+@pytest.mark.parametrize("dtype", check.DTYPES, ids=str)
+@pytest.mark.parametrize("name, impl", IMPLEMENTATIONS)
+def test_implementations_keep_their_budgets(name, impl, dtype):
+    row = check.check_dtype(OPS[name], impl, dtype)
+    assert row.cases > 3, row.reason
+    assert not row.failures
+
+
+# The checker itself: implementations with one fault each.
+
+
+def reference(name):
+    return OPS[name].reference
+
+
+def costs_off(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    return rank, cost * 1.01
+
+
+def last_of_ties_first(weight, inverse, alive, **options):
+    flipped = reference("obs_eliminate")(weight.flip(1), inverse.flip(1, 2), alive.flip(1), **options)
+    return flipped[0].flip(1), flipped[1].flip(1)
+
+
+def two_swapped(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    first, second = rank == 0, rank == 1
+    rank[first], rank[second] = 1, 0
+    return rank, cost
+
+
+def a_rank_twice(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    return torch.where(rank == 1, 0, rank), cost
+
+
+def without(option):
+    def ignores(weight, inverse, alive, **options):
+        options.pop(option, None)
+        if option == "n":
+            options.pop("m", None)
+        return reference("obs_eliminate")(weight, inverse, alive, **options)
+
+    return ignores
+
+
+def stops_early(weight, inverse, alive, *, stop=None, **options):
+    return reference("obs_eliminate")(weight, inverse, alive, stop=None if stop is None else stop / 2, **options)
+
+
+def the_dead_cost_something(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    return rank, torch.where(alive, cost, 0)
+
+
+def leaves_one_unwritten(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    result = torch.empty(cost.shape, dtype=cost.dtype)
+    result[:, 1:] = cost[:, 1:]
+    return rank, result
+
+
+def one_bit_flipped(scores, num_pruned):
+    masks = reference("keep_mask")(scores, num_pruned)
+    if masks and masks[0].numel() > 3:
+        masks[0].view(-1)[3] ^= True
+    return masks
+
+
+def writes_beyond(tensors, packed_masks):
+    reference("apply_masks_")(tensors, packed_masks)
+    for tensor in tensors:
+        if tensor.storage_offset():
+            tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel())[0] = 0
+
+
+def forgets_the_end(tensors, packed_masks):
+    """Of each tensor, the weights after the last whole byte of its mask."""
+    whole = [(t.view(-1)[: t.numel() // 8 * 8], p[: t.numel() // 8]) for t, p in zip(tensors, packed_masks, strict=True)
+             if t.is_contiguous()]  # fmt: skip
+    reference("apply_masks_")(*map(list, zip(*whole, strict=True)) if whole else ([], []))
+
+
+def less_precise(gram, damping):
+    inverse, info = reference("block_inverse")(gram, damping)
+    return inverse.bfloat16().to(inverse.dtype), info
+
+
+def wrong_count_of_damping(gram, damping):
+    inverse, info = reference("block_inverse")(gram, damping)
+    return inverse, info + 1
+
+
+FAULTS = [
+    ("obs_eliminate", costs_off),
+    ("obs_eliminate", last_of_ties_first),
+    ("obs_eliminate", two_swapped),
+    ("obs_eliminate", a_rank_twice),
+    ("obs_eliminate", without("stop")),
+    ("obs_eliminate", without("dead_first")),
+    ("obs_eliminate", without("n")),
+    ("obs_eliminate", without("group")),
+    ("obs_eliminate", stops_early),
+    ("obs_eliminate", the_dead_cost_something),
+    ("obs_eliminate", leaves_one_unwritten),
+    ("keep_mask", one_bit_flipped),
+    ("apply_masks_", writes_beyond),
+    ("apply_masks_", forgets_the_end),
+    ("block_inverse", less_precise),
+    ("block_inverse", wrong_count_of_damping),
+]
+
+
+@pytest.mark.parametrize("name, faulty", FAULTS)
+def test_faults_are_found(name, faulty):
+    row = check.Row(name, "faulty", "")
+    for case in check.CASES[name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
+        row.take(case, *check.error_and_budget(OPS[name], faulty, case))
+    assert row.failures
+
+
+def test_torch_is_as_before_afterwards():
+    check.outcome(OPS["obs_score"], lambda *args: args[0], (torch.ones(1), torch.ones(1)), {})
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# The command
+
+
+def test_check_prints_a_table_and_why_a_kernel_did_not_run(capsys):
+    assert main(["check", "obs_score", "apply_masks_", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^obs_score +reference +float32 +\d+ +\d\.\de-\d\d +\d\.\de-\d\d +ok$", out, re.M)
+    assert re.search(r"^apply_masks_ +triton", out, re.M)
+    assert "all within their budgets" in out
+    if (reason := OPS["apply_masks_"].unavailable("triton")) is not None:
+        assert f"not run: {reason}" in out
+
+
+def test_check_fails_with_the_case_that_failed(capsys, monkeypatch):
+    real = OPS["obs_score"]
+    wrong = lambda weight, diagonal: real.reference(weight, diagonal) * (1 + 1e-4 * (weight.dtype != torch.float64))
+    monkeypatch.setitem(OPS, "obs_score", dataclasses.replace(real, reference=wrong))
+    assert main(["check", "obs_score"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"obs_score +reference +float32 .*FAILED", out)
+    assert re.search(r"obs_score +reference +float64 .*ok", out)
+    assert "shape=[3, 5]: error 0.0001" in out
+    assert re.search(r"\d+ cases failed", out)
+
+
+def test_check_refuses_an_unknown_op(capsys):
+    assert main(["check", "obs_scores"]) == 2
+    assert "there is no op 'obs_scores'; there are block_gram_" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""Every kernel, compiled for GPUs that need not be there: registers, shared memory, no spills."""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import host
+import pytest
+
+from fishleg_ext.ops.dispatch import OPS
+
+KERNELS = host.ROOT / "kernels"
+NVCC = os.environ.get("CUDACXX") or host.find_nvcc()
+# name -> file
+TRITON_KERNELS = {
+    node.name: file.name
+    for file in sorted(KERNELS.glob("*.py"))
+    for node in ast.parse(file.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+}
+SOURCES = sorted(host.CSRC.glob("*.cu"))
+
+
+@functools.cache
+def compiled(capability):
+    """What compile_triton.py printed: rows of kernel, arguments, registers, spills, shared."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, host.ROOT / "tests" / "compile_triton.py", str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", TRITON_KERNELS)
+def test_triton_kernels_compile_without_spills(name, capability, record_table):
+    rows = [row for row in compiled(capability) if row["kernel"] == name]
+    assert rows, f"no launcher of kernels/{TRITON_KERNELS[name]} launches {name} on the cases of fishleg-ext check"
+    for row in rows:
+        assert row["spills"] == 0, row
+        record_table(
+            "registers and shared memory", kernel=name, target=f"sm_{capability}", **dict(list(row.items())[1:])
+        )
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_cuda_kernels_compile_without_spills(source, capability, tmp_path, record_table):
+    command = [
+        NVCC,
+        "-std=c++17",
+        f"-arch=sm_{capability}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        "-o",
+        tmp_path / "cubin",
+        source,
+    ]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, log, re.S)
+    names = [name for header in host.included(source) for name in host.kernels(header)]
+    assert found
+    for name in names:
+        mine = [entry for entry in found if name in entry[0]]
+        assert mine, f"{source.name} compiles no instance of {name}"
+        for symbol, stores, loads, registers in mine:
+            spills = int(stores) + int(loads)
+            assert spills == 0, symbol
+            element = re.search(rf"{name}I(\w)E", symbol)
+            record_table(
+                "registers and shared memory",
+                kernel=name,
+                target=f"sm_{capability}",
+                arguments={"f": "T=float", "d": "T=double"}.get(element[1], symbol) if element else symbol,
+                shared="dynamic",
+                registers=int(registers),
+                spills=spills,
+            )
+
+
+@pytest.mark.parametrize("file", sorted(KERNELS.glob("*.py")), ids=lambda file: file.name)
+def test_masked_loads_say_what_is_beyond(file):
+    """tl.load with mask= and without other= reads garbage on a GPU, and zeros in the interpreter."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            given = {keyword.arg for keyword in node.keywords}
+            masked = "mask" in given or len(node.args) > 1
+            assert not masked or "other" in given or len(node.args) > 2, f"{file.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_kernel_named_has_a_launcher_and_says_what_it_supports(name):
+    for impl in OPS[name].kernels:
+        module = OPS[name]._module(impl)
+        assert module.__doc__
+        assert callable(getattr(module, name))
+        assert callable(getattr(module, f"supports_{name}"))
