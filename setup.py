@@ -64,10 +64,10 @@ def decide() -> tuple[dict, str | None]:
         obstacle = "FISHLEG_EXT_CUDA=0 was set at install time"
     elif nvcc is None:
         obstacle = "no CUDA toolkit was found at install time (no nvcc in $CUDACXX, $CUDA_HOME or PATH)"
-    elif find_pybind11() is None:
-        obstacle = "no pybind11 was found at install time"
     elif find_torch() is None:
         obstacle = "no torch >= 2.10 was found at install time: install torch first, then this package again"
+    elif find_pybind11() is None:
+        obstacle = "no pybind11 was found at install time"
     if obstacle and wish == "1":
         sys.exit(f"FISHLEG_EXT_CUDA=1, but {obstacle}")
     return {"cuda": obstacle is None, "reason": obstacle or f"built with {nvcc}"}, obstacle

@@ -7,17 +7,17 @@
 //
 // Every warp finds q by itself from w and the diagonal, and forms its own copy of u, so that one
 // barrier a step suffices: of w, the diagonal and what is pending there are two copies, one read in
-// a step and one written for the next, and row q, from which u is read, is the one row that the step
-// leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in registers.
-// Only rows that are still pending are updated.
+// a step and one written for the next, and row q, from which u is read, is the one row that the
+// step leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in
+// registers. Only rows that are still pending are updated.
 //
 // Device memory, per weight: B + 1 values and a byte are read, a value and an int are written; an
-// inverse that all blocks share stays in L2. Shared memory: a step reads and writes the pending rows
-// of H, B^3 values in all. Arithmetic: B^3 FLOP.
+// inverse that all blocks share stays in L2. Shared memory: a step reads and writes the pending
+// rows of H, B^3 values in all. Arithmetic: B^3 FLOP.
 //
 // Invariants: entries of H with a dead row or column are 0 and never loaded, unless dead_first; H
-// stays symmetric to the bit, so that row q is column q; every warp computes the same q, so that the
-// loop ends for all threads at once.
+// stays symmetric to the bit, so that row q is column q; every warp computes the same q, so that
+// the loop ends for all threads at once.
 #pragma once
 
 #include <cstdint>

@@ -10,9 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROBE = """
-import json, os, runpy, setuptools
+import importlib.util, json, os, runpy, setuptools, sysconfig
 if "NO_EXECUTABLE" in os.environ:
     os.access = lambda *arguments: False
+if "NO_TORCH" in os.environ:
+    importlib.util.find_spec = lambda name: None
+    sysconfig.get_path = lambda name: "/nowhere"
 setuptools.setup = lambda **options: print(json.dumps([e.name for e in options["ext_modules"]]))
 runpy.run_path("setup.py")
 """
@@ -38,22 +41,34 @@ def recorded(folder: Path) -> dict:
 
 
 def test_without_cuda_on_request(tmp_path):
-    stale = tmp_path / "fishleg_ext" / "_build.cpython-311-x86_64-linux-gnu.so"
-    stale.parent.mkdir()
-    stale.write_text("from an earlier build")
+    (tmp_path / "fishleg_ext").mkdir()
+    stale = [tmp_path / "fishleg_ext" / f"{name}.cpython-311-x86_64-linux-gnu.so" for name in ("_build", "_kernels")]
+    for library in stale:
+        library.write_text("from an earlier build")
     done = decide(tmp_path, FISHLEG_EXT_CUDA="0")
     assert json.loads(done.stdout) == []
     assert recorded(tmp_path) == {"cuda": False, "reason": "FISHLEG_EXT_CUDA=0 was set at install time"}
-    assert not stale.exists()
+    assert not any(library.exists() for library in stale)
 
 
-def test_with_a_toolkit_the_module_is_built(tmp_path):
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
+@pytest.fixture
+def nvcc(tmp_path):
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_with_a_toolkit_the_libraries_are_built(tmp_path, nvcc):
     done = decide(tmp_path, CUDACXX=str(nvcc))
-    assert json.loads(done.stdout) == ["fishleg_ext._build"]
+    assert json.loads(done.stdout) == ["fishleg_ext._build", "fishleg_ext._kernels"]
     assert recorded(tmp_path) == {"cuda": True, "reason": f"built with {nvcc}"}
+
+
+def test_without_torch_the_reason_says_what_to_do(tmp_path, nvcc):
+    done = decide(tmp_path, CUDACXX=str(nvcc), NO_TORCH="1")
+    assert json.loads(done.stdout) == []
+    assert "install torch first, then this package again" in recorded(tmp_path)["reason"]
 
 
 @pytest.mark.parametrize("wish", ["auto", "1"])

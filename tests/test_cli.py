@@ -44,8 +44,12 @@ def user(tmp_path, monkeypatch):
 def test_info_lists_every_op_with_reasons(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for name in OPS:
-        assert re.search(rf"^{name} +reference +triton: .* cuda: ", out, re.M)
+    for name, op in OPS.items():
+        line = re.search(rf"^{name} .*$", out, re.M)[0]
+        assert "reference" in line
+        for impl in op.kernels:
+            reason = op.unavailable(impl)
+            assert (f"{impl}: {reason}" if reason else f" {impl}, ") in line
     assert f"torch {torch.__version__}" in out
     assert re.search(r"^GPU: ", out, re.M)
     assert re.search(r"^CUDA part: .+", out, re.M)

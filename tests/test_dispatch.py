@@ -1,15 +1,19 @@
 """What holds for every op: schema, fake, compile, autograd, choice of implementation, import without CUDA."""
 
+import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 
 import fishleg_ext
 from fishleg_ext import ops
+from fishleg_ext.ops import dispatch
 from fishleg_ext.ops.dispatch import OPS
 
 GRAM = torch.eye(4).repeat(3, 1, 1) + 0.1
@@ -118,16 +122,70 @@ def test_results_never_require_grad(name, args, kwargs):
     assert not any(r.requires_grad for r in results if r is not None)
 
 
+@pytest.mark.parametrize("impl, language", [("triton", "Triton"), ("cuda", "CUDA C++")])
 @pytest.mark.parametrize("name", OPS)
-def test_explicit_kernels_raise_with_the_reason(name):
+def test_kernels_that_cannot_run_raise_with_the_reason(name, impl, language):
     args, kwargs = CALLS[name][0]
-    for impl, language in (("triton", "Triton"), ("cuda", r"CUDA C\+\+")):
-        with pytest.raises(NotImplementedError, match=f"{name}: impl='{impl}' .* no {language} kernel"):
-            getattr(ops, name)(*fresh(args), impl=impl, **kwargs)
-        with fishleg_ext.use_impl(impl), pytest.raises(NotImplementedError, match=f"impl='{impl}'"):
-            getattr(ops, name)(*fresh(args), **kwargs)
+    supported, reason = OPS[name].supports(impl, *args, **kwargs)
+    if supported:
+        pytest.skip(f"{impl} runs this here")
+    assert (f"there is no {language} kernel for it yet" in reason) == (impl not in OPS[name].kernels)
+    message = re.escape(f"{name}: impl={impl!r} was requested, but {reason}")
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(ops, name)(*fresh(args), impl=impl, **kwargs)
+    with fishleg_ext.use_impl(impl), pytest.raises(NotImplementedError, match=message):
+        getattr(ops, name)(*fresh(args), **kwargs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_unknown_impl_is_refused(name):
+    args, kwargs = CALLS[name][0]
     with pytest.raises(ValueError, match="impl to be one of auto, reference, triton, cuda, got 'gpu'"):
         getattr(ops, name)(*fresh(args), impl="gpu", **kwargs)
+
+
+def kernel_of(monkeypatch, *, supported, kernels=("triton", "cuda"), on_gpu=True):
+    """obs_score with kernels that return their own name; supported are those named."""
+    for impl in kernels:
+        module = types.ModuleType(impl)
+        module.unavailable = lambda: None
+        module.obs_score = lambda *args, impl=impl: impl
+        module.supports_obs_score = lambda *args, impl=impl: (impl in supported, f"{impl} does not")
+        monkeypatch.setitem(sys.modules, f"lane_{impl}", module)
+        monkeypatch.setitem(sys.modules, f"lane_{impl}.obs", module)
+    monkeypatch.setattr(dispatch, "_LANES", {impl: f"lane_{impl}" for impl in kernels})
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda args: on_gpu)
+    return dataclasses.replace(OPS["obs_score"], kernels=kernels, reference=lambda *args: "reference")
+
+
+@pytest.mark.parametrize(
+    "supported, on_gpu, expected",
+    [
+        (("triton", "cuda"), True, "triton"),
+        (("cuda",), True, "cuda"),
+        ((), True, "reference"),
+        (("triton", "cuda"), False, "reference"),
+    ],
+)
+def test_auto_takes_the_first_kernel_that_supports_the_call(monkeypatch, supported, on_gpu, expected):
+    entry = kernel_of(monkeypatch, supported=supported, on_gpu=on_gpu)
+    assert entry.resolve("auto", 1, 2)(1, 2) == expected
+    with fishleg_ext.use_impl("reference"):
+        assert entry.resolve("auto", 1, 2)(1, 2) == "reference"
+
+
+def test_an_explicit_kernel_runs_or_says_why_not(monkeypatch):
+    entry = kernel_of(monkeypatch, supported=("cuda",), on_gpu=False)
+    assert entry.resolve("cuda", 1, 2)(1, 2) == "cuda"
+    with pytest.raises(NotImplementedError, match="obs_score: impl='triton' was requested, but triton does not"):
+        entry.resolve("triton", 1, 2)
+
+
+def test_a_lane_that_does_not_import_is_a_reason():
+    entry = dataclasses.replace(OPS["obs_score"], kernels=("triton",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_LANES", {"triton": "no_such_package"})
+        assert entry.unavailable("triton") == "Triton is not installed (No module named 'no_such_package')"
 
 
 def test_a_refused_call_changes_nothing():
