@@ -1,7 +1,7 @@
 """Holds masks of parameters and keeps the pruned zeros zero. Nothing else touches them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
-        self._packed: Optional[dict[str, Tensor]] = None  # of _keep; applied after every optimizer step
+        # Of _keep, for `apply`, which comes after every optimizer step: name -> (device, order of dimensions), packed.
+        self._packed: dict[str, tuple[tuple[torch.device, list[int]], Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
@@ -48,7 +49,7 @@ class Masks(Mapping[str, Tensor]):
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
-        self._packed = None
+        self._packed = {}
 
     def num_pruned(self) -> dict[str, int]:
         """Name -> how many entries are False."""
@@ -65,10 +66,16 @@ class Masks(Mapping[str, Tensor]):
 
     def apply(self) -> None:
         """Zero the pruned entries of the parameters."""
-        if self._packed is None:
-            self._packed = {name: ops.pack_mask(mask) for name, mask in self.items()}
-        packed = [self._packed[name].to(weight.device) for name, weight in self.weights.items()]
-        ops.apply_masks_([weight.detach() for weight in self.weights.values()], packed)
+        tensors, packed = [], []
+        for name, weight in self.weights.items():
+            # As it lies in memory, so that kernels take channels_last weights too.
+            order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+            place = weight.device, order
+            if name not in self._packed or self._packed[name][0] != place:
+                self._packed[name] = place, ops.pack_mask(self[name].permute(order))
+            tensors.append(weight.detach().permute(order))
+            packed.append(self._packed[name][1])
+        ops.apply_masks_(tensors, packed)
 
     def state_dict(self) -> dict[str, Any]:
         """As of `pack_masks`."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fishleg_ext import ops
+from fishleg_ext.check import device_of
 from fishleg_ext.masks import Masks
 
 SHAPES = [(1,), (8,), (9,), (3, 5), (2, 3, 7), (0,), (), (1000,)]
@@ -66,6 +67,60 @@ def test_apply_refuses_bad_input():
         ops.unpack_mask(torch.zeros(1, dtype=torch.uint8), [9])
 
 
+@pytest.mark.triton
+class TestTritonTables:
+    """The kernel reads addresses from tables that are kept."""
+
+    @pytest.fixture
+    def tables(self, monkeypatch):
+        from fishleg_ext.kernels import masks
+
+        monkeypatch.setattr(masks, "_tables", {})
+        monkeypatch.setattr(masks, "MAX_TABLES", 3)
+        return masks._tables
+
+    @pytest.fixture
+    def device(self):
+        return device_of("triton")
+
+    def test_the_same_tensors_take_the_same_table(self, tables, device):
+        tensors = [torch.ones(5000, device=device), torch.ones(9, device=device), torch.ones(0, device=device)]
+        packed = [ops.pack_mask(torch.zeros_like(t, dtype=torch.bool)) for t in tensors]
+        ops.apply_masks_(tensors, packed, impl="triton")
+        (table,) = tables.values()
+        assert table.shape == (3, 3)  # two tiles and one
+        assert table.device == tensors[0].device
+        assert not any(t.any() for t in tensors)
+        tensors[0].fill_(1)
+        packed[0].fill_(1)  # what the table points to may change
+        ops.apply_masks_(tensors, packed, impl="triton")
+        assert [id(t) for t in tables.values()] == [id(table)]
+        assert tensors[0].nonzero()[:, 0].tolist() == list(range(0, 5000, 8))
+
+    def test_one_launch_for_each_width(self, tables, device):
+        dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
+        tensors = [torch.ones(33, dtype=dtype, device=device) for dtype in dtypes]
+        packed = [ops.pack_mask(torch.zeros(33, dtype=torch.bool, device=device))] * 5
+        ops.apply_masks_(tensors, packed, impl="triton")
+        assert [(key[1], len(table)) for key, table in tables.items()] == [(4, 2), (8, 1), (2, 2)]
+        assert not any(t.any() for t in tensors)
+
+    def test_tables_are_given_away_when_there_are_too_many(self, tables, device):
+        packed = [ops.pack_mask(torch.zeros(8, dtype=torch.bool, device=device))]
+        kept = []
+        for size in range(1, 9):
+            kept.append(torch.ones(size, device=device))
+            ops.apply_masks_([kept[-1]], packed, impl="triton")
+            assert 1 <= len(tables) <= 3
+        assert not any(t.any() for t in kept)
+
+    def test_a_tensor_that_is_not_contiguous_is_refused_with_its_name(self, device):
+        tensors = [torch.ones(8, device=device), torch.ones(4, 2, device=device).mT]
+        packed = [ops.pack_mask(torch.ones(8, dtype=torch.bool, device=device))] * 2
+        with pytest.raises(NotImplementedError, match=r"contiguous tensors, and tensors\[1\] or its mask is not"):
+            ops.apply_masks_(tensors, packed, impl="triton")
+
+
 def layers():
     return dict(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).named_parameters())
 
@@ -89,6 +144,26 @@ def test_masks_hold_count_and_apply(generator):
     masks.set({name: torch.zeros_like(mask) for name, mask in masks.items()})
     masks.apply()  # those of now, not those packed before
     assert not any(w.any() for w in weights.values())
+
+
+def test_masks_of_channels_last_weights(generator, monkeypatch):
+    """They are applied in the order of memory, also after that order has changed."""
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2, generator=generator))
+    given = []
+    apply = ops.apply_masks_
+    monkeypatch.setattr(ops, "apply_masks_", lambda tensors, packed: (given.extend(tensors), apply(tensors, packed)))
+    masks = Masks({"weight": weight})
+    masks.set({"weight": torch.rand(weight.shape, generator=generator) < 0.5})
+    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last, torch.contiguous_format):
+        weight.data = torch.randn(weight.shape, generator=generator).to(memory_format=layout)
+        expected = weight.detach() * masks["weight"]
+        masks.apply()
+        assert torch.equal(weight, expected)
+    assert all(tensor.is_contiguous() for tensor in given)
+    scalar = Masks({"scalar": nn.Parameter(torch.ones(()))})
+    scalar.set({"scalar": torch.tensor(False)})
+    scalar.apply()
+    assert not scalar.weights["scalar"].any()
 
 
 def test_masks_survive_a_state_dict(tmp_path, generator):

@@ -1,0 +1,185 @@
+"""What only a GPU can show: CUDA graphs, streams, limits of the device. The values are tested by test_check.py."""
+
+import pytest
+import torch
+from oracles import cholesky_inverse
+
+import fishleg_ext
+from fishleg_ext import ops
+from fishleg_ext.ops.dispatch import OPS
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def masked(generator):
+    """Tensors on the GPU, their masks and the packed masks."""
+    tensors = [torch.randn(shape, generator=generator).cuda() for shape in [(5000,), (33, 7), (1,)]]
+    masks = [torch.rand(t.shape, generator=generator).cuda() < 0.5 for t in tensors]
+    return tensors, masks, [ops.pack_mask(mask) for mask in masks]
+
+
+@pytest.fixture
+def blocks(generator, fisher):
+    """Weight, inverse and alive of an elimination, on the GPU."""
+
+    def make(k, b, dtype=torch.float32):
+        inverse = cholesky_inverse(fisher(k, b)).to("cuda", dtype)
+        weight = torch.randn(k, b, dtype=torch.float64, generator=generator).to("cuda", dtype)
+        return weight, inverse, torch.ones(k, b, dtype=torch.bool, device="cuda")
+
+    return make
+
+
+def captured(call):
+    """A CUDA graph of a call, after a first call outside it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_graph_of_apply_masks_replays(impl, masked):
+    tensors, masks, packed = masked
+    graph, _ = captured(lambda: ops.apply_masks_(tensors, packed, impl=impl))
+    for value in (1.0, 2.0):
+        for tensor in tensors:
+            tensor.fill_(value)
+        graph.replay()
+        assert all(torch.equal(t, value * m) for t, m in zip(tensors, masks, strict=True))
+
+
+def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked):
+    tensors, masks, packed = masked
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(NotImplementedError, match="call it once with these very tensors before"):
+            ops.apply_masks_(tensors, packed, impl="triton")
+        ops.apply_masks_(tensors, packed)
+    for tensor in tensors:
+        tensor.fill_(1)
+    graph.replay()
+    assert all(torch.equal(t, m.float()) for t, m in zip(tensors, masks, strict=True))
+
+
+@pytest.mark.cuda
+def test_a_graph_of_obs_eliminate_replays(blocks):
+    weight, inverse, alive = blocks(7, 33)
+    graph, (rank, cost) = captured(lambda: ops.obs_eliminate(weight, inverse, alive, impl="cuda"))
+    weight.mul_(torch.linspace(0.5, 2, 33, device="cuda"))
+    graph.replay()
+    expected = ops.obs_eliminate(weight, inverse, alive, impl="cuda")
+    assert torch.equal(rank, expected[0])
+    assert torch.equal(cost, expected[1])
+
+
+@pytest.mark.parametrize("name, impl", [("apply_masks_", "triton"), ("obs_eliminate", "cuda")])
+def test_kernels_run_on_the_current_stream(name, impl, masked, blocks):
+    """After what the stream has been given before, which takes a while, and not before it."""
+    if (reason := OPS[name].unavailable(impl)) is not None:
+        pytest.skip(reason)
+    stream = torch.cuda.Stream()
+    tensors, masks, packed = masked
+    weight, inverse, alive = blocks(40, 64)
+    expected = ops.obs_eliminate(2 * weight, inverse, alive, impl=impl if name == "obs_eliminate" else "reference")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        if name == "apply_masks_":
+            for tensor in tensors:
+                tensor.fill_(3)
+            ops.apply_masks_(tensors, packed, impl=impl)
+        else:
+            weight.mul_(2)
+            got = ops.obs_eliminate(weight, inverse, alive, impl=impl)
+    stream.synchronize()
+    if name == "apply_masks_":
+        assert all(torch.equal(t, 3.0 * m) for t, m in zip(tensors, masks, strict=True))
+    else:
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("k", [1, 3, 20_000])
+def test_two_eliminations_are_bitwise_equal(k, blocks):
+    weight, inverse, alive = blocks(min(k, 50), 50)
+    weight = weight.repeat(-(-k // 50), 1)[:k].contiguous()
+    alive = torch.ones_like(weight, dtype=torch.bool)
+    inverse = inverse.repeat(-(-k // 50), 1, 1)[:k].contiguous()
+    first = ops.obs_eliminate(weight, inverse, alive, impl="cuda")
+    for again, once in zip(ops.obs_eliminate(weight, inverse, alive, impl="cuda"), first, strict=True):
+        assert torch.equal(again, once)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_block_that_fits_runs_and_the_next_falls_back(dtype, blocks):
+    supports = lambda b: OPS["obs_eliminate"].supports(
+        "cuda", torch.ones(1, b, device="cuda"), torch.ones(1, b, b, dtype=dtype, device="cuda"), None
+    )
+    largest = max(b for b in range(1, 400) if supports(b)[0])
+    got = ops.obs_eliminate(*blocks(2, largest, dtype), impl="cuda")
+    assert (got[0].sort(1).values == torch.arange(largest, device="cuda")).all()
+    larger = blocks(2, largest + 1, dtype)
+    with pytest.raises(NotImplementedError, match=f"holds a block in shared memory: {largest + 1} weights .* bytes"):
+        ops.obs_eliminate(*larger, impl="cuda")
+    automatic, reference = ops.obs_eliminate(*larger), ops.obs_eliminate(*larger, impl="reference")
+    assert torch.equal(automatic[0], reference[0])
+
+
+@pytest.mark.cuda
+def test_an_inverse_that_blocks_share_is_not_copied(blocks):
+    weight, inverse, _ = blocks(1, 200)
+    weight = weight.expand(50_000, 200)
+    alive = torch.ones(weight.shape, dtype=torch.bool, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rank, _ = ops.obs_eliminate(weight, inverse.expand(50_000, 200, 200), alive, impl="cuda")
+    assert (rank == rank[:1]).all()
+    # 8 GB of copies; three arrays of 40 MB are needed.
+    assert torch.cuda.max_memory_allocated() - before < 200e6
+
+
+@pytest.mark.cuda
+def test_groups_fall_back(blocks):
+    arguments = blocks(3, 12)
+    with pytest.raises(NotImplementedError, match="single weights, not groups of 4"):
+        ops.obs_eliminate(*arguments, group=4, impl="cuda")
+    ops.obs_eliminate(*arguments, group=4)
+
+
+def test_auto_takes_the_kernels(masked, blocks, monkeypatch):
+    """Where they are available, nothing else runs."""
+    tensors, _, packed = masked
+    calls = {"apply_masks_": (tensors, packed), "obs_eliminate": blocks(3, 12)}
+    for name, arguments in calls.items():
+        for impl in OPS[name].kernels:
+            if OPS[name].unavailable(impl) is None:
+                ran = []
+                monkeypatch.setattr(OPS[name]._module(impl), name, lambda *a, ran=ran, **k: ran.append(1))
+                OPS[name].resolve("auto", *arguments)(*arguments)
+                assert ran
+
+
+def test_pruning_on_the_gpu(generator):
+    """The whole path, with whatever kernels there are: an exact count, exact zeros, nearly the CPU's masks."""
+    data = [(torch.randn(64, 20, generator=generator), torch.randint(0, 3, (64,), generator=generator))]
+    results = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 3)).to(device)
+        moved = [(inputs.to(device), targets.to(device)) for inputs, targets in data]
+        results[device] = fishleg_ext.prune(model, moved, sparsity=0.7, num_grads=64, block_size=32, progress=False)
+        weights = dict(model.named_parameters())
+        pruned = sum(int((~mask).sum()) for mask in results[device].masks.values())
+        assert pruned == round(0.7 * 690)
+        assert all(not weights[name][~mask].any() for name, mask in results[device].masks.items())
+    agree = sum(int((results["cpu"].masks[n] == results["cuda"].masks[n].cpu()).sum()) for n in results["cpu"].masks)
+    assert agree > 0.98 * 690
