@@ -19,6 +19,14 @@ test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton ke
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
+.PHONY: gpu
+gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes)
+	$(PYTHON) bench/gpu.py
+
+.PHONY: bench
+bench: .venv/installed  ## Time the ops on this machine, beside the usual PyTorch code
+	$(BIN)/fishleg-ext bench
+
 .PHONY: lint
 lint: .venv/installed  ## Check formatting, style and types
 	$(BIN)/ruff format --check .

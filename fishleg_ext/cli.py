@@ -1,10 +1,12 @@
 """The command line: `fishleg-ext info | check | bench | demo | prune`."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -55,7 +57,20 @@ def _parser() -> argparse.ArgumentParser:
         "--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all that there are"
     )
     check.add_argument("--seed", type=int, default=0, help="of the inputs")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the table to this file, too")
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops on this machine, beside the usual PyTorch code and the floor",
+        description="Time the ops on the GPU, or where there is none on the CPU, beside the usual PyTorch code and "
+        "what the device could do at best. Writes JSON lines and prints the tables made from them.",
+    )
+    bench.add_argument("families", nargs="*", metavar="FAMILY", help="of ops, such as masks or obs; default: all")
+    bench.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the JSON lines")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw time over floor into this picture")
+    bench.add_argument("--only-report", action="store_true", help="measure nothing; tables of the results there are")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser("demo", help="train a small network, prune it by six methods, draw the curves")
     demo.add_argument("--out", type=Path, default=Path("demo-results"), help="folder of the results")
@@ -121,8 +136,9 @@ def _check(arguments: argparse.Namespace) -> int:
     print(f"torch {torch.__version__}, triton {_version('triton')}, GPU: {_gpu()}; seed {arguments.seed}")
     print("error: the largest relative error against float64, in the case that used most of its budget\n")
     print("op                   implementation        dtype     cases    error   budget   result")
-    failures = 0
+    rows = []
     for row in check(arguments.ops or None, arguments.impl, seed=arguments.seed):
+        rows.append(row)
         impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
         label = f"{row.op:<20} {impl:<21} {row.dtype:<9}"
         if not row.cases:
@@ -131,9 +147,11 @@ def _check(arguments: argparse.Namespace) -> int:
         result = "ok" if not row.failures else "FAILED"
         note = f"; some cases left out: {row.reason}" if row.reason else ""
         print(f"{label} {row.cases:>5} {row.error:>8.1e} {row.budget:>8.1e}   {result}{note}", flush=True)
-        failures += len(row.failures)
         for failure in row.failures:
             print(f"    {failure}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    failures = sum(len(row.failures) for row in rows)
     print(f"\n{failures} cases failed" if failures else "\nall within their budgets")
     return 1 if failures else 0
 
@@ -172,6 +190,32 @@ def _cuda_part() -> str:
         )
     built = f"built with toolkit {_build.cuda_toolkit}, architectures {_build.architectures}, {_build.compiler}"
     return f"{built}; {reason}" if (reason := cuda.not_loaded()) else built
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from fishleg_ext.bench import report
+    except ImportError as error:
+        raise ImportError(f"the benchmarks need extra packages: pip install 'fishleg_ext[bench]' ({error})") from error
+    folder = Path(report.__file__).parent
+    known = sorted(file.stem.removeprefix("bench_") for file in folder.glob("bench_*.py"))
+    families = arguments.families or known
+    if unknown := sorted(set(families) - set(known)):
+        raise ValueError(f"there is no benchmark of {', '.join(unknown)}; there are {', '.join(known)}")
+    status = 0
+    if not arguments.only_report:
+        files = [str(folder / f"bench_{family}.py") for family in families]
+        command = [sys.executable, "-m", "pytest", "-c", str(folder / "pytest.ini"), "-rs", *files]
+        status = subprocess.run([*command, "--results", str(arguments.results.resolve())], check=False).returncode
+    results = sorted(file for family in families for file in arguments.results.glob(f"{family}_*.jsonl"))
+    if not results:
+        raise ValueError(f"there are no results of {', '.join(families)} in {arguments.results}")
+    lines = report.read(results)
+    print(report.table(lines))
+    if arguments.plot:
+        report.plot(lines, arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 1 if status else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

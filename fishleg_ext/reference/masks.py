@@ -15,8 +15,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
     """A byte to eight entries."""
-    bits = (packed[:, None] >> _bits(packed.device)) & 1
-    return bits.reshape(-1)[: math.prod(shape)].to(torch.bool).reshape(shape)
+    bits = packed[:, None] & (1 << _bits(packed.device)) != 0
+    return bits.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def apply_masks_(tensors: list[Tensor], packed_masks: list[Tensor]) -> None:

@@ -1,0 +1,71 @@
+"""obs_eliminate against batched torch.
+
+Bytes: the inverse is read once. FLOP: H -= u u^T over what is left, 2/3 B^3 on the whole of H, 1/3 B^3 with symmetry.
+"""
+
+import math
+
+import pytest
+import torch
+
+from fishleg_ext import check, ops
+from fishleg_ext.bench import harness
+from fishleg_ext.ops.dispatch import OPS
+
+pytestmark = pytest.mark.benchmark(timer=harness.synchronised)
+SIZES = (32, 50, 128, 192)
+# Enough to fill a GPU twenty times; on a CPU what 0.3 s are for.
+WEIGHTS = 2_500_000 if harness.DEVICE.type == "cuda" else 25_000
+
+
+def batched_torch(weight, inverse, alive):
+    """Exact greedy elimination as OBC and CAP describe it: every step updates the inverses of all blocks."""
+    weight, inverse, alive = weight.clone(), inverse.clone(), alive.clone()
+    num_blocks, size = weight.shape
+    rank = torch.full((num_blocks, size), -1, dtype=torch.int32, device=weight.device)
+    costs = torch.full_like(weight, math.inf)
+    for step in range(size):
+        diagonal = inverse.diagonal(dim1=1, dim2=2)
+        cost, chosen = torch.where(alive, weight.square() / (2 * diagonal), math.inf).min(1, keepdim=True)
+        rank.scatter_(1, chosen, step)
+        costs.scatter_(1, chosen, cost)
+        alive.scatter_(1, chosen, False)
+        column = inverse.gather(2, chosen[:, :, None].expand(-1, size, -1))[..., 0]
+        variance = column.gather(1, chosen)
+        weight -= column * (weight.gather(1, chosen) / variance)
+        inverse.baddbmm_(column[:, :, None], (column / variance)[:, None], alpha=-1)
+    return rank, costs
+
+
+IMPLEMENTATIONS = {
+    "batched torch": batched_torch,
+    "fishleg_ext reference": lambda *args: ops.obs_eliminate(*args, impl="reference"),
+    "fishleg_ext cuda": lambda *args: ops.obs_eliminate(*args, impl="cuda"),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", SIZES)
+def bench_obs_eliminate(measure, size, implementation):
+    """Blocks of well-conditioned inverses, to the last weight."""
+    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
+        pytest.skip(reason)
+    num_blocks = WEIGHTS // size
+    new = check.Inputs(torch.float32, harness.DEVICE, seed=0)
+    few = 64  # inverses that differ; drawing more takes longer than timing them
+    inverses = new.spd(few, size, 1e3).repeat(-(-num_blocks // few), 1, 1)[:num_blocks].contiguous()
+    eliminate = IMPLEMENTATIONS[implementation]
+    bytes_read = inverses.nbytes
+    buffers = [
+        (new.normal(num_blocks, size), inverses, new.mask(num_blocks, size, density=1.1))
+        for _ in range(harness.copies(bytes_read))
+    ]
+    calls = [lambda args=args: eliminate(*args) for args in buffers]
+
+    def gate():
+        weight, inverse, alive = (arg[:16] for arg in buffers[0])
+        case = check.Case("", (weight, inverse, alive), {}, condition=1e3)
+        return check.error_and_budget(OPS["obs_eliminate"], eliminate, case)
+
+    work = harness.Work(bytes_read + 13 * num_blocks * size, num_blocks * size**3 // 3)
+    measure("obs_eliminate", f"{num_blocks} blocks of {size}, float32", implementation, calls, work, gate)

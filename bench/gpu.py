@@ -1,0 +1,154 @@
+"""Everything that only a machine with a GPU can show, by one command: `make gpu`, or `python bench/gpu.py`.
+
+Builds the CUDA part in place, compares every kernel with float64, runs the tests that need a GPU (CUDA graphs and other
+streams among them), runs small problems under compute-sanitizer, and measures. Needs no network, but a Python that has
+torch with CUDA and what the extras [test,bench] name, setuptools, cmake and ninja; nvcc and compute-sanitizer on the
+PATH or in /usr/local/cuda/bin.
+
+What each step printed is in FOLDER/STEP.log; the last thing printed is a table, also written to
+bench/results/gpu_DEVICE.json, whose "check" holds every error and its budget. Exit status 1 where a step failed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1].resolve()
+RESULTS = ROOT / "bench" / "results"
+MOST_SECONDS = 480.0  # for all steps together
+SMALL = 20_000  # elements of all arguments of a call, where a sanitizer watches it
+
+
+@dataclass
+class Step:
+    """One command, and how it ended."""
+
+    name: str
+    command: list[str]
+    most_seconds: float
+    result: str = "not run"
+    seconds: float = 0.0
+
+    def run(self, folder: Path, deadline: float) -> None:
+        """Run it, unless its program is missing or no time is left; its output goes to a file."""
+        if shutil.which(self.command[0]) is None:
+            self.result = f"not run: there is no {self.command[0]}"
+            return
+        start = time.monotonic()
+        limit = min(self.most_seconds, deadline - start)
+        if limit <= 0:
+            self.result = "not run: the time was up"
+            return
+        log = folder / f"{self.name}.log"
+        print(f"{self.name}: {' '.join(self.command)}", flush=True)
+        with log.open("w") as output:
+            try:
+                done = subprocess.run(
+                    self.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False
+                )
+                self.result = "ok" if done.returncode == 0 else f"FAILED with status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                self.result = f"FAILED: not done after {limit:.0f} s"
+        self.seconds = time.monotonic() - start
+        text = log.read_text(errors="replace")
+        if "Device not supported" in text and "sanitizer" in self.name:
+            self.result = "not run: compute-sanitizer does not support this device"
+        print("\n".join(f"    {line}" for line in text.splitlines()[-8 if self.result == "ok" else -60 :]), flush=True)
+
+
+def steps(folder: Path, results: Path) -> list[Step]:
+    """What is done, in this order."""
+    python = sys.executable
+    cli = [python, "-m", "fishleg_ext.cli"]
+    install = ["pip", "install", "--editable", ".", "--no-build-isolation", "--no-deps"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    small = [python, str(Path(__file__).resolve()), "--small-calls"]
+    return [
+        Step("build", [python, "-m", *install], 180),
+        Step("info", [*cli, "info"], 60),
+        Step("check", [*cli, "check", "--json", str(folder / "check.json")], 120),
+        Step("tests", [python, "-m", "pytest", "-m", "gpu or triton or cuda", "-rs"], 150),
+        Step("sanitizer-memcheck", [*sanitizer, "memcheck", *small], 90),
+        Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120),
+        Step("bench", [*cli, "bench", "--results", str(results)], 180),
+    ]
+
+
+def small_calls() -> int:
+    """Run the kernels on small problems, for a sanitizer to watch; returns how many calls there were."""
+    import torch
+
+    from fishleg_ext import check
+    from fishleg_ext.ops.dispatch import OPS
+
+    calls = 0
+    for op in OPS.values():
+        for impl in op.kernels:
+            if op.unavailable(impl) is not None:
+                continue
+            for case in check.CASES[op.name](check.Inputs(torch.float32, check.device_of(impl), 0)):
+                tensors = [a for arg in case.args for a in (arg if isinstance(arg, list) else [arg])]
+                size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
+                if size <= SMALL and op.supports(impl, *case.args, **case.kwargs)[0]:
+                    op.launcher(impl)(*case.args, **case.kwargs)
+                    calls += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print(f"{calls} calls")
+    return calls
+
+
+def main() -> int:
+    """Run all steps; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "gpu-results", help="of the steps' output")
+    parser.add_argument("--without-gpu", action="store_true", help="go on where torch sees no GPU, to try this command")
+    parser.add_argument("--small-calls", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.small_calls:
+        return 0 if small_calls() else 1
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(f"{sys.executable} has no torch ({error}); name another Python: make gpu PYTHON=...")
+    if not torch.cuda.is_available() and not arguments.without_gpu:
+        sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU; name another Python: make gpu PYTHON=...")
+
+    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"
+    os.environ["FISHLEG_EXT_CUDA"] = "1"
+    folder: Path = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + MOST_SECONDS
+    results = RESULTS if torch.cuda.is_available() else folder
+    done = steps(folder, results)
+    for step in done:
+        # Where a sanitizer watches, each tensor is an allocation of its own, so that it sees accesses beyond it.
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1" if step.name.startswith("sanitizer") else "0"
+        step.run(folder, deadline)
+        if step.name == "build" and step.result != "ok":
+            break
+
+    summary = {"steps": [asdict(step) for step in done]}
+    if (checked := folder / "check.json").exists():
+        summary["check"] = json.loads(checked.read_text())
+    if done[0].result == "ok":
+        from fishleg_ext.bench import harness  # not before it is built
+
+        summary["environment"] = harness.environment()
+        target = results / f"gpu_{harness.device_slug()}.json"
+        target.write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"wrote {target}")
+    print(f"\n{'step':<22}{'seconds':>8}  result")
+    for step in done:
+        print(f"{step.name:<22}{step.seconds:>8.1f}  {step.result}")
+    return 1 if any(step.result.startswith("FAILED") for step in done) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
