@@ -50,7 +50,7 @@ def test_a_measurement_is_a_line_with_its_floor(benchmark, rates, tmp_path):
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 @pytest.mark.parametrize("error", [1.5, math.nan, math.inf])
 def test_nothing_wrong_is_timed(benchmark, tmp_path, error):
-    calls, work = [lambda: pytest.fail("timed")], harness.Work(1)
+    calls = [lambda: pytest.fail("timed")]
     with pytest.raises(AssertionError, match="an_op a case ours: error .*budget 1; not timed"):
         harness.measure(
             benchmark, tmp_path / "x", "an_op", "a case", "ours", calls, harness.Work(1), lambda: (error, 1.0)
