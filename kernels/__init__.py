@@ -20,11 +20,17 @@ def unavailable() -> str | None:
     return "torch sees no GPU (TRITON_INTERPRET=1 in the environment runs Triton kernels interpreted, on the CPU)"
 
 
-def supports_device(tensor: Tensor) -> tuple[bool, str]:
-    """Whether Triton kernels run on this tensor's device, and if not, why not."""
-    wanted = "cpu" if INTERPRETED else "cuda"
-    where = "on the CPU, because Triton is interpreted," if INTERPRETED else "on a GPU,"
-    return tensor.device.type == wanted, f"its Triton kernel takes tensors {where} not on {tensor.device}"
+def wrong_device(tensor: Tensor) -> str | None:
+    """Why Triton kernels do not run on this tensor's device, or None if they do."""
+    if tensor.is_cpu if INTERPRETED else tensor.is_cuda:
+        return None
+    wanted = "on the CPU, because Triton is interpreted" if INTERPRETED else "on a GPU"
+    return f"its Triton kernel takes tensors {wanted}, not on {tensor.device}"
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:

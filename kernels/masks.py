@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishleg_ext.kernels import launch_on, supports_device
+from fishleg_ext.kernels import capturing, launch_on, wrong_device
 
 BLOCK = 4096
 MAX_TABLES = 256  # kept at most; one is 24 bytes per BLOCK weights
@@ -44,14 +44,11 @@ def apply_masks_kernel(table_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 def supports_apply_masks_(tensors: list[Tensor], packed_masks: list[Tensor]) -> tuple[bool, str]:
     """Contiguous tensors on a GPU; during the capture of a CUDA graph those of an earlier call."""
     for index, (tensor, packed) in enumerate(zip(tensors, packed_masks, strict=True)):
-        supported, reason = supports_device(tensor)
-        if not supported:
+        if (reason := wrong_device(tensor)) is not None:
             return False, reason
         if not (tensor.is_contiguous() and packed.is_contiguous()):
             return False, f"its Triton kernel takes contiguous tensors, and tensors[{index}] or its mask is not"
-        if tensor.element_size() not in ZEROS:
-            return False, f"its Triton kernel takes elements of 1, 2, 4 or 8 bytes, not {tensor.dtype}"
-    if tensors and _capturing() and any(key not in _tables for key in _groups(tensors, packed_masks)):
+    if capturing() and any(key not in _tables for key in _groups(tensors, packed_masks)):
         return False, "a CUDA graph is being captured: call it once with these very tensors before"
     return True, ""
 
@@ -63,7 +60,7 @@ def apply_masks_(tensors: list[Tensor], packed_masks: list[Tensor]) -> None:
         table = _tables.get(key)
         if table is None:
             table = _tables[key] = _make_table(key)
-        if _capturing():
+        if capturing():
             _captured.append(table)
         with launch_on(device):
             apply_masks_kernel[(len(table),)](table, ZEROS[width], BLOCK)
@@ -94,7 +91,3 @@ def _make_table(key: tuple) -> Tensor:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams may read it, too
     return table
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
