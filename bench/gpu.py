@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1].resolve()
 RESULTS = ROOT / "bench" / "results"
 MOST_SECONDS = 480.0  # for all steps together
-SMALL = 20_000  # elements of all arguments of a call, where a sanitizer watches it
+SMALL = 30_000  # elements of all arguments of a call, where a sanitizer watches it
 
 
 @dataclass
