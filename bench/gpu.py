@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
@@ -32,6 +32,7 @@ class Step:
     name: str
     command: list[str]
     most_seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
     result: str = "not run"
     seconds: float = 0.0
 
@@ -50,7 +51,13 @@ class Step:
         with log.open("w") as output:
             try:
                 done = subprocess.run(
-                    self.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False
+                    self.command,
+                    cwd=ROOT,
+                    env=os.environ | self.environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
+                    check=False,
                 )
                 self.result = "ok" if done.returncode == 0 else f"FAILED with status {done.returncode}"
             except subprocess.TimeoutExpired:
@@ -69,13 +76,15 @@ def steps(folder: Path, results: Path) -> list[Step]:
     install = ["pip", "install", "--editable", ".", "--no-build-isolation", "--no-deps"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     small = [python, str(Path(__file__).resolve()), "--small-calls"]
+    # Each tensor is an allocation of its own, so that accesses beyond it are seen.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Step("build", [python, "-m", *install], 180),
+        Step("build", [python, "-m", *install], 180, {"FISHLEG_EXT_CUDA": "1"}),
         Step("info", [*cli, "info"], 60),
         Step("check", [*cli, "check", "--json", str(folder / "check.json")], 120),
         Step("tests", [python, "-m", "pytest", "-m", "gpu or triton or cuda", "-rs"], 150),
-        Step("sanitizer-memcheck", [*sanitizer, "memcheck", *small], 90),
-        Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120),
+        Step("sanitizer-memcheck", [*sanitizer, "memcheck", *small], 90, uncached),
+        Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120, uncached),
         Step("bench", [*cli, "bench", "--results", str(results)], 180),
     ]
 
@@ -121,15 +130,12 @@ def main() -> int:
         sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU; name another Python: make gpu PYTHON=...")
 
     os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"
-    os.environ["FISHLEG_EXT_CUDA"] = "1"
     folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + MOST_SECONDS
     results = RESULTS if torch.cuda.is_available() else folder
     done = steps(folder, results)
     for step in done:
-        # Where a sanitizer watches, each tensor is an allocation of its own, so that it sees accesses beyond it.
-        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1" if step.name.startswith("sanitizer") else "0"
         step.run(folder, deadline)
         if step.name == "build" and step.result != "ok":
             break

@@ -5,7 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,3 @@ def _serialised(value: Any) -> bytes:
         header = struct.pack(f"<{2 + value.dim()}q", value.element_size(), value.dim(), *value.shape)
         return header + value.flatten().view(torch.uint8).numpy().tobytes()
     return struct.pack("<d" if isinstance(value, float) else "<q", value)
-
-
-def cuda_launcher(op: Any) -> Callable[..., Any]:
-    """The launcher of an op's CUDA C++ kernel, which does not ask whether there is a GPU."""
-    return getattr(op._module("cuda"), op.name)

@@ -136,6 +136,12 @@ def test_a_step_is_left_out_when_the_time_is_up(tmp_path):
     assert step.result == "not run: the time was up"
 
 
+def test_a_step_has_its_own_environment(tmp_path, capsys):
+    code = "import os; print(os.environ['SET_FOR_THIS'])"
+    gpu.Step("step", [sys.executable, "-c", code], 30, {"SET_FOR_THIS": "yes"}).run(tmp_path, time.monotonic() + 60)
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "yes"
+
+
 def test_steps_show_the_end_of_what_they_printed(tmp_path, capsys):
     code = "for i in range(100): print('line', i)"
     gpu.Step("loud", [sys.executable, "-c", code], 30).run(tmp_path, time.monotonic() + 60)

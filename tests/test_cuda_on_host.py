@@ -62,7 +62,7 @@ def test_every_kernel_has_a_driver():
 def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, executable, tmp_path):
     """All cases of `fishleg-ext check`, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     op = op_of(driver)
-    launcher = host.cuda_launcher(op)
+    launcher = op.launcher("cuda")
     row = check.Row(op.name, "cuda", str(dtype))
     with host.on_host(driver.stem, executable(driver, "address,undefined"), tmp_path) as printed:
         for case in check.CASES[op.name](check.Inputs(dtype, torch.device("cpu"), 0)):
@@ -82,7 +82,7 @@ def ordered(driver, program, folder):
         for case in check.CASES[op.name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
             if case.kwargs.get("group", 1) == 1 and case.args[0].numel() < 300 and case.condition <= 1e3:
                 try:
-                    host.cuda_launcher(op)(*case.args, **case.kwargs)
+                    op.launcher("cuda")(*case.args, **case.kwargs)
                 except RuntimeError:
                     reports.append(printed[-1])
     assert len(printed) > 10
