@@ -150,3 +150,42 @@ def test_the_host_sees_a_deleted_barrier(barrier, tmp_path):
     (tmp_path / SELFTEST.name).write_text(SELFTEST.read_text())
     program = host.build(tmp_path / SELFTEST.name, tmp_path / "program", sanitize="thread", csrc=tmp_path)
     assert "ThreadSanitizer: data race" in selftest(program, "exchange").stderr
+
+
+# The launcher in Python
+
+
+def test_a_shared_inverse_reaches_the_kernel_once():
+    given = []
+    library = torch.library.Library("fishleg_ext_cuda", "IMPL")
+    library.impl("obs_eliminate_out", lambda *args: given.append([a.shape for a in args[:3]]), "CPU")
+    weight, alive = torch.ones(5, 3, dtype=torch.bfloat16), torch.ones(5, 3, dtype=torch.bool)
+    for inverse in (torch.eye(3)[None], torch.eye(3).expand(5, 3, 3), torch.eye(3).repeat(5, 1, 1)):
+        OPS["obs_eliminate"].launcher("cuda")(weight, inverse, alive)
+    library._destroy()
+    assert given == [[(5, 3), (count, 3, 3), (5, 3)] for count in (1, 1, 5)]
+
+
+@pytest.mark.parametrize(
+    "shared_bytes, dtype, largest",
+    [
+        (227 * 1024, torch.float32, 233),  # sm_90
+        (163 * 1024, torch.float32, 196),  # sm_80
+        (99 * 1024, torch.float32, 152),  # sm_86, sm_89
+        (227 * 1024, torch.float64, 164),
+        (227 * 1024, torch.bfloat16, 233),
+    ],
+)
+def test_blocks_are_supported_up_to_what_shared_memory_holds(shared_bytes, dtype, largest, monkeypatch):
+    from fishleg_ext.cuda import obs
+
+    monkeypatch.setattr(obs, "supports_device", lambda tensor: (True, ""))
+    monkeypatch.setattr(obs, "shared_bytes_per_block", lambda device: shared_bytes)
+    meta = lambda *shape, **kw: torch.empty(*shape, device="meta", **kw)
+    supports = lambda b, **options: obs.supports_obs_eliminate(
+        meta(2, b), meta(2, b, b, dtype=dtype), meta(2, b, dtype=torch.bool), **options
+    )
+    assert [b for b in range(1, 300) if supports(b)[0]] == list(range(1, largest + 1))
+    reason = supports(largest + 1)[1]
+    assert re.search(rf"{largest + 1} weights in torch.float\d\d take \d+ bytes, and meta has {shared_bytes}", reason)
+    assert supports(8, group=2) == (False, "its CUDA C++ kernel removes single weights, not groups of 2")
