@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fishleg_ext import check, ops
+from fishleg_ext import cases, check, ops
 from fishleg_ext.bench import harness
 from fishleg_ext.ops.dispatch import OPS
 
@@ -51,7 +51,7 @@ def bench_obs_eliminate(measure, size, implementation):
     if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
         pytest.skip(reason)
     num_blocks = WEIGHTS // size
-    new = check.Inputs(torch.float32, harness.DEVICE, seed=0)
+    new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     few = 64  # inverses that differ; drawing more takes longer than timing them
     inverses = new.spd(few, size, 1e3).repeat(-(-num_blocks // few), 1, 1)[:num_blocks].contiguous()
     eliminate = IMPLEMENTATIONS[implementation]
@@ -64,7 +64,7 @@ def bench_obs_eliminate(measure, size, implementation):
 
     def gate():
         weight, inverse, alive = (arg[:16] for arg in buffers[0])
-        case = check.Case("", (weight, inverse, alive), {}, condition=1e3)
+        case = cases.Case("", (weight, inverse, alive), {}, condition=1e3)
         return check.error_and_budget(OPS["obs_eliminate"], eliminate, case)
 
     work = harness.Work(bytes_read + 13 * num_blocks * size, num_blocks * size**3 // 3)

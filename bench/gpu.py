@@ -93,7 +93,7 @@ def small_calls() -> int:
     """Run the kernels on small problems, for a sanitizer to watch; returns how many calls there were."""
     import torch
 
-    from fishleg_ext import check
+    from fishleg_ext import cases, check
     from fishleg_ext.ops.dispatch import OPS
 
     calls = 0
@@ -101,7 +101,7 @@ def small_calls() -> int:
         for impl in op.kernels:
             if op.unavailable(impl) is not None:
                 continue
-            for case in check.CASES[op.name](check.Inputs(torch.float32, check.device_of(impl), 0)):
+            for case in cases.CASES[op.name](cases.Inputs(torch.float32, check.device_of(impl), 0)):
                 tensors = [a for arg in case.args for a in (arg if isinstance(arg, list) else [arg])]
                 size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
                 if size <= SMALL and op.supports(impl, *case.args, **case.kwargs)[0]:

@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from fishleg_ext import check, kernels
+from fishleg_ext import cases, check, kernels
 from fishleg_ext.ops.dispatch import OPS
 
 
@@ -83,7 +83,7 @@ def main(capability: int) -> None:
     JITFunction.run, Autotuner.run = compile_only, compile_all
     for op in OPS.values():
         for dtype in check.DTYPES if "triton" in op.kernels else ():
-            for case in check.CASES[op.name](check.Inputs(dtype, torch.device("cpu"), 0)):
+            for case in cases.CASES[op.name](cases.Inputs(dtype, torch.device("cpu"), 0)):
                 if op.supports("triton", *case.args, **case.kwargs)[0]:
                     op.launcher("triton")(*case.args, **case.kwargs)
     rows = [

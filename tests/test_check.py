@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from fishleg_ext import check
+from fishleg_ext import cases, check
 from fishleg_ext.cli import main
 from fishleg_ext.ops.dispatch import OPS
 
@@ -18,7 +18,7 @@ IMPLEMENTATIONS = [
 
 
 def test_every_op_has_cases():
-    assert set(check.CASES) == set(OPS)
+    assert set(cases.CASES) == set(OPS)
     assert set(check.WITHOUT_DTYPE) <= set(OPS)
 
 
@@ -139,7 +139,7 @@ FAULTS = [
 @pytest.mark.parametrize("name, faulty", FAULTS)
 def test_faults_are_found(name, faulty):
     row = check.Row(name, "faulty", "")
-    for case in check.CASES[name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
+    for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
         row.take(case, *check.error_and_budget(OPS[name], faulty, case))
     assert row.failures
 

@@ -10,7 +10,7 @@ import host
 import pytest
 import torch
 
-from fishleg_ext import check
+from fishleg_ext import cases, check
 from fishleg_ext.ops.dispatch import OPS
 
 REASON = host.why_not()
@@ -65,7 +65,7 @@ def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, executa
     launcher = op.launcher("cuda")
     row = check.Row(op.name, "cuda", str(dtype))
     with host.on_host(driver.stem, executable(driver, "address,undefined"), tmp_path) as printed:
-        for case in check.CASES[op.name](check.Inputs(dtype, torch.device("cpu"), 0)):
+        for case in cases.CASES[op.name](cases.Inputs(dtype, torch.device("cpu"), 0)):
             if case.kwargs.get("group", 1) == 1:  # the kernel's own limits are tested where it runs
                 row.take(case, *check.error_and_budget(op, launcher, case))
     assert not row.failures
@@ -79,7 +79,7 @@ def ordered(driver, program, folder):
     op = op_of(driver)
     reports = []
     with host.on_host(driver.stem, program, folder) as printed:
-        for case in check.CASES[op.name](check.Inputs(torch.float32, torch.device("cpu"), 0)):
+        for case in cases.CASES[op.name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
             if case.kwargs.get("group", 1) == 1 and case.args[0].numel() < 300 and case.condition <= 1e3:
                 try:
                     op.launcher("cuda")(*case.args, **case.kwargs)

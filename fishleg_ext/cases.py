@@ -1,0 +1,251 @@
+"""Hard inputs for every op: odd sizes, single weights, nothing at all, views, ties, zeros, dead weights, NaN and inf,
+matrices that are nearly singular. `fishleg-ext check` and the tests of the kernels run on them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.dtypes import widened
+from fishleg_ext.reference.masks import pack_mask
+
+CONDITIONS = (1e3, 1e5, 1e7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    condition: float = 1.0  # how much the problem magnifies rounding errors
+    exact: bool = False  # every implementation gives the same bits
+
+
+class Inputs:
+    """Draws the inputs of cases."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, in the dtype under test."""
+        return self.cast(torch.randn(shape, dtype=torch.float64, generator=self.generator))
+
+    def positive(self, *shape: int) -> Tensor:
+        """Uniform in [0.1, 1.1)."""
+        return self.cast(torch.rand(shape, dtype=torch.float64, generator=self.generator) + 0.1)
+
+    def mask(self, *shape: int, density: float = 0.5) -> Tensor:
+        """True with probability `density`."""
+        return (torch.rand(shape, generator=self.generator) < density).to(self.device)
+
+    def spd(self, num_blocks: int, size: int, condition: float) -> Tensor:
+        """Symmetric positive definite blocks [K, B, B], in the dtype under test, float32 at least."""
+        basis = torch.randn(num_blocks, size, size, dtype=torch.float64, generator=self.generator)
+        basis = torch.linalg.qr(basis).Q if num_blocks else basis
+        spectrum = torch.logspace(0, float(torch.tensor(condition).log10()), size, dtype=torch.float64)
+        matrix = basis * spectrum @ basis.mT
+        return self.wide((matrix + matrix.mT) / 2)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """To the dtype and device under test."""
+        return tensor.to(self.device, self.dtype)
+
+    def wide(self, tensor: Tensor) -> Tensor:
+        """To float32, or to the dtype under test where that is wider: curvature is never kept in less."""
+        return tensor.to(self.device, widened(self.dtype))
+
+
+# The cases of each op
+
+
+def _block_gram_(new: Inputs) -> Iterator[Case]:
+    for m, k, b in [(1, 1, 1), (5, 3, 7), (33, 2, 50), (64, 2, 128), (0, 2, 3), (4, 0, 3)]:
+        for alpha in (1.0, 1.0 / 1024):
+            yield Case(f"m={m} K={k} B={b} alpha={alpha:g}", (new.spd(k, b, 10.0), new.normal(m, k, b), alpha))
+    yield Case("expanded gradients", (new.spd(2, 5, 10.0), new.normal(1, 2, 5).expand(6, 2, 5)))
+    yield Case("transposed gradients", (new.spd(3, 5, 10.0), new.normal(4, 5, 3).mT))
+
+
+def _block_inverse(new: Inputs) -> Iterator[Case]:
+    for condition in CONDITIONS:
+        for k, b in [(3, 1), (3, 7), (2, 33), (2, 50), (1, 128)]:
+            gram = new.spd(k, b, condition)
+            yield Case(f"K={k} B={b} condition={condition:g}", (gram / gram.amax(), 0.0), {}, condition)
+    yield Case("no blocks", (new.spd(0, 4, 1.0), 0.1))
+    yield Case("zeros, damped", (new.wide(torch.zeros(2, 5, 5)), 0.5))
+    broken = new.spd(3, 6, 10.0)
+    broken[1, 2, 3] = torch.nan
+    yield Case("NaN in one block", (broken, 0.1), {}, 10.0)
+
+
+def _woodbury_update_(new: Inputs) -> Iterator[Case]:
+    for m, k, b in [(1, 1, 1), (7, 3, 5), (40, 2, 33), (0, 1, 3), (3, 0, 3)]:
+        eye = torch.eye(b, dtype=torch.float64).repeat(k, 1, 1)
+        for damping in (1e-1, 1e-3):
+            name = f"m={m} K={k} B={b} damping={damping:g}"
+            yield Case(name, (new.wide(eye / damping), new.normal(m, k, b), max(1, m)), {}, 1 / damping)
+
+
+def _fisher_diag_update_(new: Inputs) -> Iterator[Case]:
+    for shapes in ([(1,), (33, 5), (0,), (4097,)], [(3, 2, 2)], []):
+        fisher = [new.wide(torch.rand(shape, dtype=torch.float64, generator=new.generator)) for shape in shapes]
+        for beta in (0.0, 0.9, 1.0):
+            yield Case(f"{len(shapes)} tensors, beta={beta:g}", (fisher, [new.normal(*s) for s in shapes], beta))
+    yield Case("transposed", ([new.wide(new.positive(5, 3)).mT], [new.normal(5, 3).mT], 0.5))
+
+
+def _obs_score(new: Inputs) -> Iterator[Case]:
+    for shape in [(), (1,), (3, 5), (4097,), (0,)]:
+        yield Case(f"shape={list(shape)}", (new.normal(*shape), new.positive(*shape)))
+    yield Case("transposed", (new.normal(4, 3).mT, new.positive(4, 3).mT))
+    odd = new.cast(torch.tensor([0.0, 1.0, torch.nan, torch.inf, 2.0]))
+    yield Case("NaN, inf, zeros", (odd, new.cast(torch.tensor([0.0, 0.0, 1.0, 1.0, torch.inf]))))
+
+
+def _obs_eliminate(new: Inputs) -> Iterator[Case]:
+    for condition in CONDITIONS:
+        for k, b in [(3, 1), (3, 7), (4, 31), (2, 50), (2, 64), (1, 128), (1, 200)]:
+            weight, inverse = new.normal(k, b), new.spd(k, b, condition)
+            name = f"K={k} B={b} condition={condition:g}"
+            yield Case(name, (weight, inverse, new.mask(k, b, density=1.1)), {}, condition)
+    weight, inverse, alive = new.normal(5, 24), new.spd(5, 24, 1e3), new.mask(5, 24, density=0.7)
+    for options in (
+        {},
+        {"dead_first": True},
+        {"stop": 1e-3},
+        {"stop": -1.0},
+        {"n": 2, "m": 4},
+        {"n": 1, "m": 3, "dead_first": True, "stop": 1e-2},
+        {"n": 0, "m": 8},
+        {"group": 4},
+        {"group": 3, "dead_first": True, "stop": 1e-2},
+    ):
+        name = " ".join(f"{option}={value}" for option, value in options.items())
+        yield Case(f"dead weights {name}", (weight, inverse, alive), options, 1e3)
+    dirty = inverse.clone()
+    dirty.masked_fill_(~(alive[:, :, None] & alive[:, None, :]), torch.nan)
+    yield Case("NaN where dead", (weight.masked_fill(~alive, torch.nan), dirty, alive), {}, 1e3)
+    yield Case("inverse expanded", (weight, inverse[:1].expand(5, 24, 24), alive), {"dead_first": True}, 1e3)
+    yield Case("inverse shared", (weight, inverse[:1], alive), {"dead_first": True}, 1e3)
+    yield Case("transposed views", (new.normal(24, 5).mT, inverse.mT, new.mask(24, 5).mT), {}, 1e3)
+    wide = new.spd(5, 32, 1e3)[:, :24, :24]
+    yield Case("cut from larger blocks", (weight, wide, alive), {}, 1e3)
+    yield Case("no blocks", (new.normal(0, 4), new.spd(0, 4, 1.0), new.mask(0, 4)))
+    yield Case("nothing alive", (weight, inverse, new.mask(5, 24, density=-1.0)), exact=True)
+    for b in (6, 40, 65):
+        eye = new.wide(torch.eye(b))[None]
+        every = new.mask(3, b, density=1.1)
+        yield Case(f"ties, B={b}", (new.cast(torch.ones(3, b)), eye, every), exact=True)
+        steps = new.cast(torch.arange(b) % 5 - 2.0).expand(3, b)
+        yield Case(f"ties and zeros, B={b}", (steps, 0.5 * eye, every), {"stop": 1.0}, exact=True)
+    odd = new.cast(torch.tensor([[1.0, torch.nan, 2.0, torch.inf, -1.0, 0.5]]))
+    variances = new.wide(torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, -1.0, torch.inf])))[None]
+    yield Case("NaN, inf, variances not positive", (odd, variances, new.mask(1, 6, density=1.1)), exact=True)
+
+
+def _obs_compensate(new: Inputs) -> Iterator[Case]:
+    for condition in CONDITIONS:
+        for k, b in [(3, 1), (3, 7), (2, 33), (2, 50), (1, 128)]:
+            args = (new.normal(k, b), new.spd(k, b, condition), new.mask(k, b))
+            yield Case(f"K={k} B={b} condition={condition:g}", args, {}, condition)
+    weight, inverse = new.normal(4, 12), new.spd(4, 12, 1e3)
+    for density in (-1.0, 1.1):
+        yield Case(f"pruned with density {density:g}", (weight, inverse, new.mask(4, 12, density=density)), {}, 1e3)
+    yield Case("inverse shared", (weight, inverse[:1].expand(4, 12, 12), new.mask(4, 12)), {}, 1e3)
+    yield Case("transposed views", (new.normal(12, 4).mT, inverse.mT, new.mask(12, 4).mT), {}, 1e3)
+    yield Case("no blocks", (new.normal(0, 4), new.spd(0, 4, 1.0), new.mask(0, 4)))
+
+
+def _kron_mul(new: Inputs) -> Iterator[Case]:
+    for *batch, o, i in [(1, 1), (3, 7), (33, 50), (2, 3, 16, 9), (0, 3, 4)]:
+        factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
+        yield Case(f"shape={[*batch, o, i]}", (new.normal(*batch, o, i), *factors, new.positive(o, i)), {}, 10.0)
+    views = (new.normal(1, 4, 3).mT.expand(5, 3, 4), new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0])
+    yield Case("views", (*views, new.positive(4, 3).mT), {}, 10.0)
+
+
+def _kron_diag(new: Inputs) -> Iterator[Case]:
+    for o, i in [(1, 1), (3, 7), (33, 50), (0, 4)]:
+        factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
+        yield Case(f"shape={[o, i]}", (*factors, new.positive(o, i)))
+    yield Case("views", (new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0], new.positive(4, 3).mT))
+
+
+def _keep_mask(new: Inputs) -> Iterator[Case]:
+    for shapes in ([(1,)], [(33, 5), (0,), (4097,)], []):
+        scores = [new.normal(*shape) for shape in shapes]
+        total = sum(score.numel() for score in scores)
+        for count in sorted({0, total // 3, total}):
+            yield Case(f"{count} of {total}", (scores, count))
+    tied = [new.cast(torch.arange(100) % 3), new.cast(torch.arange(50) % 2).reshape(5, 10).mT]
+    for count in (1, 49, 60, 100):
+        yield Case(f"ties, {count} of 150", (tied, count))
+    odd = new.cast(torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, torch.nan, 1.0]))
+    for count in range(8):
+        yield Case(f"NaN and inf, {count} of 7", ([odd], count))
+
+
+def _nm_mask(new: Inputs) -> Iterator[Case]:
+    for n, m, dim in [(2, 4, -1), (1, 4, 0), (4, 8, 1), (0, 2, 0), (3, 3, -1)]:
+        yield Case(f"{n}:{m} along {dim}", (new.normal(24, 24), n, m, dim))
+    yield Case("ties", (new.cast(torch.arange(48) % 3).reshape(4, 12), 2, 4))
+    odd = new.cast(torch.tensor([torch.nan, torch.inf, 1.0, -torch.inf, torch.nan, torch.nan, 0.0, -0.0]))
+    yield Case("NaN and inf", (odd, 2, 4))
+    yield Case("empty", (new.normal(0, 4), 2, 4))
+    yield Case("transposed", (new.normal(8, 12).mT, 2, 4))
+
+
+_MASK_SHAPES = [(1,), (7,), (8,), (9,), (3, 5), (0,), (), (4096,), (4097,), (3, 5000)]
+
+
+def _pack_mask(new: Inputs) -> Iterator[Case]:
+    for shape in _MASK_SHAPES:
+        yield Case(f"shape={list(shape)}", (new.mask(*shape),))
+    yield Case("transposed", (new.mask(9, 5).mT,))
+
+
+def _unpack_mask(new: Inputs) -> Iterator[Case]:
+    for shape in _MASK_SHAPES:
+        packed = pack_mask(new.mask(*shape))
+        yield Case(f"shape={list(shape)}", (packed, list(shape)))
+
+
+def _apply_masks_(new: Inputs) -> Iterator[Case]:
+    tensors = [new.normal(*shape) for shape in _MASK_SHAPES]
+    for density in (0.5, -1.0, 1.1):
+        masks = [pack_mask(new.mask(*shape, density=density)) for shape in _MASK_SHAPES]
+        yield Case(f"{len(tensors)} tensors, density {density:g}", (tensors, masks))
+    odd = new.cast(torch.tensor([torch.nan, torch.inf, -0.0, torch.nan, -torch.inf]))
+    yield Case("NaN and inf", ([odd], [pack_mask(new.cast(torch.tensor([0, 0, 0, 1, 1])).bool())]))
+    mixed = [new.normal(33), new.normal(10).double(), new.normal(9).half(), new.normal(17).bfloat16()]
+    yield Case("several dtypes", (mixed, [pack_mask(new.mask(len(t))) for t in mixed]))
+    # A tensor in the midst of memory that must stay as it is, at an address with no alignment but its own.
+    inside = new.normal(5000)[3:4900]
+    yield Case("inside of a larger tensor", ([inside], [pack_mask(new.mask(len(inside)))]))
+    yield Case("transposed", ([new.normal(9, 5).mT], [pack_mask(new.mask(5, 9))]))
+    yield Case("nothing", ([], []))
+
+
+CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
+    "block_gram_": _block_gram_,
+    "block_inverse": _block_inverse,
+    "woodbury_update_": _woodbury_update_,
+    "fisher_diag_update_": _fisher_diag_update_,
+    "obs_score": _obs_score,
+    "obs_eliminate": _obs_eliminate,
+    "obs_compensate": _obs_compensate,
+    "kron_mul": _kron_mul,
+    "kron_diag": _kron_diag,
+    "keep_mask": _keep_mask,
+    "nm_mask": _nm_mask,
+    "pack_mask": _pack_mask,
+    "unpack_mask": _unpack_mask,
+    "apply_masks_": _apply_masks_,
+}
