@@ -20,6 +20,7 @@ test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton ke
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: gpu
+gpu: unexport PIP_CONSTRAINT PIP_BUILD_CONSTRAINT  # it installs nothing else, and builds with what there is
 gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes)
 	$(PYTHON) bench/gpu.py
 
@@ -47,5 +48,5 @@ clean:  ## Remove .venv and everything built
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch  # first: the CUDA part is built against it
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	FISHLEG_EXT_WERROR=1 $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "fishleg_ext"
 ARCHITECTURES = os.environ.get("FISHLEG_EXT_CUDA_ARCHITECTURES", "80;90")
-LIBRARIES = ("_build", "_kernels")  # CMake's targets, each a file in the package
+LIBRARIES = ("_build", "_C")  # CMake's targets, each a file in the package
 
 
 def find_nvcc() -> str | None:
@@ -83,6 +83,8 @@ class CMakeBuild(build_ext):
             "CMAKE_CUDA_COMPILER": find_nvcc(),
             "CMAKE_CUDA_ARCHITECTURES": ARCHITECTURES,
             "Python_EXECUTABLE": sys.executable,
+            # For developers; what a later compiler warns of is no reason to leave users without kernels.
+            "CMAKE_COMPILE_WARNING_AS_ERROR": "ON" if os.environ.get("FISHLEG_EXT_WERROR") == "1" else "OFF",
             "FISHLEG_EXT_PYBIND11": find_pybind11(),
             "FISHLEG_EXT_TORCH": find_torch(),
         }

@@ -1,8 +1,8 @@
 """apply_masks_ against what training loops do: multiply every weight tensor by its mask.
 
-Bytes: a bit per weight is read and, at sparsities at which hardly any sector of 32 bytes keeps all of its weights, each
-weight is written once. Multiplying reads weight and mask as well: 9 bytes per float32 weight with bool masks, 12 with
-float masks.
+Bytes of the floor: a bit per weight is read and, at sparsities at which hardly any sector of 32 bytes keeps all of its
+weights, each weight is written once. Multiplying reads weight and mask as well: 9 bytes per float32 weight with bool
+masks, 12 with float masks.
 """
 
 import math

@@ -6,13 +6,15 @@ torch with CUDA and what the extras [test,bench] name, setuptools, cmake and nin
 PATH or in /usr/local/cuda/bin.
 
 What each step printed is in FOLDER/STEP.log; the last thing printed is a table, also written to
-bench/results/gpu_DEVICE.json, whose "check" holds every error and its budget. Exit status 1 where a step failed.
+bench/results/gpu_DEVICE.json, whose "check" holds every error and its budget. Exit status 1 where a step failed, or a
+kernel could not run at all.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,17 +52,19 @@ class Step:
         print(f"{self.name}: {' '.join(self.command)}", flush=True)
         with log.open("w") as output:
             try:
-                done = subprocess.run(
+                process = subprocess.Popen(
                     self.command,
                     cwd=ROOT,
                     env=os.environ | self.environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    check=False,
+                    start_new_session=True,
                 )
-                self.result = "ok" if done.returncode == 0 else f"FAILED with status {done.returncode}"
+                status = process.wait(limit)
+                self.result = "ok" if status == 0 else f"FAILED with status {status}"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it has started
+                process.wait()
                 self.result = f"FAILED: not done after {limit:.0f} s"
         self.seconds = time.monotonic() - start
         text = log.read_text(errors="replace")
@@ -75,6 +79,7 @@ def steps(folder: Path, results: Path) -> list[Step]:
     cli = [python, "-m", "fishleg_ext.cli"]
     install = ["pip", "install", "--editable", ".", "--no-build-isolation", "--no-deps"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    memcheck = ["memcheck", "--report-api-errors", "no"]  # torch and Triton try calls that fail
     small = [python, str(Path(__file__).resolve()), "--small-calls"]
     # Each tensor is an allocation of its own, so that accesses beyond it are seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -83,7 +88,7 @@ def steps(folder: Path, results: Path) -> list[Step]:
         Step("info", [*cli, "info"], 60),
         Step("check", [*cli, "check", "--json", str(folder / "check.json")], 120),
         Step("tests", [python, "-m", "pytest", "-m", "gpu or triton or cuda", "-rs"], 150),
-        Step("sanitizer-memcheck", [*sanitizer, "memcheck", *small], 90, uncached),
+        Step("sanitizer-memcheck", [*sanitizer, *memcheck, *small], 90, uncached),
         Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120, uncached),
         Step("bench", [*cli, "bench", "--results", str(results)], 180),
     ]
@@ -129,7 +134,8 @@ def main() -> int:
     if not torch.cuda.is_available() and not arguments.without_gpu:
         sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU; name another Python: make gpu PYTHON=...")
 
-    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"
+    # cmake and ninja may lie beside this Python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/local/cuda/bin"])
     folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + MOST_SECONDS
@@ -137,23 +143,40 @@ def main() -> int:
     done = steps(folder, results)
     for step in done:
         step.run(folder, deadline)
+        if step.name == "check" and step.result == "ok" and (why := missing(folder / "check.json")):
+            step.result = f"FAILED: these kernels cannot run here: {why}"
         if step.name == "build" and step.result != "ok":
             break
 
-    summary = {"steps": [asdict(step) for step in done]}
-    if (checked := folder / "check.json").exists():
-        summary["check"] = json.loads(checked.read_text())
-    if done[0].result == "ok":
-        from fishleg_ext.bench import harness  # not before it is built
-
-        summary["environment"] = harness.environment()
-        target = results / f"gpu_{harness.device_slug()}.json"
-        target.write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"wrote {target}")
     print(f"\n{'step':<22}{'seconds':>8}  result")
     for step in done:
         print(f"{step.name:<22}{step.seconds:>8.1f}  {step.result}")
+    print(f"wrote {write_summary(done, folder, results)}")
     return 1 if any(step.result.startswith("FAILED") for step in done) else 0
+
+
+def missing(checked: Path) -> str | None:
+    """Which kernels `fishleg-ext check` could not run, or None where all have run."""
+    rows = json.loads(checked.read_text()) if checked.exists() else []
+    names = [f"{row['impl']} of {row['op']}: {row['reason']}" for row in rows if not row["cases"]]
+    return "; ".join(names) if names or not rows else None
+
+
+def write_summary(done: list[Step], folder: Path, results: Path) -> Path:
+    """Steps, checks and, from a new process that finds what has just been built, versions; as JSON."""
+    summary = {"steps": [asdict(step) for step in done]}
+    if (checked := folder / "check.json").exists():
+        summary["check"] = json.loads(checked.read_text())
+    code = (
+        "import json; from fishleg_ext.bench import harness as h; print(json.dumps([h.device_slug(), h.environment()]))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    slug = "unknown"
+    if asked.returncode == 0:
+        slug, summary["environment"] = json.loads(asked.stdout.splitlines()[-1])
+    target = results / f"gpu_{slug}.json"
+    target.write_text(json.dumps(summary, indent=1) + "\n")
+    return target
 
 
 if __name__ == "__main__":

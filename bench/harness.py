@@ -1,7 +1,7 @@
 """How an implementation is timed, and what is written down about it.
 
-- The timer waits for the GPU. A round is several calls, one after the other, on buffers that are taken in turn and are
-  together larger than the last-level cache.
+- The timer waits for the GPU. A round is several calls, one after the other, on buffers that are taken in turn; those
+  that are written, or are most of what is read, are together larger than the last-level cache.
 - Before anything is timed the result is compared with float64: no number without that.
 - The floor of a call follows from its shapes: the bytes that it must move and the FLOP that it must do, at the rates at
   which this device copies memory and multiplies float32 matrices, measured in the same run.
@@ -135,7 +135,7 @@ def measure(
 
 
 def floor(work: Work) -> float:
-    """Seconds below which this device cannot do it."""
+    """Seconds to move these bytes, or do this arithmetic, at the rates of `rates`, whichever takes longer."""
     bandwidth, arithmetic = rates()
     return max(work.bytes / bandwidth, work.flop / arithmetic)
 
@@ -205,8 +205,13 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of the checkout that is measured, marked if there is more than was committed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -13,6 +13,7 @@ template <typename T>
 cudaError_t obs_eliminate(const T* weight, const T* inverse, int64_t inverse_stride,
                           const bool* alive, int32_t* rank, T* cost, int64_t num_blocks, int size,
                           int n, int m, T stop, bool dead_first, cudaStream_t stream) {
+  if (size > kMaxEliminateSize) return cudaErrorInvalidValue;
   const int bytes = static_cast<int>(eliminate_shared_bytes<T>(size));
   const cudaError_t error = cudaFuncSetAttribute(
       obs_eliminate_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

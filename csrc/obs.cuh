@@ -28,6 +28,9 @@ namespace fishleg_ext {
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxEliminateThreads = 256;
+// The longest row that a warp holds in registers; one of so many floats takes more shared memory
+// than there is.
+constexpr int kMaxEliminateSize = 256;
 
 // What an elimination is asked to do, beside its arrays.
 template <typename T>
@@ -62,8 +65,8 @@ constexpr int64_t eliminate_shared_bytes(int size) {
 template <typename T>
 struct Elimination {
   static constexpr int kVector = Vector<T>::kSize;
-  // Vectors of a row that one lane holds; rows of more than 256 values do not fit into 227 KB.
-  static constexpr int kHeld = 256 / (kWarpSize * kVector);
+  // Vectors of a row that one lane holds.
+  static constexpr int kHeld = kMaxEliminateSize / (kWarpSize * kVector);
 
   int size, row, lane, warp, warps;
   int now;        // which copy of weights, diagonal and pending is read

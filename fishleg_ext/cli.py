@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare every implementation of every op with float64 on this machine",
         description="Compare every implementation of every op that runs here with the reference in float64, over odd "
         "shapes, views, ties, zeros, NaN, dead weights and condition numbers up to 1e7. Exit status 1 where one is "
-        "further off than its budget. TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU.",
+        "further off than its budget, or nothing could be checked. TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU.",
     )
     check.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     check.add_argument(
@@ -141,7 +141,7 @@ def _check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
         label = f"{row.op:<20} {impl:<21} {row.dtype:<9}"
-        if not row.cases:
+        if not (row.cases or row.failures):
             print(f"{label}     -        -        -   not run: {row.reason}")
             continue
         result = "ok" if not row.failures else "FAILED"
@@ -151,9 +151,15 @@ def _check(arguments: argparse.Namespace) -> int:
             print(f"    {failure}")
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    failures = sum(len(row.failures) for row in rows)
-    print(f"\n{failures} cases failed" if failures else "\nall within their budgets")
-    return 1 if failures else 0
+    if failures := sum(len(row.failures) for row in rows):
+        print(f"\n{failures} cases failed")
+        return 1
+    if not any(row.cases for row in rows):
+        print("\nnothing was checked")
+        return 1
+    unseen = sorted({f"{row.impl} of {row.op}" for row in rows if not row.cases})
+    print(f"\nall that ran is within its budget{'; not run: ' if unseen else ''}{', '.join(unseen)}")
+    return 0
 
 
 def _interpreted() -> bool:

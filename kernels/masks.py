@@ -7,9 +7,10 @@ weights, address of its bits, number of weights up to the end of the tensor), so
 reads nothing else about the tensors. Tables are kept between calls: the next call with the same tensors copies nothing
 from the host, which also makes it possible to capture it in a CUDA graph.
 
-Bytes per weight: 1/8 of mask is read, and weights are not read at all; zeros are written to pruned weights alone, in
-sectors of 32 bytes. Invariants: weights are moved as integers of their width, so that no dtype needs arithmetic (zero
-is all bits 0 in each) and kept ones are never touched; BLOCK is a multiple of 8, so that tiles begin at a whole byte.
+Bytes per weight: the kernel reads 1/8 of mask and no weight, and writes zeros to pruned weights alone. Memory moves
+sectors of 32 bytes, of which hardly one is without a pruned weight at high sparsity: the width of a weight is written, and
+read, too, where the hardware fills up sectors that are written in part. Invariants: the zeros are integers of the width
+of a weight, all bits 0, which every dtype reads as zero; BLOCK is a multiple of 8, so that tiles begin at a whole byte.
 """
 
 import torch

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 HOST = ROOT / "tests" / "cuda_on_host"
 BARRIER = re.compile(r"__sync(threads|warp)\([^)]*\);")
-DRIVERS = sorted(HOST.glob("*_out.cpp"))  # each named after the private op that launches its kernel
+SELFTEST = HOST / "selftest.cpp"
+DRIVERS = sorted(set(HOST.glob("*.cpp")) - {SELFTEST})  # each named after the private op that launches its kernel
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
 
 
 def _serialised(value: Any) -> bytes:
+    """As `Arguments` of cuda_on_host/arguments.h reads it; lists of tensors are none of it yet."""
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous()
         header = struct.pack(f"<{2 + value.dim()}q", value.element_size(), value.dim(), *value.shape)

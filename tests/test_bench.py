@@ -161,6 +161,12 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
     assert "sees no GPU; name another Python: make gpu PYTHON=..." in done.stderr
 
 
-def test_results_in_the_repository_passed_their_gate():
-    for line in report.read((BENCH / "results").glob("*.jsonl")):
-        assert line["error"] <= line["error_budget"]
+def test_results_in_the_repository_passed_their_gate_and_make_a_table():
+    lines = report.read((BENCH / "results").glob("*.jsonl"))
+    assert all(line["error"] <= line["error_budget"] for line in lines)
+    assert {"apply_masks_", "obs_eliminate"} <= {line["op"] for line in lines}
+    assert report.table(lines).count("implementation") >= 2
+
+
+def test_a_commit_is_named_whatever_results_have_changed():
+    assert harness._commit() is None or len(harness._commit().removesuffix("-dirty")) == 12

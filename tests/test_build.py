@@ -42,7 +42,7 @@ def recorded(folder: Path) -> dict:
 
 def test_without_cuda_on_request(tmp_path):
     (tmp_path / "fishleg_ext").mkdir()
-    stale = [tmp_path / "fishleg_ext" / f"{name}.cpython-311-x86_64-linux-gnu.so" for name in ("_build", "_kernels")]
+    stale = [tmp_path / "fishleg_ext" / f"{name}.cpython-311-x86_64-linux-gnu.so" for name in ("_build", "_C")]
     for library in stale:
         library.write_text("from an earlier build")
     done = decide(tmp_path, FISHLEG_EXT_CUDA="0")
@@ -61,7 +61,7 @@ def nvcc(tmp_path):
 
 def test_with_a_toolkit_the_libraries_are_built(tmp_path, nvcc):
     done = decide(tmp_path, CUDACXX=str(nvcc))
-    assert json.loads(done.stdout) == ["fishleg_ext._build", "fishleg_ext._kernels"]
+    assert json.loads(done.stdout) == ["fishleg_ext._build", "fishleg_ext._C"]
     assert recorded(tmp_path) == {"cuda": True, "reason": f"built with {nvcc}"}
 
 

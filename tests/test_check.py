@@ -1,6 +1,7 @@
 """fishleg-ext check: every implementation that runs here passes, and what is wrong fails."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -78,6 +79,20 @@ def the_dead_cost_something(weight, inverse, alive, **options):
     return rank, torch.where(alive, cost, 0)
 
 
+def any_order_at_no_cost(weight, inverse, alive, **options):
+    order = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).argsort(1).int()
+    return torch.where(alive, order, -1), torch.where(alive, torch.zeros_like(weight), torch.inf)
+
+
+def half_as_dear_again(weight, inverse, alive, **options):
+    rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
+    return rank, cost * 1.5
+
+
+def zeros(gram, damping):
+    return torch.zeros_like(gram), reference("block_inverse")(gram, damping)[1]
+
+
 def leaves_one_unwritten(weight, inverse, alive, **options):
     rank, cost = reference("obs_eliminate")(weight, inverse, alive, **options)
     result = torch.empty(cost.shape, dtype=cost.dtype)
@@ -144,6 +159,19 @@ def test_faults_are_found(name, faulty):
     assert row.failures
 
 
+@pytest.mark.parametrize("condition", cases.CONDITIONS)
+@pytest.mark.parametrize(
+    "name, faulty",
+    [("obs_eliminate", any_order_at_no_cost), ("obs_eliminate", half_as_dear_again), ("block_inverse", zeros)],
+)
+def test_coarse_faults_are_found_at_every_condition(name, faulty, condition):
+    """In single precision, too, and by each case of more than one weight."""
+    for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
+        if f"condition={condition:g}" in case.name and case.args[0].shape[-1] > 1:
+            error, budget = check.error_and_budget(OPS[name], faulty, case)
+            assert error > budget, case.name
+
+
 def test_torch_is_as_before_afterwards():
     check.outcome(OPS["obs_score"], lambda *args: args[0], (torch.ones(1), torch.ones(1)), {})
     assert not torch.are_deterministic_algorithms_enabled()
@@ -157,9 +185,28 @@ def test_check_prints_a_table_and_why_a_kernel_did_not_run(capsys):
     out = capsys.readouterr().out
     assert re.search(r"^obs_score +reference +float32 +\d+ +\d\.\de-\d\d +\d\.\de-\d\d +ok$", out, re.M)
     assert re.search(r"^apply_masks_ +triton", out, re.M)
-    assert "all within their budgets" in out
+    assert "all that ran is within its budget" in out
     if (reason := OPS["apply_masks_"].unavailable("triton")) is not None:
         assert f"not run: {reason}" in out
+        assert out.rstrip().endswith("; not run: triton of apply_masks_")
+        assert main(["check", "apply_masks_", "--impl", "triton"]) == 1
+        assert "nothing was checked" in capsys.readouterr().out
+
+
+def test_an_implementation_that_raises_has_failed(capsys, monkeypatch, tmp_path):
+    def raises(weight, diagonal):
+        if weight.dtype == torch.float16:
+            raise RuntimeError("no kernel image is available")
+        return real.reference(weight, diagonal)
+
+    real = OPS["obs_score"]
+    monkeypatch.setitem(OPS, "obs_score", dataclasses.replace(real, reference=raises))
+    assert main(["check", "obs_score", "nm_mask", "--json", str(tmp_path / "rows.json")]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"obs_score +reference +float16 .*FAILED\n +shape=\[\]: RuntimeError: no kernel image", out)
+    assert re.search(r"nm_mask +reference +float16 .*ok", out)  # it goes on
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["dtype"] for row in rows if row["failures"]] == ["float16"]
 
 
 def test_check_fails_with_the_case_that_failed(capsys, monkeypatch):

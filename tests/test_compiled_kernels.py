@@ -15,12 +15,13 @@ from fishleg_ext.ops.dispatch import OPS
 
 KERNELS = host.ROOT / "kernels"
 NVCC = os.environ.get("CUDACXX") or host.find_nvcc()
-# name -> file
+# name -> file, of all that triton.jit compiles but functions that others call, which begin with _.
 TRITON_KERNELS = {
     node.name: file.name
     for file in sorted(KERNELS.glob("*.py"))
-    for node in ast.parse(file.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    for node in ast.walk(ast.parse(file.read_text()))
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 }
 SOURCES = sorted(host.CSRC.glob("*.cu"))
 

@@ -55,7 +55,10 @@ def test_a_graph_of_apply_masks_replays(impl, masked):
         assert all(torch.equal(t, value * m) for t, m in zip(tensors, masks, strict=True))
 
 
-def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked):
+def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked, monkeypatch):
+    from fishleg_ext.kernels import masks as triton_masks
+
+    monkeypatch.setattr(triton_masks, "_tables", {})  # others may have lain at the same addresses
     tensors, masks, packed = masked
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -66,6 +69,17 @@ def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked):
         tensor.fill_(1)
     graph.replay()
     assert all(torch.equal(t, m.float()) for t, m in zip(tensors, masks, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_the_next_call_with_the_same_tensors_never_waits_for_the_gpu(impl, masked):
+    tensors, _, packed = masked
+    ops.apply_masks_(tensors, packed, impl=impl)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.apply_masks_(tensors, packed, impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
@@ -88,6 +102,8 @@ def test_kernels_run_on_the_current_stream(name, impl, masked, blocks):
     tensors, masks, packed = masked
     weight, inverse, alive = blocks(40, 64)
     expected = ops.obs_eliminate(2 * weight, inverse, alive, impl=impl if name == "obs_eliminate" else "reference")
+    if name == "apply_masks_":
+        ops.apply_masks_(tensors, packed, impl=impl)  # compiling, and making the table, wait for the stream
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)

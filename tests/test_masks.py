@@ -97,11 +97,17 @@ class TestTritonTables:
         assert [id(t) for t in tables.values()] == [id(table)]
         assert tensors[0].nonzero()[:, 0].tolist() == list(range(0, 5000, 8))
 
-    def test_one_launch_for_each_width(self, tables, device):
+    def test_one_launch_for_each_width(self, tables, device, monkeypatch):
+        from fishleg_ext.kernels import masks
+
+        launches, kernel = [], masks.apply_masks_kernel
+        counted = type("Counted", (), {"__getitem__": lambda _, grid: launches.append(grid) or kernel[grid]})
+        monkeypatch.setattr(masks, "apply_masks_kernel", counted())
         dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
         tensors = [torch.ones(33, dtype=dtype, device=device) for dtype in dtypes]
         packed = [ops.pack_mask(torch.zeros(33, dtype=torch.bool, device=device))] * 5
         ops.apply_masks_(tensors, packed, impl="triton")
+        assert launches == [(2,), (1,), (2,)]
         assert [(key[1], len(table)) for key, table in tables.items()] == [(4, 2), (8, 1), (2, 2)]
         assert not any(t.any() for t in tensors)
 

@@ -1,15 +1,15 @@
 """Python side of the CUDA C++ kernels in csrc/, one file per op family: they allocate results and call private ops."""
 
 import functools
+import importlib
 import json
+import re
 from importlib import machinery, resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-OLDEST = (8, 0)  # compute capability of the oldest GPU that kernels are compiled for
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def unavailable() -> str | None:
 def not_loaded() -> str | None:
     """Why the compiled kernels are not here, or None if they are."""
     package = Path(str(resources.files("fishleg_ext")))
-    library = next((p for s in machinery.EXTENSION_SUFFIXES if (p := package / f"_kernels{s}").exists()), None)
+    library = next((p for s in machinery.EXTENSION_SUFFIXES if (p := package / f"_C{s}").exists()), None)
     if library is None:
         return f"the CUDA part is not built: {build_record()['reason']}"
     try:
@@ -44,9 +44,16 @@ def supports_device(tensor: Tensor) -> tuple[bool, str]:
     """Whether the kernels run on this tensor's device, and if not, why not."""
     if not tensor.is_cuda:
         return False, f"its CUDA C++ kernel takes tensors on a GPU, not on {tensor.device}"
-    capability = torch.cuda.get_device_capability(tensor.device)
-    reason = "CUDA C++ kernels are compiled for compute capability {}.{} and later, and {} has {}.{}"
-    return capability >= OLDEST, reason.format(*OLDEST, tensor.device, *capability)
+    capability, oldest = torch.cuda.get_device_capability(tensor.device), oldest_capability()
+    reason = "CUDA C++ kernels were compiled for compute capability {}.{} and later, and {} has {}.{}"
+    return capability >= oldest, reason.format(*oldest, tensor.device, *capability)
+
+
+@functools.cache
+def oldest_capability() -> tuple[int, int]:
+    """The compute capability of the oldest GPU that the kernels were compiled for."""
+    architectures = importlib.import_module("fishleg_ext._build").architectures
+    return min((divmod(int(number), 10) for number in re.findall(r"\d+", architectures)), default=(0, 0))
 
 
 @functools.cache

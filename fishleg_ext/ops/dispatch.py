@@ -43,7 +43,7 @@ class Op:
     kernels: tuple[str, ...]  # implementations beside the reference, the fastest first
 
     def unavailable(self, impl: str) -> str | None:
-        """Why `impl` can run this op on no arguments here, or None if it can."""
+        """Why `impl` cannot run this op here, whatever the arguments, or None if it can."""
         if impl in ("auto", "reference"):
             return None
         if impl not in self.kernels:

@@ -4,12 +4,11 @@
 // Every CUDA thread of a block is a fiber (a stack of its own, switched to by hand) and blocks run
 // one after the other, so a kernel is ordinary C++ to the sanitizers:
 // - AddressSanitizer: dynamic shared memory is a heap allocation of exactly the bytes asked for.
-// - ThreadSanitizer: every fiber is a thread to it, and nothing but __syncthreads, __syncwarp and
-// atomics orders their
-//   accesses, as on a GPU. A missing barrier is therefore a data race, reported with file and line,
-//   whatever the order in which the fibers happen to run. Barriers use two synchronisation objects
-//   in turn: with one, a thread that reaches the next barrier early would be ordered before a
-//   thread that has yet to leave this one, and no race would ever be seen.
+// - ThreadSanitizer: every fiber is a thread to it, and nothing but __syncthreads and __syncwarp
+//   orders their accesses, as on a GPU. A missing barrier is therefore a data race, reported with
+//   file and line, whatever the order in which the fibers happen to run. Barriers use two
+//   synchronisation objects in turn: with one, a thread that reaches the next barrier early would
+//   be ordered before a thread that has yet to leave this one, and no race would ever be seen.
 // Shared memory is filled with 0xff (NaN) before each block. A barrier that some thread never
 // reaches ends the program.
 //
