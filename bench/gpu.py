@@ -167,9 +167,7 @@ def write_summary(done: list[Step], folder: Path, results: Path) -> Path:
     summary = {"steps": [asdict(step) for step in done]}
     if (checked := folder / "check.json").exists():
         summary["check"] = json.loads(checked.read_text())
-    code = (
-        "import json; from fishleg_ext.bench import harness as h; print(json.dumps([h.device_slug(), h.environment()]))"
-    )
+    code = "import json; from fishleg_ext.bench.harness import device_slug, environment; print(json.dumps([device_slug(), environment()]))"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     slug = "unknown"
     if asked.returncode == 0:

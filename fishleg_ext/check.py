@@ -8,9 +8,9 @@ they are and to the reference, the yardstick, in float64 on the CPU. So only wha
   reference's own is eps times the condition number, no more than 1/2, + 16 roundings of the result.
 - Booleans and integers, and all of a case marked exact: bitwise.
 - obs_eliminate: where two costs are close, any order is right that is as cheap. So the order returned is replayed in
-  float64 (`_elimination_error`): the costs must be those reported, and none may have been cheaper. Because another order
-  is another sequence of roundings, a rounding in a kernel's budget is here a tenth of eps times the condition number;
-  the errors of the reference are about that.
+  float64 (`_elimination_error`): the costs must be those reported, and none may have been cheaper. Another order is
+  another sequence of roundings, so a rounding in a kernel's budget is here a tenth of eps times the condition number,
+  which is about what errors of the reference come to.
 
 While an implementation runs, new memory is filled with NaN, so that what it leaves unwritten shows.
 """

@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         help="compare every implementation of every op with float64 on this machine",
         description="Compare every implementation of every op that runs here with the reference in float64, over odd "
         "shapes, views, ties, zeros, NaN, dead weights and condition numbers up to 1e7. Exit status 1 where one is "
-        "further off than its budget, or nothing could be checked. TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU.",
+        "further off than its budget, or nothing could be checked. With "
+        "TRITON_INTERPRET=1 in the environment Triton kernels run on the CPU.",
     )
     check.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     check.add_argument(

@@ -8,9 +8,10 @@ reads nothing else about the tensors. Tables are kept between calls: the next ca
 from the host, which also makes it possible to capture it in a CUDA graph.
 
 Bytes per weight: the kernel reads 1/8 of mask and no weight, and writes zeros to pruned weights alone. Memory moves
-sectors of 32 bytes, of which hardly one is without a pruned weight at high sparsity: the width of a weight is written, and
-read, too, where the hardware fills up sectors that are written in part. Invariants: the zeros are integers of the width
-of a weight, all bits 0, which every dtype reads as zero; BLOCK is a multiple of 8, so that tiles begin at a whole byte.
+sectors of 32 bytes, of which hardly one is without a pruned weight at high sparsity: the width of a weight is written,
+and read, too, where the hardware fills up sectors that are written in part. Invariants: the zeros are integers of the
+width of a weight, all bits 0, which every dtype reads as zero; BLOCK is a multiple of 8, so that tiles begin at a whole
+byte of the mask.
 """
 
 import torch
