@@ -167,12 +167,11 @@ def write_summary(done: list[Step], folder: Path, results: Path) -> Path:
     summary = {"steps": [asdict(step) for step in done]}
     if (checked := folder / "check.json").exists():
         summary["check"] = json.loads(checked.read_text())
-    code = "import json; from fishleg_ext.bench.harness import device_slug, environment; print(json.dumps([device_slug(), environment()]))"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    slug = "unknown"
+    command = [sys.executable, "-m", "fishleg_ext.bench.harness"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode == 0:
-        slug, summary["environment"] = json.loads(asked.stdout.splitlines()[-1])
-    target = results / f"gpu_{slug}.json"
+        summary["environment"] = json.loads(asked.stdout)
+    target = results / f"gpu_{summary.get('environment', {}).get('slug', 'unknown')}.json"
     target.write_text(json.dumps(summary, indent=1) + "\n")
     return target
 

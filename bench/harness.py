@@ -215,3 +215,7 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+if __name__ == "__main__":
+    print(json.dumps({"slug": device_slug(), **environment()}))

@@ -1,5 +1,6 @@
 """The benchmarks: no number without a right result, tables from the files alone, and the command for GPU machines."""
 
+import json
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 
 import host
 import pytest
+import torch
 
 from fishleg_ext.bench import gpu, harness, networks, report
 from fishleg_ext.cli import main
@@ -152,6 +154,29 @@ def test_steps_show_the_end_of_what_they_printed(tmp_path, capsys):
 @pytest.mark.triton
 def test_small_calls_run_the_kernels():
     assert gpu.small_calls() >= 5
+
+
+def test_the_summary_has_steps_checks_and_versions(tmp_path):
+    (tmp_path / "check.json").write_text('[{"op": "an_op", "impl": "cuda", "cases": 0, "reason": "no GPU"}]')
+    target = gpu.write_summary([gpu.Step("build", ["true"], 1.0)], tmp_path, tmp_path)
+    summary = json.loads(target.read_text())
+    assert summary["steps"][0]["name"] == "build"
+    assert summary["check"][0]["reason"] == "no GPU"
+    assert target.name == f"gpu_{harness.device_slug()}.json"
+    assert summary["environment"]["torch"] == torch.__version__
+    assert gpu.missing(tmp_path / "check.json") == "cuda of an_op: no GPU"
+    assert gpu.missing(tmp_path / "none.json") is not None
+    (tmp_path / "check.json").write_text('[{"op": "an_op", "impl": "cuda", "cases": 3, "reason": ""}]')
+    assert gpu.missing(tmp_path / "check.json") is None
+
+
+def test_a_step_that_is_not_done_leaves_nothing_running(tmp_path):
+    marker = tmp_path / "still-running"
+    child = f"import time; time.sleep(1.5); open({str(marker)!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    gpu.Step("slow", [sys.executable, "-c", parent], most_seconds=0.7).run(tmp_path, time.monotonic() + 60)
+    time.sleep(1.5)
+    assert not marker.exists()
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path):
