@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CXX_FILES := $(wildcard csrc/* tests/cuda_on_host/*)
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: help
 help:  ## Show this help
@@ -20,7 +18,6 @@ test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton ke
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: gpu
-gpu: unexport PIP_CONSTRAINT PIP_BUILD_CONSTRAINT  # it installs nothing else, and builds with what there is
 gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes)
 	$(PYTHON) bench/gpu.py
 
@@ -45,8 +42,11 @@ format: .venv/installed  ## Format the code and mend what can be mended
 clean:  ## Remove .venv and everything built
 	rm -rf .venv build *.egg-info fishleg_ext/*.so fishleg_ext/build_record.json demo-results
 
+.venv/installed: export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+.venv/installed: export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+.venv/installed: export FISHLEG_EXT_WERROR := 1
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch  # first: the CUDA part is built against it
-	FISHLEG_EXT_WERROR=1 $(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
