@@ -40,7 +40,7 @@ format: .venv/installed  ## Format the code and mend what can be mended
 
 .PHONY: clean
 clean:  ## Remove .venv and everything built
-	rm -rf .venv build *.egg-info fishleg_ext/*.so fishleg_ext/build_record.json demo-results
+	rm -rf .venv build *.egg-info fishleg_ext/*.so fishleg_ext/build_record.json demo-results gpu-results
 
 .venv/installed: export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 .venv/installed: export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
