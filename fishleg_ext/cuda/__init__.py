@@ -15,7 +15,15 @@ from torch import Tensor
 @functools.cache
 def unavailable() -> str | None:
     """Why no CUDA C++ kernel can run here, or None if they can."""
-    return not_loaded() or (None if torch.cuda.is_available() else "torch sees no GPU")
+    if (reason := not_loaded()) is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    try:
+        shared_bytes_per_block(torch.device("cuda", 0))
+    except RuntimeError as error:  # the driver is too old for the toolkit, say
+        return f"the CUDA part cannot ask the GPU: {error}"
+    return None
 
 
 @functools.cache
