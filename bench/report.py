@@ -7,6 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+LEGEND = """GB/s, GFLOP/s: of the work that the shapes ask for. speed-up: the first row's median over this one's.
+over the floor: the median over what that work takes at this device's rates; below 1 only where data stay in a cache."""
+
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:
     """The lines of result files."""
@@ -34,7 +37,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         ]
         heading = f"{op}: {case}\n{device}, floor {duration(members[0]['floor_s'])}"
         parts.append(f"{heading}\n{tabulate(rows, headers='keys', disable_numparse=True)}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, LEGEND])
 
 
 def duration(seconds: float) -> str:

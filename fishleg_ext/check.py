@@ -68,7 +68,7 @@ def check(
     """Check implementations of ops on this machine, one row for each op, implementation and dtype.
 
     Args:
-        names: of ops; None is all.
+        names: of ops, or of families of ops; None is all.
         impls: of "reference", "triton", "cuda"; None is the reference and the kernels that the op has.
         dtypes: of weights and gradients; curvature is never narrower than float32.
         seed: of the inputs.
@@ -77,13 +77,9 @@ def check(
         rows; one without cases and dtype where an implementation cannot run here at all.
 
     Raises:
-        ValueError: there is no op of that name.
+        ValueError: there is no op or family of that name.
     """
-    names = list(OPS) if names is None else list(names)
-    for name in names:
-        if name not in OPS:
-            raise ValueError(f"there is no op {name!r}; there are {', '.join(OPS)}")
-    for name in names:
+    for name in ops_named(names):
         for impl in impls or ("reference", *OPS[name].kernels):
             reason = OPS[name].unavailable(impl)
             if reason is not None:
@@ -91,6 +87,23 @@ def check(
                 continue
             for dtype in dtypes[:1] if name in WITHOUT_DTYPE else dtypes:
                 yield check_dtype(OPS[name], impl, dtype, seed)
+
+
+def ops_named(names: Iterable[str] | None) -> list[str]:
+    """Names of ops and families -> of ops; None is all.
+
+    Raises:
+        ValueError: there is no op or family of that name.
+    """
+    if names is None:
+        return list(OPS)
+    found: list[str] = []
+    for name in names:
+        members = [op.name for op in OPS.values() if name in (op.name, op.family)]
+        if not members:
+            raise ValueError(f"there is no op {name!r}; there are {', '.join(OPS)}")
+        found += [member for member in members if member not in found]
+    return found
 
 
 def check_dtype(op: Op, impl: str, dtype: torch.dtype, seed: int = 0) -> Row:

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "further off than its budget, or nothing could be checked. With "
         "TRITON_INTERPRET=1 in the environment Triton kernels run on the CPU.",
     )
-    check.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    check.add_argument("ops", nargs="*", metavar="OP", help="or a family, such as obs; default: all")
     check.add_argument(
         "--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all that there are"
     )
@@ -68,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         "what the device could do at best. Writes JSON lines and prints the tables made from them.",
     )
     bench.add_argument("families", nargs="*", metavar="FAMILY", help="of ops, such as masks or obs; default: all")
-    bench.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the JSON lines")
+    bench.add_argument(
+        "--results",
+        type=Path,
+        default=Path("bench/results"),
+        help="folder of the JSON lines, whose last results of this device are replaced (default: %(default)s)",
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw time over floor into this picture")
     bench.add_argument("--only-report", action="store_true", help="measure nothing; tables of the results there are")
     bench.set_defaults(run=_bench)
@@ -122,7 +127,7 @@ def _info(arguments: argparse.Namespace) -> int:
     )
     print(f"GPU: {_gpu()}")
     print(f"CUDA part: {_cuda_part()}")
-    print("\nop                   runs on a GPU, fastest first   why not")
+    print("\nop                   runs here, fastest first       why not more")
     for name, op in OPS.items():
         reasons = {impl: op.unavailable(impl) for impl in op.kernels}
         here = [impl for impl, reason in reasons.items() if reason is None]
@@ -132,13 +137,17 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fishleg_ext.check import check
+    from fishleg_ext.check import check, ops_named
 
+    names = ops_named(arguments.ops or None)
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise OSError(f"the folder of --json, {arguments.json.parent}, does not exist")
     print(f"torch {torch.__version__}, triton {_version('triton')}, GPU: {_gpu()}; seed {arguments.seed}")
-    print("error: the largest relative error against float64, in the case that used most of its budget\n")
+    print("error: the largest relative error against float64, in the case that used most of its budget; condition")
+    print("numbers go up to 1e7, where single precision has hardly a digit left\n")
     print("op                   implementation        dtype     cases    error   budget   result")
     rows = []
-    for row in check(arguments.ops or None, arguments.impl, seed=arguments.seed):
+    for row in check(names, arguments.impl, seed=arguments.seed):
         rows.append(row)
         impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
         label = f"{row.op:<20} {impl:<21} {row.dtype:<9}"

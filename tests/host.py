@@ -79,6 +79,7 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
     """In this block private op `name` on CPU tensors runs `executable`; yields what each call printed to stderr."""
+    assert hasattr(torch.ops.fishleg_ext_cuda, name), f"no private op {name}: is the CUDA part built anew?"
     overload = getattr(torch.ops.fishleg_ext_cuda, name).default
     arguments = overload._schema.arguments
     printed: list[str] = []

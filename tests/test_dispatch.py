@@ -181,6 +181,14 @@ def test_an_explicit_kernel_runs_or_says_why_not(monkeypatch):
         entry.resolve("triton", 1, 2)
 
 
+def test_an_op_that_returns_something_needs_a_fake():
+    def unfinished(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor: ...
+
+    with pytest.raises(TypeError, match="unfinished: expected a fake exactly where something is returned"):
+        dispatch.op(reference=lambda x: x)(unfinished)
+    assert "unfinished" not in OPS
+
+
 def test_a_lane_that_does_not_import_is_a_reason():
     entry = dataclasses.replace(OPS["obs_score"], kernels=("triton",))
     with pytest.MonkeyPatch.context() as patch:

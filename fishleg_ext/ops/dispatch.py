@@ -15,6 +15,7 @@ kernel takes them and, if not, why not. Neither module is imported before the ke
 import contextvars
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
@@ -120,6 +121,8 @@ def op(
 
     def decorate(check: Callable[P, R]) -> Callable[P, R]:
         name = check.__name__
+        if (inspect.signature(check).return_annotation is None) != (fake is None):
+            raise TypeError(f"{name}: expected a fake exactly where something is returned")
         schema = name + torch.library.infer_schema(check, mutates_args=mutates)
         entry = Op(name, check.__module__.rpartition(".")[2], schema, reference, mutates, kernels)
 
