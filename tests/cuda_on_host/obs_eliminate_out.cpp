@@ -16,6 +16,16 @@ void run(Arguments& arguments, const Tensor& weight) {
   options.stop = static_cast<T>(arguments.real());
   options.dead_first = arguments.integer() != 0;
   const Tensor rank = arguments.tensor(), cost = arguments.tensor();
+  // What is dead is not read.
+  for (int64_t k = 0; k < weight.sizes[0] && !options.dead_first; ++k) {
+    const bool* mine = alive.data<bool>() + k * size;
+    for (int64_t i = 0; i < size; ++i) {
+      if (!mine[i]) weight.forbid(k * size + i);
+      for (int64_t j = 0; j < size && options.inverse_stride > 0; ++j) {
+        if (!mine[i] || !mine[j]) inverse.forbid(k * options.inverse_stride + i * size + j);
+      }
+    }
+  }
   cuda_on_host::launch(static_cast<unsigned>(weight.sizes[0]), eliminate_threads(size),
                        eliminate_shared_bytes<T>(size), obs_eliminate_kernel<T>, weight.data<T>(),
                        inverse.data<T>(), alive.data<bool>(), rank.data<int32_t>(), cost.data<T>(),
