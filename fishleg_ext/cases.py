@@ -89,8 +89,10 @@ def _woodbury_update_(new: Inputs) -> Iterator[Case]:
     for m, k, b in [(1, 1, 1), (7, 3, 5), (40, 2, 33), (0, 1, 3), (3, 0, 3)]:
         eye = torch.eye(b, dtype=torch.float64).repeat(k, 1, 1)
         for damping in (1e-1, 1e-3):
+            grads = new.normal(m, k, b)
+            trace = float(grads.double().square().sum((0, 2)).max()) / max(1, m) if k else 0.0
             name = f"m={m} K={k} B={b} damping={damping:g}"
-            yield Case(name, (new.wide(eye / damping), new.normal(m, k, b), max(1, m)), {}, 1 / damping)
+            yield Case(name, (new.wide(eye / damping), grads, max(1, m)), {}, 1 + trace / damping)
 
 
 def _fisher_diag_update_(new: Inputs) -> Iterator[Case]:
