@@ -18,7 +18,7 @@ test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton ke
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: gpu
-gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes)
+gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes at most)
 	$(PYTHON) bench/gpu.py
 
 .PHONY: bench

@@ -59,7 +59,7 @@ def bench_apply_masks(measure, network, implementation):
         apply = lambda weights: multiply(weights, given)
     calls = [lambda weights=weights: apply(weights) for weights in buffers]
     if "graph" in implementation:
-        calls = [harness.graphed(call) for call in calls]
+        calls = [harness.captured(call)[0].replay for call in calls]
 
     def gate():
         """Nothing but the pruned changes, and that to zero."""

@@ -79,7 +79,7 @@ def steps(folder: Path, results: Path) -> list[Step]:
     cli = [python, "-m", "fishleg_ext.cli"]
     install = ["pip", "install", "--editable", ".", "--no-build-isolation", "--no-deps"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    memcheck = ["memcheck", "--report-api-errors", "no"]  # torch and Triton try calls that fail
+    memcheck = ["memcheck", "--report-api-errors", "no"]  # torch and Triton may try calls that fail
     small = [python, str(Path(__file__).resolve()), "--small-calls"]
     # Each tensor is an allocation of its own, so that accesses beyond it are seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -107,9 +107,7 @@ def small_calls() -> int:
             if op.unavailable(impl) is not None:
                 continue
             for case in cases.CASES[op.name](cases.Inputs(torch.float32, check.device_of(impl), 0)):
-                tensors = [a for arg in case.args for a in (arg if isinstance(arg, list) else [arg])]
-                size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
-                if size <= SMALL and op.supports(impl, *case.args, **case.kwargs)[0]:
+                if case.numel <= SMALL and op.supports(impl, *case.args, **case.kwargs)[0]:
                     op.launcher(impl)(*case.args, **case.kwargs)
                     calls += 1
     if torch.cuda.is_available():

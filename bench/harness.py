@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fishleg_ext
 from fishleg_ext.check import device_of
 from fishleg_ext.ops.dispatch import OPS
 
@@ -60,8 +62,8 @@ def unavailable(op: str, impl: str) -> str | None:
     return "interpreted kernels are not timed" if device_of(impl).type == "cpu" else None
 
 
-def graphed(call: Callable[[], Any]) -> Callable[[], None]:
-    """The same call as the replay of a CUDA graph: what the GPU takes without Python."""
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a call, and what the call returned to it, after a first call outside the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -69,8 +71,8 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        result = call()
+    return graph, result
 
 
 def measure(
@@ -175,8 +177,8 @@ def environment() -> dict[str, Any]:
         "matmul_flop_per_s": arithmetic,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "fishleg_ext": _version("fishleg_ext"),
+        "triton": metadata.version("triton") if find_spec("triton") else None,
+        "fishleg_ext": fishleg_ext.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -194,13 +196,6 @@ def device_name() -> str:
 def device_slug() -> str:
     """For the name of a file."""
     return "cpu" if DEVICE.type == "cpu" else "-".join(device_name().lower().split())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LEGEND = """GB/s, GFLOP/s: of the work that the shapes ask for. speed-up: the first row's median over this one's.
-over the floor: the median over what that work takes at this device's rates; below 1 only where data stay in a cache."""
+over the floor: the median over what that work takes at the rates of a copy and of a matrix product on this device;
+below 1 where data stay in a cache or are only written."""
 
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@
 // step leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in
 // registers. Only rows that are still pending are updated.
 //
-// Device memory, per weight: B + 1 values and a byte are read, a value and an int are written; an
-// inverse that all blocks share stays in L2. Shared memory: a step reads and writes the pending
-// rows of H, B^3 values in all. Arithmetic: B^3 FLOP.
+// Device memory, per weight: B + 1 values and a byte are read, a value and an int are written; of
+// an inverse that all blocks share there is one copy, small beside L2. Shared memory: a step reads
+// and writes the pending rows of H, B^3 values in all. Arithmetic: B^3 FLOP.
 //
 // Invariants: entries of H with a dead row or column are 0 and never loaded, unless dead_first; H
 // stays symmetric to the bit, so that row q is column q; every warp computes the same q, so that
@@ -42,7 +42,7 @@ struct EliminateOptions {
   bool dead_first;         // the inverse is that of the whole block: eliminate the dead first
 };
 
-// More warps for larger blocks: each has at least four rows to update.
+// More warps for larger blocks.
 constexpr int eliminate_threads(int size) {
   return size > 64 ? kMaxEliminateThreads : size > 32 ? 128 : 64;
 }
@@ -78,7 +78,9 @@ struct Elimination {
 
   __device__ __forceinline__ explicit Elimination(int block_size)
       : size(block_size), row(eliminate_row<T>(size)), now(0) {
-    lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+    lane = threadIdx.x % kWarpSize;
+    warp = threadIdx.x / kWarpSize;
+    warps = blockDim.x / kWarpSize;
     h = reinterpret_cast<T*>(dynamic_shared_memory());
     u = h + row * (size + warp);
     weights = h + row * (size + warps);
@@ -90,8 +92,9 @@ struct Elimination {
   __device__ __forceinline__ void load(const T* weight, const T* inverse, const bool* alive,
                                        bool dead_first) {
     for (int j = threadIdx.x; j < row; j += blockDim.x) {
-      const bool inside = j < size, mine = inside && alive[j],
-                 read = mine || (inside && dead_first);
+      const bool inside = j < size;
+      const bool mine = inside && alive[j];
+      const bool read = mine || (inside && dead_first);
       weights[j] = mine ? weight[j] : T(0);
       diagonal[j] = read ? inverse[static_cast<int64_t>(j) * size + j] : T(0);
       pending[j] = read;
@@ -116,13 +119,19 @@ struct Elimination {
       if (!pending[now * row + j] || !(variance > 0) || (m > 0 && left_of_group(j, m) <= n))
         continue;
       const T cost = w * w / (2 * variance);
-      if (cost < best) best = cost, index = j;  // NaN is never the cheapest
+      if (cost < best) {  // NaN is never the cheapest
+        best = cost;
+        index = j;
+      }
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
       const T cost = __shfl_xor_sync(0xffffffffu, best, offset);
       const int other = __shfl_xor_sync(0xffffffffu, index, offset);
-      if (cost < best || (cost == best && other < index)) best = cost, index = other;
+      if (cost < best || (cost == best && other < index)) {
+        best = cost;
+        index = other;
+      }
     }
     *lowest = best;
     return index;
@@ -192,7 +201,10 @@ __global__ void __launch_bounds__(kMaxEliminateThreads)
   static_assert(kMaxEliminateThreads % kWarpSize == 0, "warps are whole");
   const int size = options.size;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * size;
-  weight += first, alive += first, rank += first, cost += first;
+  weight += first;
+  alive += first;
+  rank += first;
+  cost += first;
   inverse += blockIdx.x * options.inverse_stride;
 
   Elimination<T> block(size);

@@ -1,6 +1,6 @@
 // Registers the launchers with PyTorch, as private ops that write into what Python has allocated.
 //
-// Stable ABI of PyTorch 2.10: one binary serves that release and later ones, built for CUDA or not.
+// Stable ABI of PyTorch 2.10: one binary is meant for that release and later ones, CUDA or not.
 // Shapes, dtypes and contiguity are ensured by fishleg_ext/ops and fishleg_ext/cuda, which are the
 // only callers.
 

@@ -137,7 +137,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fishleg_ext.check import check, ops_named
+    from fishleg_ext.check import check, device_of, ops_named
 
     names = ops_named(arguments.ops or None)
     if arguments.json and not arguments.json.parent.is_dir():
@@ -149,7 +149,8 @@ def _check(arguments: argparse.Namespace) -> int:
     rows = []
     for row in check(names, arguments.impl, seed=arguments.seed):
         rows.append(row)
-        impl = f"{row.impl} (interpreter)" if row.impl == "triton" and _interpreted() else row.impl
+        on_cpu = row.dtype and device_of(row.impl).type == "cpu"
+        impl = "triton (interpreter)" if row.impl == "triton" and on_cpu else row.impl
         label = f"{row.op:<20} {impl:<21} {row.dtype:<9}"
         if not (row.cases or row.failures):
             print(f"{label}     -        -        -   not run: {row.reason}")
@@ -170,14 +171,6 @@ def _check(arguments: argparse.Namespace) -> int:
     unseen = sorted({f"{row.impl} of {row.op}" for row in rows if not row.cases})
     print(f"\nall that ran is within its budget{'; not run: ' if unseen else ''}{', '.join(unseen)}")
     return 0
-
-
-def _interpreted() -> bool:
-    try:
-        from fishleg_ext.kernels import INTERPRETED
-    except ImportError:
-        return False
-    return INTERPRETED
 
 
 def _version(package: str) -> str:

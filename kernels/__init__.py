@@ -5,6 +5,7 @@ meant for checking them where there is no GPU.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from triton import knobs
 INTERPRETED = knobs.runtime.interpret
 
 
+@functools.cache  # asked at every call
 def unavailable() -> str | None:
     """Why no Triton kernel can run here, or None if they can."""
     if INTERPRETED or torch.cuda.is_available():

@@ -7,6 +7,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from fishleg_ext.cases import random_spd
 from fishleg_ext.ops.dispatch import OPS
 
 
@@ -20,11 +21,7 @@ def fisher(generator: torch.Generator) -> Callable[..., Tensor]:
     """Random Fisher blocks [K, B, B] in float64 with eigenvalues from 1 / condition to 1."""
 
     def make(num_blocks: int, size: int, condition: float = 1e3) -> Tensor:
-        normal = torch.randn(num_blocks, size, size, dtype=torch.float64, generator=generator)
-        basis = torch.linalg.qr(normal).Q
-        spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), size, dtype=torch.float64)
-        matrix = basis * spectrum @ basis.mT
-        return (matrix + matrix.mT) / 2
+        return random_spd(num_blocks, size, condition, generator) / condition
 
     return make
 

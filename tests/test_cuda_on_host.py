@@ -42,11 +42,6 @@ def supported(monkeypatch):
     return get
 
 
-def size_of(args):
-    """Elements of all tensors, also of those in lists."""
-    return sum(a.numel() if isinstance(a, torch.Tensor) else size_of(a) if isinstance(a, list) else 0 for a in args)
-
-
 def drivers_of(header):
     return [driver for driver in host.DRIVERS if header in host.included(driver)]
 
@@ -105,7 +100,7 @@ def reports_of(driver, program, folder, problems):
     reports = []
     with host.on_host(driver.stem, program, folder) as printed:
         for case in problems:
-            if size_of(case.args) <= SMALL and case.condition <= 1e3:
+            if case.numel <= SMALL and case.condition <= 1e3:
                 try:
                     op.launcher("cuda")(*case.args, **case.kwargs)
                 except RuntimeError:

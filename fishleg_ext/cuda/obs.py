@@ -1,5 +1,7 @@
 """Launches csrc/obs.cu."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,7 @@ def supports_obs_eliminate(
     alive: Tensor,
     *,
     group: int = 1,
-    n: int = 0,
-    m: int = 0,
-    stop: float | None = None,
-    dead_first: bool = False,
+    **options: Any,
 ) -> tuple[bool, str]:
     """Blocks that fit into the shared memory which the device gives a thread block; single weights."""
     supported, reason = supports_device(weight)
