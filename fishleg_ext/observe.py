@@ -337,12 +337,11 @@ def _observe_inputs(
     def hook(name: str) -> Callable[[nn.Module, tuple, Any], None]:
         def observe_layer(module: nn.Module, args: tuple, output: Any) -> None:
             x = args[0].detach()
+            if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
+                raise ValueError(f"the inputs of the layer of {name} contain NaN or inf")
             per_sample = input_rows(module, x[:1]).numel() * x.element_size()
             for part in x.split(max(1, chunk_bytes // max(1, per_sample))):
-                rows = input_rows(module, part)
-                if not rows.sum(dtype=torch.float64).isfinite() and not rows.isfinite().all():
-                    raise ValueError(f"the inputs of the layer of {name} contain NaN or inf")
-                observer.update(Observation(len(part), inputs={name: rows}))
+                observer.update(Observation(len(part), inputs={name: input_rows(module, part)}))
 
         return observe_layer
 
@@ -387,8 +386,18 @@ def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
     x = x.unflatten(1, (module.groups, -1))  # [N, g, C / g, *positions, *kernel]
     positions = range(3, 3 + spatial)
     kernel = range(3 + spatial, 3 + 2 * spatial)
-    rows = x.permute(1, 0, *positions, 2, *kernel).flatten(-1 - spatial).flatten(1, -2)
-    return rows if module.groups > 1 else rows[0]
+    # Written column by column, in which neighbours in the input stay neighbours: several times faster than by rows.
+    columns = x.permute(1, 2, *kernel, 0, *positions).flatten(1, 1 + spatial).flatten(2)  # [g, fan_in, rows]
+    return columns.mT if module.groups > 1 else columns[0].mT
+
+
+def require_rereadable(data: Iterable[Any], why: str) -> None:
+    """Raise if the data can be iterated over only once."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"expected data that can be read again, as {why}, got a one-shot {type(data).__name__}; "
+            "pass a list or a DataLoader"
+        )
 
 
 def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> int:

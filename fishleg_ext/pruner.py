@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +16,11 @@ from fishleg_ext.arguments import checked_count, checked_sparsity
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
-from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
-from fishleg_ext.masks import Masks, pack_masks
-from fishleg_ext.observe import CHUNK_BYTES, gradient_bytes, observe, recalibrate_batchnorm
+from fishleg_ext.estimate import Estimate
+from fishleg_ext.fixed_order import fixed_order_prune
+from fishleg_ext.labels import Likelihood, LossFunction
+from fishleg_ext.masks import Masks
+from fishleg_ext.observe import recalibrate_batchnorm, require_rereadable
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
 from fishleg_ext.parameters import ParameterChoice, check_weight, choose_parameters
@@ -25,6 +28,7 @@ from fishleg_ext.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.selection import select
 
 Sparsity = Union[float, Mapping[str, float]]
+SALIENCIES = ("exact", "simultaneous", "fixed_order")
 
 
 @dataclass(frozen=True)
@@ -82,38 +86,47 @@ class Pruner:
         impl: str = "auto",
         seed: int = 0,
         progress: bool = True,
+        allocation: Union[str, Curvature, None] = None,
     ) -> None:
         self.curvature = make_curvature(curvature, block_size=block_size, damping=damping)
         self.saliency = self.curvature.default_saliency if saliency is None else saliency
-        if self.saliency not in ("exact", "simultaneous"):
-            raise ValueError(f"expected saliency to be 'exact' or 'simultaneous', got {saliency!r}")
-        self.scope = self.curvature.default_scope if scope is None else scope
-        self.labels = self.curvature.default_labels if labels is None else labels
-        self.num_grads = self.curvature.default_num_grads
-        if num_grads is not None:
-            self.num_grads = checked_count("num_grads", num_grads)
-        self.grad_batch_size = checked_count("grad_batch_size", grad_batch_size)
-        self.max_memory = None if max_memory is None else checked_count("max_memory", max_memory)
+        if self.saliency not in SALIENCIES:
+            raise ValueError(f"expected saliency to be one of {', '.join(SALIENCIES)}, got {saliency!r}")
         _check_pattern(pattern)
+        check_impl(impl)
+        self.impl, self.seed, self.progress = impl, seed, progress
+        self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
         self.weights = choose_parameters(model, params)
-        self._check_scope()
         self._masks = Masks(self.weights)
-        self.likelihood = likelihood
-        self.recalibrate_batchnorm = recalibrate_batchnorm
-        check_impl(impl)
-        self.impl = impl
-        self.seed = seed
-        self.progress = self.curvature.progress = progress
         self.history: list[dict[str, Any]] = []
-        self._groups = self._split_by_memory()
-        self._source: Optional[tuple[Iterable[Any], LossFunction]] = None
-        self._data: Optional[Iterable[Any]] = None  # of the last estimate, for BatchNorm
-        self._held: list[str] = []  # whose curvature is estimated
-        self._masks_at_estimate: dict[str, Tensor] = {}
         self._seconds: dict[str, float] = {}
         self._damping_raised: dict[str, int] = {}
-        self._used_grads = 0
+        self._data: Optional[Iterable[Any]] = None  # of the last estimate, for BatchNorm
+        num_grads = None if num_grads is None else checked_count("num_grads", num_grads)
+        max_memory = None if max_memory is None else checked_count("max_memory", max_memory)
+        estimate = functools.partial(
+            Estimate,
+            model,
+            self.weights,
+            num_grads=num_grads,
+            grad_batch_size=checked_count("grad_batch_size", grad_batch_size),
+            labels=labels,
+            likelihood=likelihood,
+            max_memory=max_memory if max_memory is None or allocation is None else max_memory // 2,
+            seed=seed,
+            progress=progress,
+        )
+        self._estimate = estimate(self.curvature, timed=self._timed)
+        self._allocation: Optional[Estimate] = None
+        if allocation is not None:
+            if scope is not None:
+                raise ValueError(f"expected either allocation or scope, got {allocation!r} and {scope!r}")
+            allocating = make_curvature(allocation, block_size=block_size)
+            self._allocation = estimate(allocating, timed=lambda stage: self._timed("allocation"))
+            scope = "global"
+        self.scope = self.curvature.default_scope if scope is None else scope
+        self._check_scope()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -134,20 +147,14 @@ class Pruner:
                 likelihood, weights or gradients with NaN or inf.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
-        self._source, self._held = None, []
         self._check_parameters()
-        label_sampler(self.labels, loss_fn, self.likelihood)
-        if self.curvature.observes:
-            if data is None:
-                raise ValueError(f"{type(self.curvature).__name__} needs data, got None")
-            if len(self._groups) > 1:
-                require_rereadable(data, "max_memory splits the parameters over several passes")
-        source = (() if data is None else data, loss_fn)
+        if data is not None and self._allocation is not None:
+            require_rereadable(data, "allocation= reads it once more")
         self._seconds, self._damping_raised = {}, {}
-        self._masks_at_estimate = dict(self._masks)
-        if len(self._groups) == 1:
-            self._observe(self._groups[0], source)
-        self._source, self._data = source, source[0]
+        with self._implementation():
+            for estimate in self._estimates():
+                estimate.begin(data, loss_fn, self._masks)
+        self._data = () if data is None else data
 
     def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
         """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
@@ -163,43 +170,77 @@ class Pruner:
             RuntimeError: `estimate` was not called, or parameters of the model were replaced.
             ValueError: sparsity out of range or below what is pruned already, or weights with NaN or inf.
         """
-        split = len(self._groups) > 1
-        if self._source is None and not self._held:
+        split = len(self._estimate.groups) > 1
+        if not self._estimate.ready:
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
         num_pruned = self._num_pruned(sparsity)
         self._check_parameters()
-        dead_first = any(not torch.equal(mask, self._masks[name]) for name, mask in self._masks_at_estimate.items())
-        with self._implementation(), torch.no_grad():
-            costs: dict[str, Costs] = {}
-            for group in self._groups:
-                self._observe(group, self._source)
-                with self._timed("saliency"):
-                    costs |= self._costs(group, dead_first)
-                self._damping_raised |= self.curvature.damping_raised
-            with self._timed("selection"):
-                masks = select(costs, num_pruned)
-            increase = 0.0
-            updated: dict[str, Tensor] = {}
-            for group in reversed(self._groups):  # the last one is still held
-                self._observe(group, self._source)
-                with self._timed("compensation"):
-                    updated |= self._updated(group, masks)
-                    if self.saliency == "simultaneous" or not self.curvature.block_diagonal:
-                        gone = {name: ~masks[name] for name in group}
-                        increase += self.curvature.joint_cost(self._weights(group), gone)
-            if self.saliency == "exact" and self.curvature.block_diagonal:
-                increase = total_cost(costs, masks)
-            for name, weight in updated.items():
-                if not weight.isfinite().all():
-                    raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
-            with _restored_on_error(self.weights.values()):
-                for name, weight in updated.items():
-                    self.weights[name].copy_(weight)
-                self._masks.set(masks)
-        if split:  # the parts not held would be estimated on the weights of now
-            self._source, self._held = None, []
+        masks: dict[str, Tensor] = {}
+        increase = 0.0
+        with self._implementation(), torch.no_grad(), _restored_on_error(self.weights.values()):
+            if self._allocation is not None:
+                num_pruned = self._allocated(self._allocation, num_pruned)
+            groups = self._estimate.groups
+            for part in [[group] for group in groups] if self.curvature.sequential else [groups]:
+                increase += self._prune(part, num_pruned, masks)
+            self._masks.set(masks)
+        for estimate in self._estimates():
+            if len(estimate.groups) > 1:
+                estimate.release()  # the parts not held would be estimated on the weights of now
         self._record(increase)
         return self._result()
+
+    def _allocated(self, estimate: Estimate, num_pruned: Union[int, Mapping[str, int]]) -> dict[str, int]:
+        """How many weights each parameter loses where all of them compete under another curvature."""
+        costs: dict[str, Costs] = {}
+        with self._timed("allocation"):
+            for group in estimate.groups:
+                estimate.hold(group)
+                costs |= self._costs(estimate, estimate.curvature.default_saliency, group)
+                self._damping_raised |= estimate.curvature.damping_raised
+            return {name: int((~mask).sum()) for name, mask in select(costs, num_pruned).items()}
+
+    def _prune(
+        self, groups: list[list[str]], num_pruned: Union[int, Mapping[str, int]], masks: dict[str, Tensor]
+    ) -> float:
+        """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
+        estimate, costs = self._estimate, dict[str, Costs]()
+        chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
+        if self.saliency != "fixed_order":
+            for group in groups:
+                estimate.hold(group)
+                with self._timed("saliency"):
+                    costs |= self._costs(estimate, self.saliency, group)
+                self._damping_raised |= self.curvature.damping_raised
+            with self._timed("selection"):
+                chosen = select(costs, num_pruned)
+        costs_add_up = self.saliency == "exact" and self.curvature.block_diagonal
+        for group in reversed(groups):  # the last one is still held
+            estimate.hold(group)
+            weights = estimate.weights(group)
+            with self._timed("compensation"):
+                if self.saliency == "fixed_order":
+                    assert isinstance(num_pruned, Mapping)
+                    alive = {name: self._masks[name] for name in group}
+                    kept, moved = fixed_order_prune(self.curvature, weights, alive, num_pruned, progress=self.progress)
+                    chosen |= kept
+                elif self.saliency == "simultaneous":
+                    moved = simultaneous_update(self.curvature, weights, {name: chosen[name] for name in group})
+                else:
+                    moved = exact_update(self.curvature, weights, chosen, progress=self.progress)
+                updated |= moved
+                if not costs_add_up:
+                    increase += self.curvature.joint_cost(weights, {name: ~chosen[name] for name in group})
+            self._damping_raised |= self.curvature.damping_raised
+        if costs_add_up:
+            increase = total_cost(costs, chosen)
+        for name, weight in updated.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
+        for name, weight in updated.items():
+            self.weights[name].copy_(weight)
+        masks |= chosen
+        return increase
 
     def step(self) -> NoReturn:
         """Prune by a schedule; not in this version yet."""
@@ -229,9 +270,8 @@ class Pruner:
         """Masks (packed), the curvature if it is held, history: for `torch.save`, and to load with `weights_only`."""
         return {
             "masks": self._masks.state_dict(),
-            "masks_at_estimate": pack_masks(self._masks_at_estimate) if self._held else {},
-            "curvature": self.curvature.state_dict() if self._held else {},
-            "held": list(self._held),
+            **self._estimate.state_dict(),
+            "allocation": None if self._allocation is None else self._allocation.state_dict(),
             "history": copy.deepcopy(self.history),
         }
 
@@ -243,25 +283,28 @@ class Pruner:
         Raises:
             ValueError: the state is of other parameters, shapes or arguments; nothing is changed then.
         """
-        missing = {"masks", "masks_at_estimate", "curvature", "held", "history"} - state.keys()
+        missing = {"masks", "masks_at_estimate", "curvature", "held", "allocation", "history"} - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
-        masks, at_estimate = Masks(self.weights), Masks(self.weights)
+        if (state["allocation"] is None) != (self._allocation is None):
+            raise ValueError("expected the state of a Pruner with the same allocation")
+        masks = Masks(self.weights)
         masks.load_state_dict(state["masks"])
-        if state["held"]:
-            if list(state["held"]) != list(self.weights):
-                raise ValueError(f"expected curvature of {list(self.weights)}, got that of {list(state['held'])}")
-            at_estimate.load_state_dict(state["masks_at_estimate"])
-            before = dict(vars(self.curvature))
-            try:
-                self.curvature.start(self._weights(self.weights))
-                self.curvature.load_state_dict(state["curvature"])
-            except BaseException:
-                vars(self.curvature).update(before)
-                raise
-        self._masks, self._masks_at_estimate = masks, dict(at_estimate)
-        self._held, self._source = list(state["held"]), None
+        changed = [part for estimate in self._estimates() for part in (estimate, estimate.curvature)]
+        before = [dict(vars(part)) for part in changed]
+        try:
+            self._estimate.load_state_dict(state)
+            if self._allocation is not None:
+                self._allocation.load_state_dict(state["allocation"])
+        except BaseException:
+            for part, values in zip(changed, before, strict=True):
+                vars(part).update(values)
+            raise
+        self._masks = masks
         self.history = copy.deepcopy(list(state["history"]))
+
+    def _estimates(self) -> list[Estimate]:
+        return [self._estimate] if self._allocation is None else [self._allocation, self._estimate]
 
     def _check_parameters(self) -> None:
         """The parameters are still those of the model, and finite."""
@@ -278,6 +321,13 @@ class Pruner:
                 checked_sparsity(sparsity, f"sparsity of {name}")
         elif self.scope not in ("global", "layer"):
             raise ValueError(f"expected scope to be 'global', 'layer' or a dict of sparsities, got {self.scope!r}")
+        elif self.scope == "global" and self._allocation is None:
+            if self.saliency == "fixed_order":
+                raise ValueError(
+                    "expected scope='layer', a dict of sparsities or allocation= with saliency='fixed_order'"
+                )
+            if self.curvature.sequential:
+                raise ValueError("expected scope='layer', a dict of sparsities or allocation= with sequential inputs")
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.weights]
@@ -286,79 +336,12 @@ class Pruner:
                 f"{', '.join(map(str, unknown))} not among the pruned parameters {', '.join(self.weights)}"
             )
 
-    def _split_by_memory(self) -> list[list[str]]:
-        """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""
-        if self.max_memory is None:
-            return [list(self.weights)]
-        groups: list[list[str]] = [[]]
-        for name in self.weights:
-            if groups[-1] and self.curvature.separable and self._bytes_of([*groups[-1], name]) > self.max_memory:
-                groups.append([])
-            groups[-1].append(name)
-            if (needed := self._bytes_of(groups[-1])) > self.max_memory:
-                what = name if self.curvature.separable else "all parameters together"
-                raise ValueError(
-                    f"max_memory={self.max_memory} is too small for {type(self.curvature).__name__}: "
-                    f"{what} needs at least {needed} bytes"
-                )
-        return groups
-
-    def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
-        """State of these parameters, the inverse of the largest and its workspace, and some gradients."""
-        held = [self.curvature.state_bytes(self.weights[name], self.num_grads) for name in names]
-        gradients = gradient_bytes(self.weights[name] for name in names) if self.curvature.observes else 0
-        return sum(held) + 2 * max(held) + num_gradients * gradients
-
-    def _chunk_bytes(self, names: list[str]) -> int:
-        """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""
-        if self.max_memory is None:
-            return CHUNK_BYTES
-        room = [min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)) for group in self._groups]
-        one = [gradient_bytes(self._weights(group).values()) for group in self._groups]
-        most = min(left // gradient for left, gradient in zip(room, one, strict=True))
-        return most * gradient_bytes(self._weights(names).values())
-
-    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.weights[name].detach() for name in names}
-
-    def _observe(self, names: list[str], source: Optional[tuple[Iterable[Any], LossFunction]]) -> None:
-        """Estimate the curvature of these parameters, unless it is held."""
-        if self._held == names:
-            return
-        assert source is not None
-        self._held = []
-        with self._timed("observation"), self._implementation():
-            self.curvature.start(self._weights(names))
-            if self.curvature.observes:
-                self._used_grads = observe(
-                    self.model,
-                    source[0],
-                    source[1],
-                    self.curvature,
-                    {name: self.weights[name] for name in names},
-                    masks={name: self._masks_at_estimate[name] for name in names},
-                    num_grads=self.num_grads,
-                    grad_batch_size=self.grad_batch_size,
-                    labels=self.labels,
-                    likelihood=self.likelihood,
-                    seed=self.seed,
-                    chunk_bytes=self._chunk_bytes(names),
-                    progress=self.progress,
-                )
-        self._held = names
-
-    def _costs(self, names: list[str], dead_first: bool) -> dict[str, Costs]:
-        weights, masks = self._weights(names), {name: self._masks[name] for name in names}
-        if self.saliency == "simultaneous":
-            return simultaneous_costs(self.curvature, weights, masks)
-        return exact_costs(self.curvature, weights, masks, dead_first=dead_first, progress=self.progress)
-
-    def _updated(self, names: list[str], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weights = self._weights(names)
-        masks = {name: masks[name] for name in names}
-        if self.saliency == "simultaneous":
-            return simultaneous_update(self.curvature, weights, masks)
-        return exact_update(self.curvature, weights, masks, progress=self.progress)
+    def _costs(self, estimate: Estimate, saliency: str, names: list[str]) -> dict[str, Costs]:
+        weights, masks = estimate.weights(names), {name: self._masks[name] for name in names}
+        if saliency == "simultaneous":
+            return simultaneous_costs(estimate.curvature, weights, masks)
+        dead_first = not estimate.knows_as_dead(self._masks)
+        return exact_costs(estimate.curvature, weights, masks, dead_first=dead_first, progress=self.progress)
 
     def _num_pruned(self, sparsity: Optional[Sparsity]) -> Union[int, dict[str, int]]:
         """How many weights are pruned afterwards, in all or of each parameter."""
@@ -407,7 +390,7 @@ class Pruner:
             {
                 "sparsity": self._masks.sparsity(),
                 "layer_sparsity": self._masks.layer_sparsity(),
-                "num_grads": self._used_grads,
+                "num_grads": self._estimate.used_grads,
                 "predicted_loss_increase": increase,
                 "damping_raised": dict(self._damping_raised),
                 "seconds": self._seconds,
@@ -448,6 +431,7 @@ def prune(
     impl: str = "auto",
     seed: int = 0,
     progress: bool = True,
+    allocation: Union[str, Curvature, None] = None,
 ) -> PruneResult:
     """Prune a model in place, in one call. If anything is raised, the model is as before the call.
 
@@ -519,6 +503,7 @@ def prune(
         impl=impl,
         seed=seed,
         progress=progress,
+        allocation=allocation,
     )
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
@@ -529,15 +514,6 @@ def prune(
             pruner.estimate(data, loss_fn)
             pruner.prune_to(_part_way(target, done / recomputations))
         return pruner.finalize()
-
-
-def require_rereadable(data: Iterable[Any], why: str) -> None:
-    """Raise if the data can be iterated over only once."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"expected data that can be read again, as {why}, got a one-shot {type(data).__name__}; "
-            "pass a list or a DataLoader"
-        )
 
 
 def _part_way(target: Sparsity, part: float) -> Sparsity:

@@ -8,10 +8,11 @@ from fishleg_ext.curvature import (
     CurvatureError,
     DiagonalFisher,
     Identity,
+    Layerwise,
     LowRankFisher,
     make_curvature,
 )
-from fishleg_ext.observe import Observation
+from fishleg_ext.observe import Observation, input_rows
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
 DAMPING = 0.05
@@ -20,12 +21,18 @@ MODELS = {
     "diagonal": lambda: DiagonalFisher(DAMPING),
     "block": lambda: BlockFisher(4, DAMPING),
     "low_rank": lambda: LowRankFisher(4, DAMPING),
+    "layerwise": lambda: Layerwise(DAMPING),
 }
 
 
 @pytest.fixture
 def gradients(generator):
     return {n: torch.randn(12, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
+
+
+def inputs_of(gradients):
+    """Inputs [rows, fan-in] of layers with these weights."""
+    return {n: g[:, :1].flatten(1) for n, g in gradients.items()}
 
 
 def flat(tensors):
@@ -37,6 +44,12 @@ def dense_fisher(kind, gradients):
     d = g.shape[1]
     full = g.mT @ g / len(g)
     eye = torch.eye(d, dtype=torch.float64)
+    if kind == "layerwise":
+        moments = {n: x.mT @ x / len(x) for n, x in inputs_of(gradients).items()}
+        damped = {n: a + DAMPING * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype) for n, a in moments.items()}
+        return torch.block_diag(
+            *(torch.kron(torch.eye(s[0], dtype=torch.float64), damped[n]) for n, s in SHAPES.items())
+        )
     if kind == "identity":
         return eye
     if kind == "diagonal":
@@ -58,9 +71,14 @@ def estimated(kind, gradients, chunk=5, dtype=torch.float64):
     curvature = MODELS[kind]()
     curvature.start({n: torch.zeros(s, dtype=dtype) for n, s in SHAPES.items()})
     for start in range(0, 12, chunk):
-        part = {n: g[start : start + chunk].to(dtype) for n, g in gradients.items()}
-        curvature.update(Observation(len(part["a"]), gradients=part))
+        curvature.update(observation({n: g[start : start + chunk].to(dtype) for n, g in gradients.items()}, curvature))
     return curvature
+
+
+def observation(gradients, curvature):
+    if curvature.observes == {"inputs"}:
+        return Observation(len(gradients["a"]), inputs=inputs_of(gradients))
+    return Observation(len(gradients["a"]), gradients=gradients)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -101,7 +119,7 @@ def test_chunks_do_not_matter_and_start_forgets(kind, gradients):
     whole, parts = estimated(kind, gradients, 12), estimated(kind, gradients, 1)
     torch.testing.assert_close(flat(parts.diag()), flat(whole.diag()))
     parts.start({n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()})
-    parts.update(Observation(12, gradients=gradients))
+    parts.update(observation(gradients, parts))
     torch.testing.assert_close(flat(parts.diag()), flat(whole.diag()))
 
 
@@ -163,7 +181,7 @@ def test_names_and_arguments():
         make_curvature("blocks")
     with pytest.raises(TypeError, match="a name or a Curvature"):
         make_curvature(BlockFisher)
-    for later in ("layerwise", "kronecker", "fishleg"):
+    for later in ("kronecker", "fishleg"):
         with pytest.raises(NotImplementedError, match=later):
             make_curvature(later)
     for make in (
@@ -171,6 +189,8 @@ def test_names_and_arguments():
         lambda: BlockFisher(damping=-1),
         lambda: LowRankFisher(damping=0),
         lambda: DiagonalFisher(0.0),
+        lambda: Layerwise(0.0),
+        lambda: Layerwise(inputs="pruned"),
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
@@ -209,3 +229,41 @@ def test_low_rank_forgets_what_it_derived_from_fewer_gradients(gradients):
     model.diag()
     model.update(Observation(6, gradients={n: g[6:] for n, g in gradients.items()}))
     torch.testing.assert_close(flat(model.diag()), flat(estimated("low_rank", gradients).diag()))
+
+
+def test_groups_of_a_convolution_have_inputs_of_their_own(generator):
+    conv = torch.nn.Conv2d(4, 6, 3, groups=2, bias=False).double()
+    x = torch.randn(20, 4, 6, 6, dtype=torch.float64, generator=generator)
+    curvature = Layerwise(1e-3)
+    curvature.start({"weight": conv.weight.detach()})
+    curvature.update(Observation(20, inputs={"weight": input_rows(conv, x)}))
+    v = torch.randn(conv.weight.shape, dtype=torch.float64, generator=generator)
+    for group in range(2):
+        patches = torch.nn.functional.unfold(x[:, 2 * group : 2 * group + 2], 3)  # [N, 18, positions]
+        moment = torch.einsum("nip,njp->ij", patches, patches) / 20
+        inverse = torch.linalg.inv(moment + 1e-3 * moment.diagonal().mean() * torch.eye(18))
+        mine = slice(3 * group, 3 * group + 3)
+        torch.testing.assert_close(
+            curvature.mul({"weight": v})["weight"][mine].flatten(1), v[mine].flatten(1) @ inverse
+        )
+        torch.testing.assert_close(curvature.diag()["weight"][mine].flatten(1)[1], inverse.diagonal())
+        torch.testing.assert_close(curvature.blocks("weight").inverse[mine][2], inverse)
+
+
+def test_a_layer_that_is_not_called_is_named():
+    curvature = Layerwise()
+    curvature.start({"w": torch.zeros(2, 3)})
+    with pytest.raises(CurvatureError, match="w: its layer was not called"):
+        curvature.blocks("w")
+
+
+def test_inputs_that_are_always_zero_make_weights_cheap_and_nothing_singular():
+    curvature = Layerwise()
+    curvature.start({"w": torch.zeros(2, 3)})
+    curvature.update(Observation(4, inputs={"w": torch.eye(4, 3) * torch.tensor([1.0, 0.0, 2.0])}))
+    diagonal = curvature.diag()["w"]
+    assert diagonal.isfinite().all()
+    assert (diagonal.argmax(1) == 1).all()
+    curvature.start({"w": torch.zeros(2, 3)})
+    curvature.update(Observation(4, inputs={"w": torch.zeros(4, 3)}))
+    assert curvature.diag()["w"].isfinite().all()

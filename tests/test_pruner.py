@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fishleg_ext
-from fishleg_ext.curvature import BlockFisher, CurvatureError
+from fishleg_ext.curvature import BlockFisher, Curvature, CurvatureError, Layerwise
 from fishleg_ext.observe import observe
 
-CURVATURES = ["identity", "diagonal", "block", "low_rank"]
+CURVATURES = ["identity", "diagonal", "block", "low_rank", "layerwise"]
 SALIENCIES = ["exact", "simultaneous"]
 
 
@@ -47,7 +47,7 @@ def prune(net, data, *loss_fn, **options):
     defaults = {
         "num_grads": 32,
         "block_size": 16,
-        "damping": None if isinstance(options.get("curvature"), BlockFisher) else 1e-3,
+        "damping": None if isinstance(options.get("curvature"), Curvature) else 1e-3,
         "progress": False,
     }
     return fishleg_ext.prune(net, data, *loss_fn, **(defaults | options))
@@ -88,6 +88,7 @@ def test_signatures_of_the_contract():
         "impl",
         "seed",
         "progress",
+        "allocation",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
     assert set(pruner) == set(parameters) - {"data", "loss_fn", "sparsity", "recomputations"}
@@ -99,7 +100,7 @@ def test_signatures_of_the_contract():
 @pytest.mark.parametrize("saliency", SALIENCIES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
 def test_exactly_the_count_is_zero(net, data, curvature, saliency, sparsity):
-    result = prune(net, data, sparsity=sparsity, curvature=curvature, saliency=saliency)
+    result = prune(net, data, sparsity=sparsity, curvature=curvature, saliency=saliency, scope="global")
     count = round(sparsity * num_weights(net))
     assert sum(int((~m).sum()) for m in result.masks.values()) == count
     assert result.sparsity == count / num_weights(net)
@@ -145,6 +146,9 @@ def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data)
         fisher = torch.eye(18)
     elif curvature == "diagonal":
         fisher = fisher * torch.eye(18)
+    elif curvature == "layerwise":
+        moment = x.mT @ x / 32
+        fisher = torch.kron(torch.eye(3), moment + 1e-3 * moment.diagonal().mean() * torch.eye(6))
     for saliency in SALIENCIES:
         again = copy.deepcopy(net)
         result = prune(again, [(x, y)], sparsity=0.5, curvature=curvature, saliency=saliency, block_size=18)
@@ -154,6 +158,124 @@ def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data)
         if saliency == "exact":  # the weights moved are those of the best step
             step = (again.weight.detach() - weight).flatten()
             assert 0.5 * float(step @ fisher.double() @ step) == pytest.approx(float(expected), rel=1e-6)
+
+
+def deep_net():
+    """Two linear layers, the second of which sees what the first has become."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)).double()
+
+
+@pytest.fixture
+def vectors():
+    torch.manual_seed(1)
+    return [(torch.randn(64, 6, dtype=torch.float64), torch.randint(0, 3, (64,)))]
+
+
+def test_sequential_inputs_are_those_that_the_pruned_layers_give(vectors):
+    options = {"sparsity": 0.5, "num_grads": 64, "damping": None}
+    net, dense = deep_net(), deep_net()
+    result = prune(net, vectors, curvature=Layerwise(1e-2, inputs="sequential"), **options)
+    # The second layer alone, in a network whose first layer is the pruned one.
+    dense[0].weight.data.copy_(net[0].weight)
+    alone = prune(dense, vectors, curvature=Layerwise(1e-2), params="1.weight", **options)
+    assert torch.equal(result.masks["1.weight"], alone.masks["1.weight"])
+    assert torch.equal(net[1].weight, dense[1].weight)
+    dense = deep_net()
+    other = prune(dense, vectors, curvature=Layerwise(1e-2), **options)
+    assert torch.equal(other.masks["0.weight"], result.masks["0.weight"])
+    assert not torch.equal(dense[1].weight, net[1].weight)
+
+
+def test_sequential_pruning_that_fails_half_way_changes_nothing(vectors):
+    class FailingSecond(Layerwise):
+        def blocks(self, name):
+            if name == "1.weight":
+                raise RuntimeError("no")
+            return super().blocks(name)
+
+    net = deep_net()
+    before = snapshot(net)
+    with pytest.raises(RuntimeError, match="no"):
+        prune(net, vectors, sparsity=0.5, curvature=FailingSecond(inputs="sequential"), damping=None)
+    assert_same(before, snapshot(net))
+
+
+def test_rows_with_dead_weights_share_one_inverse(vectors):
+    """In a second round each row is conditioned on its own dead weights: the joint cost is that of the formula."""
+    net = nn.Linear(6, 3, bias=False).double()
+    x = vectors[0][0]
+    moment = x.mT @ x / 64
+    moment += 1e-2 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    pruner = fishleg_ext.Pruner(net, curvature=Layerwise(1e-2), num_grads=64, progress=False)
+    pruner.estimate(vectors, F.cross_entropy)
+    pruner.prune_to(0.4)
+    first = pruner.masks["weight"]
+    weight = net.weight.detach().clone()
+    pruner.estimate(vectors, F.cross_entropy)
+    cost = pruner.prune_to(0.7).history[-1]["predicted_loss_increase"]
+    alive = first & ~pruner.masks["weight"]
+    expected = 0.0
+    for row in range(3):
+        free = first[row].nonzero()[:, 0]
+        inverse = torch.linalg.inv(moment[free][:, free])
+        expected += float(joint_cost(weight[row, free], inverse, alive[row, free]))
+    assert cost == pytest.approx(expected, rel=1e-9)
+    step = net.weight.detach() - weight
+    assert 0.5 * float((step @ moment * step).sum()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["layer", {"0.weight": 0.25, "1.weight": 0.5}])
+def test_fixed_order_prunes_as_many_as_asked_for(scope, vectors):
+    net = deep_net()
+    sparsity = 0.5 if scope == "layer" else None
+    options = {"curvature": "layerwise", "saliency": "fixed_order", "scope": scope, "num_grads": 64}
+    result = prune(net, vectors, sparsity=sparsity, recomputations=2, **options)
+    wanted = {"0.weight": 0.5, "1.weight": 0.5} if scope == "layer" else scope
+    assert result.layer_sparsity == wanted
+    assert all(not p[~result.masks[n]].any() and p[result.masks[n]].all() for n, p in net.named_parameters())
+    greedy = prune(deep_net(), vectors, **(options | {"saliency": "exact", "sparsity": sparsity, "recomputations": 2}))
+    assert 0 < greedy.predicted_loss_increase < result.predicted_loss_increase
+
+
+@pytest.mark.parametrize("saliency", ["exact", "fixed_order"])
+def test_allocation_says_how_many_weights_each_layer_loses(net, data, saliency):
+    other = copy.deepcopy(net)
+    counts = prune(other, data, sparsity=0.6, curvature="block", damping=None).layer_sparsity
+    options = {"curvature": "layerwise", "saliency": saliency}
+    expected = copy.deepcopy(net)
+    prune(expected, data, scope=counts, **options)
+    result = prune(net, data, sparsity=0.6, allocation="block", **options)
+    assert result.layer_sparsity == counts
+    assert result.layer_sparsity["0.weight"] != result.layer_sparsity["4.weight"]
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), expected.parameters(), strict=True))
+    assert set(result.history[0]["seconds"]) >= {"allocation", "compensation"}
+
+
+def test_allocation_goes_on_from_a_saved_state(data, tmp_path):
+    once, twice = make_net(), make_net()
+    options = {"curvature": "layerwise", "allocation": "block", "num_grads": 16, "progress": False}
+    pruner = fishleg_ext.Pruner(once, **options)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    torch.save({"pruner": pruner.state_dict(), "model": once.state_dict()}, tmp_path / "state.pt")
+    expected = pruner.prune_to(0.8)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    twice.load_state_dict(saved["model"])
+    again = fishleg_ext.Pruner(twice, **options)
+    again.load_state_dict(saved["pruner"])
+    got = again.prune_to(0.8)
+    assert all(torch.equal(mask, got.masks[name]) for name, mask in expected.masks.items())
+    assert all(torch.equal(v, twice.state_dict()[k]) for k, v in once.state_dict().items())
+    alone = fishleg_ext.Pruner(make_net(), curvature="layerwise", num_grads=16, progress=False)
+    with pytest.raises(ValueError, match="with the same allocation"):
+        alone.load_state_dict(saved["pruner"])
+
+
+def test_allocation_and_sequential_inputs_read_data_more_than_once(data):
+    for options in ({"allocation": "block"}, {"curvature": Layerwise(inputs="sequential"), "damping": None}):
+        with pytest.raises(ValueError, match="can be read again, as .*(allocation|sequential)"):
+            prune(make_net(), iter(data), sparsity=0.5, **({"curvature": "layerwise"} | options))
 
 
 def test_compensation_helps_where_weights_are_correlated():
@@ -308,7 +430,7 @@ def test_max_memory_changes_passes_not_results(data, curvature, saliency):
     expected = prune(free, loader, **options)
     got = prune(tight, loader, max_memory=budget, **options)
     pruner = fishleg_ext.Pruner(make_net(), curvature=curvature, block_size=16, max_memory=budget)
-    assert len(pruner._groups) > 1
+    assert len(pruner._estimate.groups) > 1
     for name, mask in expected.masks.items():
         assert torch.equal(mask, got.masks[name])
         torch.testing.assert_close(tight.state_dict()[name], free.state_dict()[name])
@@ -389,7 +511,7 @@ def test_state_survives(net, data, tmp_path):
     assert all(torch.equal(m, again.masks[n]) for n, m in pruner.masks.items())
     assert again.history == pruner.history
     torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
-    with pytest.raises(ValueError, match="has no curvature, held, history, masks"):
+    with pytest.raises(ValueError, match="has no allocation, curvature, held, history, masks"):
         again.load_state_dict({})
 
 
@@ -414,7 +536,7 @@ def test_what_comes_later_says_so(net, data):
     for pattern in ("2:4", "4:8", "block4"):
         with pytest.raises(NotImplementedError, match=pattern):
             prune(net, data, sparsity=0.5, pattern=pattern)
-    for curvature in ("layerwise", "kronecker", "fishleg"):
+    for curvature in ("kronecker", "fishleg"):
         with pytest.raises(NotImplementedError, match=curvature):
             prune(net, data, sparsity=0.5, curvature=curvature)
 
@@ -433,6 +555,10 @@ def test_what_comes_later_says_so(net, data):
         ({"sparsity": 0.5, "curvature": "full"}, ValueError, "got 'full'"),
         ({"sparsity": 0.5, "saliency": "greedy"}, ValueError, "got 'greedy'"),
         ({"sparsity": 0.5, "scope": "row"}, ValueError, "got 'row'"),
+        ({"sparsity": 0.5, "scope": "global", "allocation": "block"}, ValueError, "either allocation or scope"),
+        ({"sparsity": 0.5, "allocation": "blocks"}, ValueError, "got 'blocks'"),
+        ({"sparsity": 0.5, "saliency": "fixed_order"}, ValueError, "scope='layer'.* with saliency='fixed_order'"),
+        ({"sparsity": 0.5, "curvature": "layerwise", "damping": 0.0}, ValueError, "damping"),
         ({"sparsity": 0.5, "scope": {"0.weight": 0.5}}, ValueError, "got both"),
         ({"scope": {"0.wait": 0.5}}, ValueError, "0.wait not among"),
         ({"scope": {"0.weight": 1.5}}, ValueError, "sparsity of 0.weight"),

@@ -1,12 +1,13 @@
 """Curvature models: what each says of the Fisher matrix and its inverse."""
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from fishleg_ext.arguments import checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
 from fishleg_ext.curvature.identity import Identity
+from fishleg_ext.curvature.layerwise import Layerwise
 from fishleg_ext.curvature.low_rank import LowRankFisher
 
 __all__ = [
@@ -16,11 +17,12 @@ __all__ = [
     "CurvatureError",
     "DiagonalFisher",
     "Identity",
+    "Layerwise",
     "LowRankFisher",
     "make_curvature",
 ]
 
-PLANNED = ("layerwise", "kronecker", "fishleg")
+PLANNED = ("kronecker", "fishleg")
 
 
 def make_curvature(
@@ -29,16 +31,17 @@ def make_curvature(
     """A curvature model by name, or the given one.
 
     Args:
-        curvature: "identity", "diagonal", "block", "low_rank", or a `Curvature`.
+        curvature: "identity", "diagonal", "block", "low_rank", "layerwise", or a `Curvature`.
         block_size: weights in a block, for the models that have blocks.
-        damping: in the units of a squared gradient; None is the model's default.
+        damping: in the units of a squared gradient (layerwise: of the mean of the diagonal); None is the model's
+            default.
 
     Raises:
         ValueError: an unknown name, or damping given beside an instance, which has its own.
         TypeError: neither a name nor a `Curvature`.
         NotImplementedError: a model that this version does not have yet.
     """
-    given = {} if damping is None else {"damping": checked_damping(damping, positive=False)}
+    given: dict[str, Any] = {} if damping is None else {"damping": checked_damping(damping, positive=False)}
     if isinstance(curvature, Curvature):
         if given:
             raise ValueError(
@@ -58,4 +61,6 @@ def make_curvature(
         return BlockFisher(block_size, **given)
     if curvature == "low_rank":
         return LowRankFisher(block_size, **given)
-    raise ValueError(f"expected curvature to be identity, diagonal, block or low_rank, got {curvature!r}")
+    if curvature == "layerwise":
+        return Layerwise(**given)
+    raise ValueError(f"expected curvature to be identity, diagonal, block, low_rank or layerwise, got {curvature!r}")

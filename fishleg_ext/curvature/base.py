@@ -49,6 +49,9 @@ class Curvature(ABC):
         observes: what `update` needs: any of "gradients", "inputs", "output_gradients".
         block_diagonal: whether F has no entries between the blocks of `blocks`, so that costs of blocks add up.
         separable: whether each parameter can be estimated without the others.
+        masked: whether the inverse is that of the weights that were alive at the estimate, as masked gradients make
+            it. Else it is that of all weights, and elimination must deal with the dead first.
+        sequential: whether parameters are to be estimated and pruned one after the other.
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
         damping_raised: name -> number of blocks whose damping had to be raised to invert them.
         progress: whether to show progress bars; `Pruner` sets it.
@@ -57,6 +60,7 @@ class Curvature(ABC):
     observes: ClassVar[frozenset[str]] = frozenset({"gradients"})
     block_diagonal: ClassVar[bool] = True
     separable: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
     default_saliency: ClassVar[str] = "exact"
     default_scope: ClassVar[str] = "global"
     default_labels: ClassVar[str] = "data"
@@ -64,6 +68,7 @@ class Curvature(ABC):
 
     def __init__(self) -> None:
         self.progress = False
+        self.sequential = False
         self.damping_raised: dict[str, int] = {}
         self.layouts: dict[str, BlockLayout] = {}
 

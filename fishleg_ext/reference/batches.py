@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Workspace: about the last-level cache of a CPU; on a GPU enough blocks to fill it.
-CPU_BYTES = 2**24
+# Workspace: enough that the steps of an elimination, on all these blocks at once, are not bound by Python.
+CPU_BYTES = 2**26
 GPU_BYTES = 2**30
 
 

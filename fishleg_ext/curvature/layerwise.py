@@ -1,0 +1,145 @@
+"""The curvature of each layer's own output error, from its inputs."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import ops
+from fishleg_ext.arguments import checked_damping
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, state_entry
+from fishleg_ext.dtypes import widened
+from fishleg_ext.layout import BlockLayout
+from fishleg_ext.observe import Observation
+from fishleg_ext.progress import progress_bar
+
+
+class Layerwise(Curvature):
+    """F = A + damping * mean(diag A) * I for each row of a layer's weight matrix, A = E[a a^T] over the layer's inputs.
+
+    A row w of a Linear or Conv layer gives the outputs w . a, a the inputs it is multiplied by (for a convolution the
+    patch at each position), so that moving it by dw costs 1/2 E (dw . a)^2 = 1/2 dw^T A dw of squared output error, a
+    mean over samples and a sum over positions. All rows share A, those of a convolution with groups the A of their
+    group. Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 2; SparseGPT, arXiv 2301.00774.
+
+    Needs forward passes alone. Costs are in the units of each layer's own outputs, hence the scope "layer".
+
+    Args:
+        damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A.
+        inputs: "dense": those of the network as it is at the estimate; "sequential": the layers are pruned one after
+            the other, in the order of the model's parameters, each by the inputs that the ones pruned so far give it.
+            One pass over the data for each layer.
+    """
+
+    observes: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    masked: ClassVar[bool] = False
+    default_scope: ClassVar[str] = "layer"
+
+    def __init__(self, damping: float = 1e-2, inputs: str = "dense") -> None:
+        super().__init__()
+        self.damping = checked_damping(damping, positive=True)
+        if inputs not in ("dense", "sequential"):
+            raise ValueError(f"expected inputs to be 'dense' or 'sequential', got {inputs!r}")
+        self.sequential = inputs == "sequential"
+
+    def layout(self, weight: Tensor) -> BlockLayout:
+        """A block for each row, of fan-in size."""
+        return BlockLayout(weight.shape, max(1, weight[:1].numel()))
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """No inputs."""
+        super().start(weights)
+        self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
+        self._gram: dict[str, Tensor] = {}  # sums of a a^T, [groups, fan-in, fan-in]
+        self._count = dict.fromkeys(weights, 0)  # samples
+
+    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+        """A fan-in x fan-in matrix; a convolution with groups has one for each."""
+        return weight[:1].numel() ** 2 * widened(weight.dtype).itemsize
+
+    def update(self, observation: Observation) -> None:
+        """Add the outer products of the inputs."""
+        for name, rows in observation.inputs.items():
+            grouped = (rows if rows.dim() == 3 else rows[None]).transpose(0, 1)  # [rows, groups, fan-in]
+            if name not in self._gram:
+                size = grouped.shape[2]
+                self._gram[name] = self._like[name].new_zeros(grouped.shape[1], size, size)
+            ops.block_gram_(self._gram[name], grouped)
+            self._count[name] += observation.count
+
+    def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One inversion a layer, one product a row."""
+        bar = progress_bar(v.items(), what="products", show=self.progress)
+        return {name: self._apply(name, self._inverse(name), x) for name, x in bar}
+
+    def diag(self) -> dict[str, Tensor]:
+        """One inversion a layer, the diagonal repeated for each row."""
+        result = {}
+        for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
+            diagonal = self._inverse(name).diagonal(dim1=1, dim2=2)  # [groups, fan-in]
+            result[name] = layout.from_blocks(diagonal.repeat_interleave(layout.num_blocks // len(diagonal), dim=0))
+        return result
+
+    def blocks(self, name: str) -> Blocks:
+        """One inverse for all rows; a convolution with groups has a copy for each row."""
+        inverse = self._inverse(name)
+        if len(inverse) > 1:
+            inverse = inverse.repeat_interleave(self.layouts[name].num_blocks // len(inverse), dim=0)
+        return Blocks(inverse)
+
+    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+        """1/2 dw^T F dw of the best step that zeroes P, row by row."""
+        total = 0.0
+        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
+            layout = self.layouts[name]
+            rows = layout.to_blocks(weight).to(self._like[name].dtype)
+            step = rows - ops.obs_compensate(rows, self.blocks(name).inverse, layout.to_blocks(pruned[name]))
+            step = layout.from_blocks(step)
+            fisher, damping = self._fisher(name)
+            total += 0.5 * float((step * self._apply(name, fisher, step)).sum(dtype=torch.float64))
+            total += 0.5 * float((damping * step.reshape(len(fisher), -1).square().sum(1)).sum(dtype=torch.float64))
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of a a^T and over how many samples."""
+        return {"count": dict(self._count), "gram": dict(self._gram)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        counts, grams = state_entry(state, "count"), state_entry(state, "gram")
+        if counts.keys() != self._count.keys():
+            raise ValueError(f"expected curvature of {', '.join(self._count)}, got that of {', '.join(counts)}")
+        for name, gram in grams.items():
+            size, rows = self.layouts[name].block_size, self.layouts[name].num_blocks
+            if gram.shape[1:] != (size, size) or rows % len(gram):
+                raise ValueError(
+                    f"expected curvature of {name} of shape [groups, {size}, {size}], got {list(gram.shape)}"
+                )
+        self._count = dict(counts)
+        self._gram = {name: gram.to(self._like[name], copy=True) for name, gram in grams.items()}
+
+    def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
+        """Rows of x times `matrix` [groups, fan-in, fan-in]."""
+        rows = x.reshape(len(matrix), -1, matrix.shape[1]).to(matrix.dtype)
+        return (rows @ matrix).reshape(x.shape)
+
+    def _fisher(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and the damping of each group, [groups, fan-in, fan-in] and [groups]."""
+        if name not in self._gram:
+            raise CurvatureError(f"{name}: its layer was not called while the data was read, so it has no inputs")
+        gram = self._gram[name] / self._count[name]
+        return gram, self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+
+    def _inverse(self, name: str) -> Tensor:
+        fisher, damping = self._fisher(name)
+        # In units of its mean diagonal, so that all groups have the same damping; 1 where all inputs are zero.
+        scale = torch.where(damping > 0, damping / self.damping, 1)[:, None, None]
+        inverse, info = ops.block_inverse(fisher / scale, self.damping)
+        if (info < 0).any():
+            raise CurvatureError(
+                f"{name}: the second moment of its layer's inputs cannot be inverted; use more damping"
+            )
+        if raised := int((info > 0).sum()):
+            self.damping_raised[name] = raised
+        return inverse / scale

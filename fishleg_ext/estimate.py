@@ -1,0 +1,175 @@
+"""A curvature model of a network as it is now: observed on its data, in parts that fit into memory."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext.curvature import Curvature
+from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
+from fishleg_ext.masks import Masks, pack_masks
+from fishleg_ext.observe import CHUNK_BYTES, gradient_bytes, observe, require_rereadable
+
+
+class Estimate:
+    """Curvature of some weights, of all at once or, where memory or the model demands it, of one group at a time.
+
+    Args:
+        model: any module.
+        weights: name -> parameter of the model.
+        curvature: what is estimated.
+        num_grads, grad_batch_size, labels, likelihood, seed, progress: see `observe`; None is the curvature's default.
+        max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
+        timed: stage -> context manager around observing.
+
+    Attributes:
+        groups: names of the parameters that are estimated together.
+        held: the group whose curvature is there.
+        used_grads: gradients in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        curvature: Curvature,
+        *,
+        num_grads: Optional[int],
+        grad_batch_size: int,
+        labels: Optional[str],
+        likelihood: Optional[Likelihood],
+        max_memory: Optional[int],
+        seed: int,
+        progress: bool,
+        timed: Callable[[str], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self.model, self._parameters, self.curvature = model, weights, curvature
+        self.num_grads = curvature.default_num_grads if num_grads is None else num_grads
+        self.grad_batch_size = grad_batch_size
+        self.labels = curvature.default_labels if labels is None else labels
+        self.likelihood, self.max_memory = likelihood, max_memory
+        self.seed, self.progress, self._timed = seed, progress, timed
+        curvature.progress = progress
+        self.groups = self._split()
+        self.held: list[str] = []
+        self.used_grads = 0
+        self._source: Optional[tuple[Iterable[Any], LossFunction]] = None
+        self._masks: dict[str, Tensor] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is curvature, or data to estimate it on."""
+        return bool(self._source or self.held)
+
+    def begin(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, masks: Mapping[str, Tensor]) -> None:
+        """Forget what was, and estimate at once what needs no second pass over the data."""
+        self.release()
+        label_sampler(self.labels, loss_fn, self.likelihood)
+        if self.curvature.observes:
+            if data is None:
+                raise ValueError(f"{type(self.curvature).__name__} needs data, got None")
+            if len(self.groups) > 1:
+                why = "inputs='sequential'" if self.curvature.sequential else "max_memory"
+                require_rereadable(data, f"{why} splits the parameters over several passes")
+        source = (() if data is None else data, loss_fn)
+        self._masks = dict(masks)
+        if len(self.groups) == 1:
+            self._observe(self.groups[0], source)
+        self._source = source
+
+    def hold(self, names: list[str]) -> None:
+        """Estimate the curvature of this group, unless it is there."""
+        if self.held != names:
+            assert self._source is not None
+            self._observe(names, self._source)
+
+    def release(self) -> None:
+        """Forget the curvature and the data."""
+        self._source, self.held = None, []
+
+    def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Name -> the weights as they are now."""
+        return {name: self._parameters[name].detach() for name in names}
+
+    def knows_as_dead(self, masks: Mapping[str, Tensor]) -> bool:
+        """Whether the inverse is that of the weights alive under these masks."""
+        if not self.curvature.masked:
+            return all(bool(mask.all()) for mask in masks.values())
+        return all(torch.equal(mask, masks[name]) for name, mask in self._masks.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curvature, if it is held."""
+        return {
+            "held": list(self.held),
+            "masks_at_estimate": pack_masks(self._masks) if self.held else {},
+            "curvature": self.curvature.state_dict() if self.held else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; ValueError where the state is of something else."""
+        masks = Masks(self._parameters)
+        if state["held"]:
+            if list(state["held"]) != list(self._parameters):
+                raise ValueError(f"expected curvature of {list(self._parameters)}, got that of {list(state['held'])}")
+            masks.load_state_dict(state["masks_at_estimate"])
+            self.curvature.start(self.weights(self._parameters))
+            self.curvature.load_state_dict(state["curvature"])
+        self._masks, self.held, self._source = dict(masks), list(state["held"]), None
+
+    def _observe(self, names: list[str], source: tuple[Iterable[Any], LossFunction]) -> None:
+        self.held = []
+        with self._timed("observation"):
+            self.curvature.start(self.weights(names))
+            if self.curvature.observes:
+                self.used_grads = observe(
+                    self.model,
+                    source[0],
+                    source[1],
+                    self.curvature,
+                    {name: self._parameters[name] for name in names},
+                    masks={name: self._masks[name] for name in names},
+                    num_grads=self.num_grads,
+                    grad_batch_size=self.grad_batch_size,
+                    labels=self.labels,
+                    likelihood=self.likelihood,
+                    seed=self.seed,
+                    chunk_bytes=self._chunk_bytes(names),
+                    progress=self.progress,
+                )
+        self.held = names
+
+    def _split(self) -> list[list[str]]:
+        """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""
+        if self.max_memory is None and not self.curvature.sequential:
+            return [list(self._parameters)]
+        most = float("inf") if self.max_memory is None else self.max_memory
+        groups: list[list[str]] = [[]]
+        for name in self._parameters:
+            too_many = self.curvature.sequential or self._bytes_of([*groups[-1], name]) > most
+            if groups[-1] and self.curvature.separable and too_many:
+                groups.append([])
+            groups[-1].append(name)
+            if (needed := self._bytes_of(groups[-1])) > most:
+                what = name if self.curvature.separable else "all parameters together"
+                raise ValueError(
+                    f"max_memory={self.max_memory} is too small for {type(self.curvature).__name__}: "
+                    f"{what} needs at least {needed} bytes"
+                )
+        return groups
+
+    def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
+        """State of these parameters, the inverse of the largest and its workspace, and some gradients."""
+        held = [self.curvature.state_bytes(self._parameters[name], self.num_grads) for name in names]
+        gradients = gradient_bytes(self._parameters[name] for name in names) if self.curvature.observes else 0
+        return sum(held) + 2 * max(held) + num_gradients * gradients
+
+    def _chunk_bytes(self, names: list[str]) -> int:
+        """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""
+        if self.max_memory is None:
+            return CHUNK_BYTES
+        room = [min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)) for group in self.groups]
+        one = [gradient_bytes(self.weights(group).values()) for group in self.groups]
+        most = min(left // gradient for left, gradient in zip(room, one, strict=True))
+        return most * gradient_bytes(self.weights(names).values())

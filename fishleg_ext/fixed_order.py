@@ -1,0 +1,85 @@
+"""Selection and compensation in one sweep from the first column to the last, without looking for the cheapest.
+
+Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1. With H = U^T U, U upper triangular, row j of U is what
+is left of row j of the inverse H once the columns before j are fixed, over the square root of its diagonal. So one
+factorisation, whatever is pruned, serves all rows that share H: losing weight j costs w_j^2 / (2 U_jj^2), and only
+the columns after j make up for it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import ops
+from fishleg_ext.curvature import Curvature, CurvatureError
+from fishleg_ext.progress import progress_bar
+
+COLUMNS = 128  # of which the cheapest are chosen together
+
+
+def fixed_order_prune(
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    num_pruned: Mapping[str, int],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Prune each parameter's blocks column by column.
+
+    Args:
+        curvature: gives the inverse blocks; best where all rows of a parameter share one.
+        weights: name -> tensor.
+        masks: name -> bool tensor, True = alive.
+        num_pruned: name -> how many weights are pruned afterwards, the dead among them.
+        progress: show a progress bar.
+
+    Returns:
+        name -> bool tensor, True = kept, and name -> moved weights, zero where pruned.
+
+    Raises:
+        CurvatureError: an inverse is not positive definite.
+    """
+    kept, moved = {}, {}
+    for name, weight in progress_bar(weights.items(), what="columns", show=progress):
+        layout, blocks = curvature.layouts[name], curvature.blocks(name)
+        factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
+        if failed.any():
+            raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
+        rows = blocks.scaled(layout.to_blocks(weight)).to(blocks.inverse.dtype)
+        keep = _sweep(
+            rows := rows.clone(),
+            factor.mT.to(rows.dtype),
+            layout.to_blocks(masks[name]),
+            layout.is_weight(weight.device),
+            num_pruned[name],
+        )
+        kept[name] = layout.from_blocks(keep)
+        moved[name] = layout.from_blocks(blocks.unscaled(rows)).to(weight.dtype)
+    return kept, moved
+
+
+def _sweep(rows: Tensor, factor: Tensor, alive: Tensor, is_weight: Tensor, num_pruned: int) -> Tensor:
+    """Prune rows [K, B], in place, by U [K or 1, B, B]; returns which are kept, bool [K, B]."""
+    keep = torch.ones_like(alive)
+    diagonal = factor.diagonal(dim1=1, dim2=2)  # [K or 1, B]
+    sizes, dead = is_weight.sum(0), (is_weight & ~alive).sum(0)  # of each column
+    for start in range(0, rows.shape[1], COLUMNS):
+        part = slice(start, min(start + COLUMNS, rows.shape[1]))
+        # An equal share of what is left to prune, but at least the dead, and room for the dead that follow.
+        left, after = int(sizes[start:].sum()), int(sizes[part.stop :].sum())
+        share = round(num_pruned * (left - after) / max(1, left))
+        count = min(max(share, int(dead[part].sum()), num_pruned - after), num_pruned - int(dead[part.stop :].sum()))
+        num_pruned -= count
+        score = ops.obs_score(rows[:, part], diagonal[:, part].square().expand_as(rows[:, part]))
+        score = torch.where(alive[:, part], score, -torch.inf).masked_fill(~is_weight[:, part], torch.nan)
+        keep[:, part] = ops.keep_mask([score], count)[0]
+        multipliers = torch.zeros_like(rows[:, part])
+        for j in range(part.start, part.stop):
+            multiplier = torch.where(keep[:, j], 0, rows[:, j] / diagonal[:, j])  # [K]
+            rows[:, j : part.stop] -= multiplier[:, None] * factor[:, j, j : part.stop]
+            multipliers[:, j - start] = multiplier
+        rows[:, part.stop :] -= (multipliers[:, None] @ factor[:, part, part.stop :])[:, 0]
+    rows.masked_fill_(~keep, 0)
+    return keep
