@@ -1,6 +1,6 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one rounds table]
+    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
+from fishleg_ext.compensation import exact_update
+from fishleg_ext.observe import recalibrate_batchnorm
 
 WEIGHTS = r"re:(conv\d|linear)\.weight$"
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -39,6 +41,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "exact greedy, B=50, 1e-5": EXACT | {"block_size": 50},
     "exact greedy, B=128, 1e-5": EXACT,
 }
+LAYERWISE: dict[str, dict[str, Any]] = {
+    "block": EXACT,
+    "block, every layer alike": EXACT | {"scope": "layer"},
+    "layerwise, every layer alike (OBC)": {"curvature": "layerwise"},
+    "layerwise, fixed order, every layer alike (SparseGPT)": {"curvature": "layerwise", "saliency": "fixed_order"},
+    "layerwise, one threshold": {"curvature": "layerwise", "scope": "global"},
+    "counts by block, then layerwise": {"curvature": "layerwise", "allocation": "block"},
+    "counts by block, then layerwise in fixed order": {
+        "curvature": "layerwise",
+        "allocation": "block",
+        "saliency": "fixed_order",
+    },
+    "counts by layerwise, then block": EXACT | {"allocation": "layerwise"},
+    "mask by block, compensation layerwise": {"chooser": EXACT, "mover": {"curvature": "layerwise"}},
+    "mask by layerwise, compensation by block": {"chooser": {"curvature": "layerwise"}, "mover": EXACT},
+}
+IN_ROUNDS = (
+    "block",
+    "layerwise, every layer alike (OBC)",
+    "counts by block, then layerwise",
+    "counts by layerwise, then block",
+    "mask by block, compensation layerwise",
+)
+LAYERWISE_SPARSITIES = (0.8, 0.85, 0.9, 0.95)
 ROUNDS = 8
 ROUNDS_DAMPING = (1e-5, 1e-4)
 FINAL_SPARSITY = 0.95
@@ -142,16 +168,28 @@ class Bench:
         num_grads = self.arguments.num_grads
         data = self.cifar.training_batches(draw * num_grads, num_grads)
         model = copy.deepcopy(self.dense).eval()
-        pruner = Pruner(model, params=WEIGHTS, num_grads=num_grads, progress=self.arguments.progress, **options)
+        shared = {"params": WEIGHTS, "num_grads": num_grads, "progress": self.arguments.progress}
+        mover = options.pop("mover", None)
+        pruner = Pruner(model, **shared, **options.pop("chooser", options))
         records = []
         for sparsity in sparsities:
             reset_peak_memory()
             start = time.perf_counter()
             pruner.estimate(data, F.cross_entropy)
+            if mover is not None:
+                moving = Pruner(model, **shared, **mover)
+                moving.estimate(data, F.cross_entropy)
+                before = {name: weight.detach().clone() for name, weight in pruner.weights.items()}
             result = pruner.prune_to(sparsity)
+            if mover is not None:
+                with torch.no_grad():
+                    for weight_name, moved in exact_update(moving.curvature, before, result.masks).items():
+                        pruner.weights[weight_name].copy_(moved)
             seconds = time.perf_counter() - start
             record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model)}
-            records.append(record)
+            recalibrated = copy.deepcopy(model)
+            recalibrate_batchnorm(recalibrated, data)
+            records.append(record | {"accuracy_recalibrated": self.cifar.accuracy(recalibrated)})
         self.records += records
         return records
 
@@ -201,13 +239,30 @@ class Bench:
         print(f"\ntest accuracy, %; times and memory of the last column; dense {self.cifar.accuracy(self.dense):.2f}")
         print(tabulate(rows, ["", *(f"{s:.0%}" for s in SPARSITIES), *COSTS], floatfmt=".2f"))
 
+    def layerwise(self) -> None:
+        """Every mixture of block Fisher and layerwise curvature, in one shot and in eight rounds."""
+        rows = []
+        for name, options in tqdm(LAYERWISE.items(), desc="mixtures", leave=False, disable=None):
+            for rounds in (1, ROUNDS) if name in IN_ROUNDS else (1,):
+                row, seconds = [name, rounds], []
+                for sparsity in LAYERWISE_SPARSITIES:
+                    steps = [1 - (1 - sparsity) ** (k / rounds) for k in range(1, rounds + 1)]
+                    record = self.prune(f"{name}, {rounds} rounds", steps, **options)[-1]
+                    row.append(f"{record['accuracy']:.2f} / {record['accuracy_recalibrated']:.2f}")
+                    seconds.append(record["seconds"])
+                rows.append([*row, max(seconds)])
+                print(rows[-1], flush=True)
+        print("\ntest accuracy, %, as it is / with BatchNorm recalibrated; most seconds of a round")
+        columns = ["", "rounds", *(f"{s:.0%}" for s in LAYERWISE_SPARSITIES), "s"]
+        print(tabulate(rows, columns, floatfmt=".1f", tablefmt="github"))
+
     @staticmethod
     def _costs(record: dict[str, Any]) -> list[float]:
         stages = record["stages"]
         return [record["seconds"], *(stages.get(stage, 0.0) for stage in STAGES), record["peak_mib"]]
 
 
-STAGES = ("observation", "saliency", "selection", "compensation")
+STAGES = ("allocation", "observation", "saliency", "selection", "compensation")
 COSTS = ("total, s", *(f"{stage}, s" for stage in STAGES), "peak MiB")
 
 
@@ -226,7 +281,7 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
-    parts = ("one", "rounds", "table")
+    parts = ("one", "rounds", "table", "layerwise")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=1, help="samples of gradients for one and rounds")

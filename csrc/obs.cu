@@ -4,32 +4,40 @@
 
 namespace fishleg_ext {
 
-int64_t obs_eliminate_shared_bytes(int size, int element_size) {
-  return element_size == 8 ? eliminate_shared_bytes<double>(size)
-                           : eliminate_shared_bytes<float>(size);
-}
-
 template <typename T>
 cudaError_t obs_eliminate(const T* weight, const T* inverse, int64_t inverse_stride,
                           const bool* alive, int32_t* rank, T* cost, int64_t num_blocks, int size,
                           int n, int m, T stop, bool dead_first, cudaStream_t stream) {
-  if (size > kMaxEliminateSize) return cudaErrorInvalidValue;
-  const int bytes = static_cast<int>(eliminate_shared_bytes<T>(size));
-  const cudaError_t error = cudaFuncSetAttribute(
-      obs_eliminate_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const EliminateOptions<T> options{size, inverse_stride, n, m, stop, dead_first};
-  obs_eliminate_kernel<T>
-      <<<static_cast<unsigned>(num_blocks), eliminate_threads(size), bytes, stream>>>(
-          weight, inverse, alive, rank, cost, options);
-  return cudaGetLastError();
+  const EliminateOptions<T> options{num_blocks, size, inverse_stride, n, m, stop, dead_first};
+  const bool launched = with_tiles<T>(size, [&](auto type) {
+    using Tiles = typename decltype(type)::type;
+    obs_eliminate_kernel<Tiles>
+        <<<Tiles::blocks(num_blocks), Tiles::kBlockThreads, Tiles::shared_bytes(2 * Tiles::kSize),
+           stream>>>(weight, inverse, alive, rank, cost, options);
+  });
+  return launched ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 
-template cudaError_t obs_eliminate<float>(const float*, const float*, int64_t, const bool*,
-                                          int32_t*, float*, int64_t, int, int, int, float, bool,
-                                          cudaStream_t);
-template cudaError_t obs_eliminate<double>(const double*, const double*, int64_t, const bool*,
-                                           int32_t*, double*, int64_t, int, int, int, double, bool,
-                                           cudaStream_t);
+template <typename T>
+cudaError_t obs_compensate(const T* weight, const T* inverse, int64_t inverse_stride,
+                           const bool* pruned, T* out, int64_t num_blocks, int size,
+                           cudaStream_t stream) {
+  const bool launched = with_tiles<T>(size, [&](auto type) {
+    using Tiles = typename decltype(type)::type;
+    obs_compensate_kernel<Tiles>
+        <<<Tiles::blocks(num_blocks), Tiles::kBlockThreads, Tiles::shared_bytes(2 * Tiles::kSize),
+           stream>>>(weight, inverse, inverse_stride, pruned, out, num_blocks, size);
+  });
+  return launched ? cudaGetLastError() : cudaErrorInvalidValue;
+}
+
+#define INSTANTIATE(T)                                                                          \
+  template cudaError_t obs_eliminate<T>(const T*, const T*, int64_t, const bool*, int32_t*, T*, \
+                                        int64_t, int, int, int, T, bool, cudaStream_t);         \
+  template cudaError_t obs_compensate<T>(const T*, const T*, int64_t, const bool*, T*, int64_t, \
+                                         int, cudaStream_t)
+
+INSTANTIATE(float);
+INSTANTIATE(double);
 
 }  // namespace fishleg_ext

@@ -1,40 +1,37 @@
-// Optimal Brain Surgeon within blocks of weights.
+// Optimal Brain Surgeon within blocks of weights; H is the inverse of a block.
 //
-// obs_eliminate: one thread block for each block of B weights, with its inverse H in shared memory.
-// Until nothing is left:
-//   q = argmin w_q^2 / (2 H_qq);   u = H[:, q] / sqrt(H_qq);
-//   w -= u w_q / sqrt(H_qq);       H -= u u^T.
+// obs_eliminate: until nothing is left,
+//   q = argmin w_q^2 / (2 H_qq);   u = H[:, q];   w -= u w_q / u_q;   H -= u u^T / u_q.
+// obs_compensate: the same steps for all q of a given set P, in order of their indices, which comes
+// to w - H[:, P] (H[P, P])^-1 w_P.
 //
-// Every warp finds q by itself from w and the diagonal, and forms its own copy of u, so that one
-// barrier a step suffices: of w, the diagonal and what is pending there are two copies, one read in
-// a step and one written for the next, and row q, from which u is read, is the one row that the
-// step leaves alone. Rows of H are dealt out to the warps; a lane holds its columns of u in
-// registers. Only rows that are still pending are updated.
+// H lies in the registers of one thread block, or of one warp where B <= 56 (symmetric_tiles.cuh).
+// Every warp keeps a copy of w and diag H, a few entries a lane, and finds q from it by itself, so
+// that one barrier a step suffices, after those threads that hold row q have written it out; it
+// goes to two places in turn, one read while the other is written.
 //
-// Device memory, per weight: B + 1 values and a byte are read, a value and an int are written; of
-// an inverse that all blocks share there is one copy, small beside L2. Shared memory: a step reads
-// and writes the pending rows of H, B^3 values in all. Arithmetic: B^3 FLOP.
+// Device memory, per weight: half of its row of H, 2 B bytes in float32, a weight and a flag are
+// read; a value and an int are written. Of an inverse that all blocks share there is one copy,
+// small beside L2. Arithmetic: B steps over half of a block, B^2 FLOP per weight. Shared memory:
+// 2 / kTile of an entry for each multiply-add.
 //
-// Invariants: entries of H with a dead row or column are 0 and never loaded, unless dead_first; H
-// stays symmetric to the bit, so that row q is column q; every warp computes the same q, so that
-// the loop ends for all threads at once.
+// Invariants: every warp does the same arithmetic on the same numbers, so that all threads agree on
+// q and on the end. Entries with a dead row or column are 0 and never loaded, unless dead_first.
+// Rows of what was eliminated are left as they come: they hold zeros but for rounding, and nothing
+// that is pending ever reads them.
 #pragma once
 
 #include <cstdint>
 
-#include "memory.cuh"
+#include "damping.cuh"
+#include "symmetric_tiles.cuh"
 
 namespace fishleg_ext {
-
-constexpr int kWarpSize = 32;
-constexpr int kMaxEliminateThreads = 256;
-// The longest row that a warp holds in registers; one of so many floats takes more shared memory
-// than there is.
-constexpr int kMaxEliminateSize = 256;
 
 // What an elimination is asked to do, beside its arrays.
 template <typename T>
 struct EliminateOptions {
+  int64_t num_blocks;      // K
   int size;                // B
   int64_t inverse_stride;  // elements from one block's inverse to the next; 0 where all share one
   int n, m;                // keep n of each m weights; m = 0 where there is no such pattern
@@ -42,191 +39,225 @@ struct EliminateOptions {
   bool dead_first;         // the inverse is that of the whole block: eliminate the dead first
 };
 
-// More warps for larger blocks.
-constexpr int eliminate_threads(int size) {
-  return size > 64 ? kMaxEliminateThreads : size > 32 ? 128 : 64;
+// The lowest of the lanes' costs, none of which is negative or NaN, and of ties the lowest index.
+__device__ __forceinline__ void warp_lowest(float& cost, int& index) {
+  const unsigned bits = __float_as_uint(cost), lowest = __reduce_min_sync(0xffffffffu, bits);
+  index = static_cast<int>(
+      __reduce_min_sync(0xffffffffu, bits == lowest ? static_cast<unsigned>(index) : 0x7fffffffu));
+  cost = __uint_as_float(lowest);
 }
 
-// Rows begin at multiples of 16 bytes.
-template <typename T>
-__host__ __device__ constexpr int eliminate_row(int size) {
-  return (size + Vector<T>::kSize - 1) / Vector<T>::kSize * Vector<T>::kSize;
-}
-
-// H, a copy of u for each warp, two copies of weights and diagonal, two of the pending flags.
-template <typename T>
-constexpr int64_t eliminate_shared_bytes(int size) {
-  const int64_t row = eliminate_row<T>(size);
-  const int64_t warps = eliminate_threads(size) / kWarpSize;
-  return (row * size + warps * row + 4 * row) * static_cast<int64_t>(sizeof(T)) + 2 * row;
-}
-
-// One block of weights in shared memory, as one thread sees it.
-template <typename T>
-struct Elimination {
-  static constexpr int kVector = Vector<T>::kSize;
-  // Vectors of a row that one lane holds.
-  static constexpr int kHeld = kMaxEliminateSize / (kWarpSize * kVector);
-
-  int size, row, lane, warp, warps;
-  int now;        // which copy of weights, diagonal and pending is read
-  T* h;           // [size, row]
-  T* u;           // [row], this warp's own
-  T* weights;     // [2, row]
-  T* diagonal;    // [2, row]
-  bool* pending;  // [2, row]: moved by eliminations, and read by them
-
-  __device__ __forceinline__ explicit Elimination(int block_size)
-      : size(block_size), row(eliminate_row<T>(size)), now(0) {
-    lane = threadIdx.x % kWarpSize;
-    warp = threadIdx.x / kWarpSize;
-    warps = blockDim.x / kWarpSize;
-    h = reinterpret_cast<T*>(dynamic_shared_memory());
-    u = h + row * (size + warp);
-    weights = h + row * (size + warps);
-    diagonal = weights + 2 * row;
-    pending = reinterpret_cast<bool*>(diagonal + 2 * row);
-  }
-
-  // Copy what may be read of a block, and 0 for all else.
-  __device__ __forceinline__ void load(const T* weight, const T* inverse, const bool* alive,
-                                       bool dead_first) {
-    for (int j = threadIdx.x; j < row; j += blockDim.x) {
-      const bool inside = j < size;
-      const bool mine = inside && alive[j];
-      const bool read = mine || (inside && dead_first);
-      weights[j] = mine ? weight[j] : T(0);
-      diagonal[j] = read ? inverse[static_cast<int64_t>(j) * size + j] : T(0);
-      pending[j] = read;
-    }
-    for (int i = warp; i < size; i += warps) {
-      const bool row_read = dead_first || alive[i];
-      for (int j = lane; j < row; j += kWarpSize) {
-        const bool read = row_read && j < size && (dead_first || alive[j]);
-        h[i * row + j] = read ? inverse[static_cast<int64_t>(i) * size + j] : T(0);
-      }
-    }
-    __syncthreads();
-  }
-
-  // The weight of lowest cost, of ties the lowest index, the same in every thread: `size` and
-  // infinity where there is none.
-  __device__ __forceinline__ int cheapest(int n, int m, T* lowest) const {
-    T best = static_cast<T>(INFINITY);
-    int index = size;
-    for (int j = lane; j < size; j += kWarpSize) {
-      const T w = weights[now * row + j], variance = diagonal[now * row + j];
-      if (!pending[now * row + j] || !(variance > 0) || (m > 0 && left_of_group(j, m) <= n))
-        continue;
-      const T cost = w * w / (2 * variance);
-      if (cost < best) {  // NaN is never the cheapest
-        best = cost;
-        index = j;
-      }
-    }
+__device__ __forceinline__ void warp_lowest(double& cost, int& index) {
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      const T cost = __shfl_xor_sync(0xffffffffu, best, offset);
-      const int other = __shfl_xor_sync(0xffffffffu, index, offset);
-      if (cost < best || (cost == best && other < index)) {
-        best = cost;
-        index = other;
-      }
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const double other_cost = __shfl_xor_sync(0xffffffffu, cost, offset);
+    const int other = __shfl_xor_sync(0xffffffffu, index, offset);
+    if (other_cost < cost || (other_cost == cost && other < index)) {
+      cost = other_cost;
+      index = other;
     }
-    *lowest = best;
-    return index;
   }
+}
 
-  // How many of the m weights among which weight j is are pending.
-  __device__ __forceinline__ int left_of_group(int j, int m) const {
-    int left = 0;
-    for (int i = j / m * m, end = i + m; i < end; ++i) left += pending[now * row + i];
-    return left;
-  }
+// The weights of a block and the diagonal of H, a copy in every warp: entry j in lane j % 32.
+template <typename Tiles>
+struct Weights {
+  using T = typename Tiles::Entry;
+  static constexpr int kHeld = Tiles::kHeld;
 
-  // Remove weight q and move the others.
-  __device__ __forceinline__ void eliminate(int q) {
-    const T variance = diagonal[now * row + q];
-    const bool moves = variance > 0;  // a weight that nothing compensates for moves no other
-    const T root = moves ? sqrt(variance) : T(1);
-    const T share = moves ? weights[now * row + q] / root : T(0);
+  int lane;
+  T weight[kHeld], variance[kHeld];  // a variance that is not positive: not to be eliminated
+  int left[kHeld];                   // pending weights in the group of m that entry j is in
 
-    Vector<T> held[kHeld];  // u, this lane's columns
+  __device__ __forceinline__ int index(int s) const { return s * kWarpSize + lane; }
+
+  __device__ __forceinline__ void load(const T* weights, const T* inverse, const bool* alive,
+                                       int size, int m, bool dead_first) {
+    lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int s = 0; s < kHeld; ++s) {
-      const int column = (s * kWarpSize + lane) * kVector;
-      if (column >= row) break;
-      held[s] = vector_at(h + q * row + column);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const int j = column + e;
-        held[s].at[e] = moves && j != q && pending[now * row + j] ? held[s].at[e] / root : T(0);
+      const int j = index(s);
+      const bool pending = j < size && alive[j];
+      weight[s] = pending ? weights[j] : T(0);
+      variance[s] = pending || (j < size && dead_first) ? inverse[j * size + j] : T(0);
+      left[s] = 0;
+      if (m > 0 && j < size) {
+        for (int i = j / m * m, end = i + m; i < end; ++i) left[s] += alive[i];
       }
-      vector_at(u + column) = held[s];
     }
-    __syncwarp();
+  }
 
-    for (int i = warp; i < size; i += warps) {
-      const T factor = u[i];
-      if (factor == 0) continue;  // gone, or q itself, from which other warps still read
+  // Entry q of an array that is spread over the lanes.
+  __device__ __forceinline__ static T entry(const T (&values)[kHeld], int q) {
+    T value = values[0];
 #pragma unroll
-      for (int s = 0; s < kHeld; ++s) {
-        const int column = (s * kWarpSize + lane) * kVector;
-        if (column >= row) break;
-        Vector<T> values = vector_at(h + i * row + column);
+    for (int s = 1; s < kHeld; ++s) value = q / kWarpSize == s ? values[s] : value;
+    return __shfl_sync(0xffffffffu, value, q % kWarpSize);
+  }
+
+  // The weight of lowest cost, of ties the lowest index, the same in every thread: B or more, and
+  // infinity, where there is none.
+  __device__ __forceinline__ int cheapest(int size, int n, int m, T* lowest) const {
+    T best = static_cast<T>(INFINITY);
+    int q = size;
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) values.at[e] -= factor * held[s].at[e];
-        vector_at(h + i * row + column) = values;
+    for (int s = 0; s < kHeld; ++s) {
+      const T cost = weight[s] * weight[s] / (2 * variance[s]);
+      // NaN is never the cheapest.
+      if (variance[s] > 0 && cost < best && (m == 0 || left[s] > n)) {
+        best = cost;
+        q = index(s);
       }
     }
-    const int next = 1 - now;
-    for (int j = threadIdx.x; j < row; j += blockDim.x) {
-      weights[next * row + j] = weights[now * row + j] - u[j] * share;
-      diagonal[next * row + j] = diagonal[now * row + j] - u[j] * u[j];
-      pending[next * row + j] = pending[now * row + j] && j != q;
+    warp_lowest(best, q);
+    *lowest = best;
+    return q;
+  }
+
+  // Weight q goes: u is row q of H, in shared memory, and `inverse_variance` is 1 / u_q.
+  __device__ __forceinline__ void eliminate(const T* u, int q, T inverse_variance, int m) {
+    const T share = entry(weight, q) * inverse_variance;
+#pragma unroll
+    for (int s = 0; s < kHeld; ++s) {
+      const int j = index(s);
+      if (j >= Tiles::kSize) break;
+      const T value = u[Tiles::slot(j)];
+      weight[s] -= value * share;
+      variance[s] = j == q ? T(0) : variance[s] - value * (value * inverse_variance);
+      if (m > 0) left[s] -= j / m == q / m;
     }
-    now = next;
-    __syncthreads();
   }
 };
 
-// weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Block k of the
-// grid takes block k of the weights, with eliminate_threads(B) threads and
-// eliminate_shared_bytes<T>(B) of dynamic shared memory.
-template <typename T>  // T: float or double, of weights, inverse and cost
-__global__ void __launch_bounds__(kMaxEliminateThreads)
-    obs_eliminate_kernel(const T* __restrict__ weight, const T* __restrict__ inverse,
+// weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Threads and
+// shared memory as of Tiles, for two vectors.
+template <typename Tiles>  // a SymmetricTiles that holds B rows
+__global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
+    obs_eliminate_kernel(const typename Tiles::Entry* __restrict__ weight,
+                         const typename Tiles::Entry* __restrict__ inverse,
                          const bool* __restrict__ alive, int32_t* __restrict__ rank,
-                         T* __restrict__ cost, EliminateOptions<T> options) {
-  static_assert(kMaxEliminateThreads % kWarpSize == 0, "warps are whole");
+                         typename Tiles::Entry* __restrict__ cost,
+                         EliminateOptions<typename Tiles::Entry> options) {
+  using T = typename Tiles::Entry;
   const int size = options.size;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * size;
-  weight += first;
-  alive += first;
-  rank += first;
-  cost += first;
-  inverse += blockIdx.x * options.inverse_stride;
+  Tiles h(size);
+  if (h.matrix >= options.num_blocks) return;
+  weight += h.matrix * size;
+  alive += h.matrix * size;
+  rank += h.matrix * size;
+  cost += h.matrix * size;
+  inverse += h.matrix * options.inverse_stride;
 
-  Elimination<T> block(size);
-  block.load(weight, inverse, alive, options.dead_first);
-  for (int j = threadIdx.x; j < size; j += blockDim.x) {
+  h.set([&](int i, int j, T) {
+    return options.dead_first || (alive[i] && alive[j]) ? inverse[i * size + j] : T(0);
+  });
+  Weights<Tiles> weights;
+  weights.load(weight, inverse, alive, size, options.m, options.dead_first);
+  const bool writes = h.thread < kWarpSize;  // the first warp
+#pragma unroll
+  for (int s = 0; s < Tiles::kHeld; ++s) {
+    const int j = weights.index(s);
+    if (!writes || j >= size) break;
     rank[j] = alive[j] ? size : -1;
     cost[j] = static_cast<T>(INFINITY);
   }
+
+  T* const rows = h.shared(2 * Tiles::kSize);
+  int now = 0;  // which of the two rows
+  auto eliminate = [&](int q, T variance, int m) {
+    T* const u = rows + now * Tiles::kSize;
+    now = 1 - now;
+    h.row(q, u);
+    h.sync();
+    const T inverse_variance = 1 / variance;
+    h.add_outer(u, -inverse_variance);
+    weights.eliminate(u, q, inverse_variance, m);
+  };
   if (options.dead_first) {
     for (int q = 0; q < size; ++q) {
-      if (!alive[q]) block.eliminate(q);
+      if (alive[q]) continue;
+      const T variance = weights.entry(weights.variance, q);
+      if (variance > 0) eliminate(q, variance, 0);
+    }
+#pragma unroll
+    for (int s = 0; s < Tiles::kHeld; ++s) {
+      const int j = weights.index(s);
+      if (j < size && !alive[j]) weights.variance[s] = 0;
     }
   }
   for (int step = 0; step < size; ++step) {
     T lowest;
-    const int q = block.cheapest(options.n, options.m, &lowest);
-    if (q == size || !(lowest <= options.stop)) break;
-    if (q % blockDim.x == threadIdx.x) {  // the thread that set them to begin with
+    const int q = weights.cheapest(size, options.n, options.m, &lowest);
+    if (q >= size || !(lowest <= options.stop)) break;
+    if (writes && q % kWarpSize == weights.lane) {  // the thread that set them to begin with
       rank[q] = step;
       cost[q] = lowest;
     }
-    block.eliminate(q);
+    eliminate(q, weights.entry(weights.variance, q), options.m);
+  }
+}
+
+// weight [K, B], inverse [K or 1, B, B], pruned [K, B] -> out [K, B]. Where H[P, P] is not positive
+// definite to rounding it is damped more and more, from eps * mean(diag) on, as in block_inverse;
+// in vain, and the block is NaN. Threads and shared memory as of Tiles, for two vectors.
+template <typename Tiles>  // a SymmetricTiles that holds B rows
+__global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
+    obs_compensate_kernel(const typename Tiles::Entry* __restrict__ weight,
+                          const typename Tiles::Entry* __restrict__ inverse, int64_t inverse_stride,
+                          const bool* __restrict__ pruned, typename Tiles::Entry* __restrict__ out,
+                          int64_t num_blocks, int size) {
+  using T = typename Tiles::Entry;
+  Tiles h(size);
+  if (h.matrix >= num_blocks) return;
+  weight += h.matrix * size;
+  pruned += h.matrix * size;
+  out += h.matrix * size;
+  inverse += h.matrix * inverse_stride;
+
+  auto in_set = [&](int q) { return pruned[q] && inverse[q * size + q] != 0; };
+  T* const rows = h.shared(2 * Tiles::kSize);
+  const int lane = threadIdx.x % kWarpSize;
+  T moved[Tiles::kHeld];  // as Weights::weight
+  bool solved = false;
+  for (int raises = 0; raises <= kMaxRaises && !solved; ++raises) {
+    h.set([&](int i, int j, T) { return inverse[i * size + j]; });
+    if (raises > 0) {  // from eps times the mean diagonal of H[P, P] on, with ones for all else
+      T trace = 0;
+      for (int q = 0; q < size; ++q) trace += in_set(q) ? inverse[q * size + q] : T(1);
+      const T shift = raised_damping(T(0), trace / size, raises);
+      h.set([&](int i, int j, T value) { return i == j && in_set(i) ? value + shift : value; });
+    }
+#pragma unroll
+    for (int s = 0; s < Tiles::kHeld; ++s) {
+      const int j = s * kWarpSize + lane;
+      moved[s] = j < size && (!pruned[j] || in_set(j)) ? weight[j] : T(0);
+    }
+    solved = true;
+    int now = 0;  // which of the two rows
+    for (int q = 0; q < size && solved; ++q) {
+      if (!in_set(q)) continue;
+      T* const u = rows + now * Tiles::kSize;
+      now = 1 - now;
+      h.row(q, u);
+      h.sync();
+      const T variance = u[Tiles::slot(q)];
+      solved = variance > 0;
+      h.add_outer(u, -1 / variance);
+      const T share = Weights<Tiles>::entry(moved, q) / variance;
+#pragma unroll
+      for (int s = 0; s < Tiles::kHeld; ++s) {
+        const int j = s * kWarpSize + lane;
+        if (j < Tiles::kSize) moved[s] -= u[Tiles::slot(j)] * share;
+      }
+    }
+    h.sync();  // before a next attempt writes to the row that is still read
+  }
+  if (h.thread >= kWarpSize) return;
+#pragma unroll
+  for (int s = 0; s < Tiles::kHeld; ++s) {
+    const int j = s * kWarpSize + lane;
+    if (j >= size) break;
+    out[j] = !solved ? static_cast<T>(NAN) : pruned[j] ? T(0) : moved[s];
   }
 }
 

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "block_fisher.h"
 #include "obs.h"
 
 // Missing from a PyTorch built without CUDA, where this file must load all the same; no op is
@@ -40,42 +41,101 @@ void check(const char* op, cudaError_t error) {
                            cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
+// Calls run(T()) for the type of a tensor's elements, float or double, with its device current.
+template <typename Run>
+void on_device_of(const char* op, const Tensor& tensor, Run run) {
+  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+  const bool is_double = tensor.scalar_type() == ScalarType::Double;
+  check(op, is_double ? run(double()) : run(float()));
+}
+
 template <typename T>
-void obs_eliminate_of(const Tensor& weight, const Tensor& inverse, const Tensor& alive, int64_t n,
-                      int64_t m, double stop, bool dead_first, const Tensor& rank,
-                      const Tensor& cost) {
-  const int64_t size = weight.size(1);
-  check(
-      "obs_eliminate",
-      fishleg_ext::obs_eliminate<T>(
-          static_cast<const T*>(weight.const_data_ptr()),
-          static_cast<const T*>(inverse.const_data_ptr()), inverse.size(0) == 1 ? 0 : size * size,
-          static_cast<const bool*>(alive.const_data_ptr()),
-          static_cast<int32_t*>(rank.mutable_data_ptr()), static_cast<T*>(cost.mutable_data_ptr()),
-          weight.size(0), static_cast<int>(size), static_cast<int>(n), static_cast<int>(m),
-          static_cast<T>(stop), dead_first, current_stream(weight)));
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* write(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Elements from one block's inverse to the next: [1, B, B] is shared by all.
+int64_t stride_of(const Tensor& inverse) {
+  return inverse.size(0) == 1 ? 0 : inverse.size(1) * inverse.size(1);
+}
+
+fishleg_ext::StoredGradients stored(const Tensor& grads) {
+  using fishleg_ext::Stored;
+  const ScalarType type = grads.scalar_type();
+  const Stored as = type == ScalarType::Double     ? Stored::kDouble
+                    : type == ScalarType::Half     ? Stored::kHalf
+                    : type == ScalarType::BFloat16 ? Stored::kBFloat16
+                                                   : Stored::kFloat;
+  return {grads.const_data_ptr(), as, grads.size(0), grads.stride(0), grads.stride(1),
+          grads.stride(2)};
 }
 
 void obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int64_t n, int64_t m,
                        double stop, bool dead_first, Tensor rank, Tensor cost) {
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
-  const auto launch = weight.scalar_type() == ScalarType::Double ? obs_eliminate_of<double>
-                                                                 : obs_eliminate_of<float>;
-  launch(weight, inverse, alive, n, m, stop, dead_first, rank, cost);
+  on_device_of("obs_eliminate", weight, [&](auto zero) {
+    using T = decltype(zero);
+    return fishleg_ext::obs_eliminate<T>(read<T>(weight), read<T>(inverse), stride_of(inverse),
+                                         read<bool>(alive), write<int32_t>(rank), write<T>(cost),
+                                         weight.size(0), static_cast<int>(weight.size(1)),
+                                         static_cast<int>(n), static_cast<int>(m),
+                                         static_cast<T>(stop), dead_first, current_stream(weight));
+  });
 }
 
-int64_t obs_eliminate_shared_bytes(int64_t size, int64_t element_size) {
-  return fishleg_ext::obs_eliminate_shared_bytes(static_cast<int>(size),
-                                                 static_cast<int>(element_size));
+void obs_compensate_out(Tensor weight, Tensor inverse, Tensor pruned, Tensor out) {
+  on_device_of("obs_compensate", weight, [&](auto zero) {
+    using T = decltype(zero);
+    return fishleg_ext::obs_compensate<T>(read<T>(weight), read<T>(inverse), stride_of(inverse),
+                                          read<bool>(pruned), write<T>(out), weight.size(0),
+                                          static_cast<int>(weight.size(1)), current_stream(weight));
+  });
 }
 
-// The most dynamic shared memory that a thread block of this device may ask for.
-int64_t shared_bytes_per_block(int64_t device) {
-  int bytes = 0;
-  check("shared_bytes_per_block",
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                               static_cast<int>(device)));
-  return bytes;
+void block_gram_out(Tensor grads, double alpha, Tensor gram) {
+  on_device_of("block_gram_", gram, [&](auto zero) {
+    using T = decltype(zero);
+    return fishleg_ext::block_gram<T>(write<T>(gram), stored(grads), static_cast<T>(alpha),
+                                      gram.size(0), static_cast<int>(gram.size(1)),
+                                      current_stream(gram));
+  });
+}
+
+void block_inverse_out(Tensor gram, double damping, Tensor inverse, Tensor info) {
+  on_device_of("block_inverse", gram, [&](auto zero) {
+    using T = decltype(zero);
+    return fishleg_ext::block_inverse<T>(read<T>(gram), static_cast<T>(damping), write<T>(inverse),
+                                         write<int32_t>(info), gram.size(0),
+                                         static_cast<int>(gram.size(1)), current_stream(gram));
+  });
+}
+
+void woodbury_update_out(Tensor grads, int64_t num_grads, Tensor inverse) {
+  on_device_of("woodbury_update_", inverse, [&](auto zero) {
+    using T = decltype(zero);
+    return fishleg_ext::woodbury_update<T>(
+        write<T>(inverse), stored(grads), static_cast<T>(num_grads), inverse.size(0),
+        static_cast<int>(inverse.size(1)), current_stream(inverse));
+  });
+}
+
+int64_t largest_block(int64_t element_size) {
+  return fishleg_ext::largest_block(static_cast<int>(element_size));
+}
+
+// 10 * major + minor; throws where the driver does not serve this library.
+int64_t compute_capability(int64_t device) {
+  int major = 0, minor = 0;
+  const int number = static_cast<int>(device);
+  check("compute_capability",
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number));
+  check("compute_capability",
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number));
+  return 10 * major + minor;
 }
 
 }  // namespace
@@ -83,17 +143,26 @@ int64_t shared_bytes_per_block(int64_t device) {
 STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
   library.def(
       "obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int n, int m, float stop, "
-      "bool dead_first, "
-      "Tensor(a!) rank, Tensor(b!) cost) -> ()");
-  library.def("obs_eliminate_shared_bytes(int size, int element_size) -> int");
-  library.def("shared_bytes_per_block(int device) -> int");
+      "bool dead_first, Tensor(a!) rank, Tensor(b!) cost) -> ()");
+  library.def(
+      "obs_compensate_out(Tensor weight, Tensor inverse, Tensor pruned, Tensor(a!) out) -> ()");
+  library.def("block_gram_out(Tensor grads, float alpha, Tensor(a!) gram) -> ()");
+  library.def(
+      "block_inverse_out(Tensor gram, float damping, Tensor(a!) inverse, Tensor(b!) info) -> ()");
+  library.def("woodbury_update_out(Tensor grads, int num_grads, Tensor(a!) inverse) -> ()");
+  library.def("largest_block(int element_size) -> int");
+  library.def("compute_capability(int device) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CUDA, library) {
   library.impl("obs_eliminate_out", TORCH_BOX(&obs_eliminate_out));
+  library.impl("obs_compensate_out", TORCH_BOX(&obs_compensate_out));
+  library.impl("block_gram_out", TORCH_BOX(&block_gram_out));
+  library.impl("block_inverse_out", TORCH_BOX(&block_inverse_out));
+  library.impl("woodbury_update_out", TORCH_BOX(&woodbury_update_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CompositeExplicitAutograd, library) {
-  library.impl("obs_eliminate_shared_bytes", TORCH_BOX(&obs_eliminate_shared_bytes));
-  library.impl("shared_bytes_per_block", TORCH_BOX(&shared_bytes_per_block));
+  library.impl("largest_block", TORCH_BOX(&largest_block));
+  library.impl("compute_capability", TORCH_BOX(&compute_capability));
 }

@@ -4,13 +4,14 @@ A case is one call. Its inputs are drawn in float64, rounded to the dtype under 
 they are and to the reference, the yardstick, in float64 on the CPU. So only what the implementation does is measured.
 
 - Floating-point results: the error is max |got - expected| / max |expected|; NaN and inf must be in the same places.
-  A kernel's budget is twice (the error of the reference in the same precision + one rounding of the result). The
-  reference's own is eps times the condition number, no more than 1/2, + 16 roundings of the result.
+  A kernel's budget is twice (the error of the reference in the same precision + one rounding of the result). Where the
+  problem has a condition number, another order of the same operations is another sequence of roundings, and a rounding
+  is here a tenth of eps times that number, which is about what errors of the reference come to; all of it in
+  woodbury_update_, which subtracts numbers so much larger than their difference. The reference's own budget is eps
+  times the condition number, no more than 1/2, + 16 roundings of the result.
 - Booleans and integers, and all of a case marked exact: bitwise.
 - obs_eliminate: where two costs are close, any order is right that is as cheap. So the order returned is replayed in
-  float64 (`_elimination_error`): the costs must be those reported, and none may have been cheaper. Another order is
-  another sequence of roundings, so a rounding in a kernel's budget is here a tenth of eps times the condition number,
-  which is about what errors of the reference come to.
+  float64 (`_elimination_error`): the costs must be those reported, and none may have been cheaper.
 
 While an implementation runs, new memory is filled with NaN, so that what it leaves unwritten shows.
 """
@@ -149,8 +150,8 @@ def error_and_budget(op: Op, launcher: Callable[..., Any] | None, case: Case) ->
     magnified = case.condition * max(torch.finfo(widened(dtype)).eps for dtype in floating)
     if launcher is None:
         return error, min(magnified, 0.5) + 16 * rounding
-    if op.name == "obs_eliminate":
-        rounding = magnified / 10
+    if case.condition > 1:
+        rounding = max(rounding, magnified if op.name == "woodbury_update_" else magnified / 10)
     reference = error_of(outcome(op, op.reference, case.args, case.kwargs))
     return error, 2 * (reference + rounding)
 

@@ -49,8 +49,10 @@ def kernels(file: Path) -> list[str]:
 
 
 def included(file: Path) -> list[Path]:
-    """The headers of csrc/ that a file includes itself."""
-    return [CSRC / name for name in re.findall(r'#include "(\w+\.cuh)"', file.read_text())]
+    """The headers of csrc/ that a file includes, itself or through others."""
+    found = [CSRC / name for name in re.findall(r'#include "(\w+\.cuh)"', file.read_text())]
+    own = [HOST / name for name in re.findall(r'#include "(\w+\.h)"', file.read_text()) if (HOST / name).exists()]
+    return list(dict.fromkeys(found + [header for each in found + own for header in included(each)]))
 
 
 def find_nvcc() -> str | None:
@@ -95,6 +97,7 @@ def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
         result = (folder / "out").read_bytes()
         for argument, value in zip(arguments, values, strict=True):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                assert value.is_contiguous()
                 size = value.numel() * value.element_size()
                 value.copy_(torch.frombuffer(bytearray(result[:size]), dtype=value.dtype).view(value.shape))
                 result = result[size:]
@@ -111,7 +114,10 @@ def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
 def _serialised(value: Any) -> bytes:
     """As `Arguments` of cuda_on_host/arguments.h reads it; lists of tensors are none of it yet."""
     if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        header = struct.pack(f"<{2 + value.dim()}q", value.element_size(), value.dim(), *value.shape)
-        return header + value.flatten().view(torch.uint8).numpy().tobytes()
+        places = zip(value.shape, value.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in places) if value.numel() else 0
+        kind = {torch.float16: 1, torch.bfloat16: 2}.get(value.dtype, 0)
+        header = [value.element_size(), kind, value.dim(), *value.shape, *value.stride(), span]
+        elements = value.as_strided((span,), (1,)).view(torch.uint8).numpy().tobytes()
+        return struct.pack(f"<{len(header)}q", *header) + elements
     return struct.pack("<d" if isinstance(value, float) else "<q", value)

@@ -24,7 +24,8 @@ SEEDS = ("0", "1")
 
 def op_of(driver):
     """The op whose launcher calls the private op that a driver stands for."""
-    return OPS[driver.stem if driver.stem in OPS else driver.stem.removesuffix("_out")]
+    name = driver.stem.removesuffix("_out")
+    return OPS[next(known for known in (driver.stem, name, f"{name}_") if known in OPS)]
 
 
 @pytest.fixture
@@ -34,7 +35,6 @@ def supported(monkeypatch):
     def get(op, dtype):
         module = op._module("cuda")
         monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
-        monkeypatch.setattr(module, "shared_bytes_per_block", lambda device: 227 * 1024, raising=False)
         for case in cases.CASES[op.name](cases.Inputs(dtype, torch.device("cpu"), 0)):
             if getattr(module, f"supports_{op.name}")(*case.args, **case.kwargs)[0]:
                 yield case
@@ -187,26 +187,60 @@ def test_a_shared_inverse_reaches_the_kernel_once():
     assert given == [[(5, 3), (count, 3, 3), (5, 3)] for count in (1, 1, 5)]
 
 
+@pytest.mark.parametrize("dtype, largest", [(torch.float32, 192), (torch.bfloat16, 192), (torch.float64, 176)])
+def test_blocks_are_supported_up_to_what_registers_hold(dtype, largest, monkeypatch):
+    from fishleg_ext.cuda import block_fisher, obs
+
+    for module in (obs, block_fisher):
+        monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
+    meta = lambda *shape, dtype=dtype: torch.empty(*shape, device="meta", dtype=dtype)
+    calls = {
+        obs.supports_obs_eliminate: lambda b: (meta(40, b), meta(40, b, b), meta(40, b, dtype=torch.bool)),
+        obs.supports_obs_compensate: lambda b: (meta(40, b), meta(40, b, b), meta(40, b, dtype=torch.bool)),
+        block_fisher.supports_block_inverse: lambda b: (meta(40, b, b), 0.1),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    for supports in (block_fisher.supports_block_gram_, block_fisher.supports_woodbury_update_):
+        calls[supports] = lambda b: (meta(40, b, b, dtype=wide), meta(9, 40, b), 1)
+    for supports, arguments in calls.items():
+        assert [b for b in range(1, 300) if supports(*arguments(b))[0]] == list(range(1, largest + 1))
+        assert f"up to {largest} weights in {wide}, not {largest + 1}" in supports(*arguments(largest + 1))[1]
+
+
+def test_what_kernels_do_not_support_is_explained(monkeypatch):
+    from fishleg_ext.cuda import block_fisher, obs
+
+    for module in (obs, block_fisher):
+        monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
+    blocks, vectors, mask = torch.ones(4, 8, 8), torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool)
+    assert obs.supports_obs_eliminate(vectors, blocks, mask, group=2) == (
+        False,
+        "its CUDA C++ kernel removes single weights, not groups of 2",
+    )
+    few = "its CUDA C++ kernel is for many blocks, not for 4 blocks of 100 gradients"
+    assert block_fisher.supports_block_gram_(blocks, torch.ones(100, 4, 8)) == (False, few)
+    assert block_fisher.supports_block_gram_(blocks, torch.ones(9, 4, 8))[0]
+    apart = torch.ones(4, 8, 9)[..., :8]
+    contiguous = (False, "its CUDA C++ kernel takes contiguous blocks")
+    assert block_fisher.supports_woodbury_update_(apart, torch.ones(9, 4, 8), 9) == contiguous
+    assert block_fisher.supports_block_gram_(apart, torch.ones(9, 4, 8)) == contiguous
+
+
 @pytest.mark.parametrize(
-    "shared_bytes, dtype, largest",
+    "wide, given, read",
     [
-        (227 * 1024, torch.float32, 233),  # sm_90
-        (163 * 1024, torch.float32, 196),  # sm_80
-        (99 * 1024, torch.float32, 152),  # sm_86, sm_89
-        (227 * 1024, torch.float64, 164),
-        (227 * 1024, torch.bfloat16, 233),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float64),
     ],
 )
-def test_blocks_are_supported_up_to_what_shared_memory_holds(shared_bytes, dtype, largest, monkeypatch):
-    from fishleg_ext.cuda import obs
-
-    monkeypatch.setattr(obs, "supports_device", lambda tensor: (True, ""))
-    monkeypatch.setattr(obs, "shared_bytes_per_block", lambda device: shared_bytes)
-    meta = lambda *shape, **kw: torch.empty(*shape, device="meta", **kw)
-    supports = lambda b, **options: obs.supports_obs_eliminate(
-        meta(2, b), meta(2, b, b, dtype=dtype), meta(2, b, dtype=torch.bool), **options
-    )
-    assert [b for b in range(1, 300) if supports(b)[0]] == list(range(1, largest + 1))
-    reason = supports(largest + 1)[1]
-    assert re.search(rf"{largest + 1} weights in torch.float\d\d take \d+ bytes, and meta has {shared_bytes}", reason)
-    assert supports(8, group=2) == (False, "its CUDA C++ kernel removes single weights, not groups of 2")
+def test_gradients_reach_the_kernel_as_they_are_where_it_reads_them(wide, given, read):
+    seen = []
+    library = torch.library.Library("fishleg_ext_cuda", "IMPL")
+    library.impl("block_gram_out", lambda grads, alpha, gram: seen.append((grads.dtype, grads.stride())), "CPU")
+    grads = torch.ones(5, 3, 4, dtype=given).transpose(0, 1)
+    OPS["block_gram_"].launcher("cuda")(torch.zeros(5, 4, 4, dtype=wide), grads)
+    library._destroy()
+    assert seen == [(read, grads.stride())]

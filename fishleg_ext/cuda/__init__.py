@@ -20,7 +20,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     try:
-        shared_bytes_per_block(torch.device("cuda", 0))
+        torch.ops.fishleg_ext_cuda.compute_capability(0)
     except RuntimeError as error:  # the driver is too old for the toolkit, say
         return f"the CUDA part cannot ask the GPU: {error}"
     return None
@@ -64,7 +64,15 @@ def oldest_capability() -> tuple[int, int]:
     return min((divmod(int(number), 10) for number in re.findall(r"\d+", architectures)), default=(0, 0))
 
 
+def supports_block_size(size: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the kernels that hold a block in registers take blocks of so many weights."""
+    largest = largest_block(dtype)
+    return size <= largest, (
+        f"its CUDA C++ kernel holds a block in registers: up to {largest} weights in {dtype}, not {size}"
+    )
+
+
 @functools.cache
-def shared_bytes_per_block(device: torch.device) -> int:
-    """The most shared memory that a kernel may ask for on a GPU, for one thread block."""
-    return torch.ops.fishleg_ext_cuda.shared_bytes_per_block(device.index)
+def largest_block(dtype: torch.dtype) -> int:
+    """The most weights in a block that the kernels hold in registers."""
+    return torch.ops.fishleg_ext_cuda.largest_block(dtype.itemsize)

@@ -23,14 +23,14 @@ def _check_update(name: str, target: Tensor, grads: Tensor) -> None:
     checks.writable(name, target)
 
 
-@op(reference=reference.block_gram_, mutates=("gram",))
+@op(reference=reference.block_gram_, mutates=("gram",), kernels=("cuda",))
 def block_gram_(
     gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee", impl: str = "auto"
 ) -> None:
     """Add gradients to the Gram matrix of each block: gram += alpha * sum_s g_s g_s^T.
 
     Args:
-        gram: [K, B, B], float32 or float64; changed in place.
+        gram: [K, B, B], float32 or float64, symmetric; changed in place.
         grads: [m, K, B], floating point; m gradients, cut into K blocks of B weights. May be expanded.
         alpha: factor of the sum.
         precision: the least precise products allowed: "ieee", or "tf32x3" or "tf32" where float32 products may
@@ -50,7 +50,7 @@ def _fake_block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return inverse, gram.new_empty(gram.shape[:1], dtype=torch.int32)
 
 
-@op(reference=reference.block_inverse, fake=_fake_block_inverse)
+@op(reference=reference.block_inverse, fake=_fake_block_inverse, kernels=("cuda",))
 def block_inverse(gram: Tensor, damping: float, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Invert each damped block by Cholesky: (gram + damping * I)^-1.
 
@@ -76,7 +76,7 @@ def block_inverse(gram: Tensor, damping: float, *, impl: str = "auto") -> tuple[
         raise ValueError(f"expected damping to be finite and >= 0, got {damping}")
 
 
-@op(reference=reference.woodbury_update_, mutates=("inverse",))
+@op(reference=reference.woodbury_update_, mutates=("inverse",), kernels=("cuda",))
 def woodbury_update_(inverse: Tensor, grads: Tensor, num_grads: int, *, impl: str = "auto") -> None:
     """Add gradients to the inverse of each block, one after the other: H -= (H g)(H g)^T / (num_grads + g^T H g).
 
@@ -84,7 +84,7 @@ def woodbury_update_(inverse: Tensor, grads: Tensor, num_grads: int, *, impl: st
     Singh and Alistarh, WoodFisher, NeurIPS 2020, eq. 7 (Sherman-Morrison).
 
     Args:
-        inverse: [K, B, B], float32 or float64; changed in place.
+        inverse: [K, B, B], float32 or float64, symmetric; changed in place.
         grads: [m, K, B], floating point; the next m of the gradients.
         num_grads: how many gradients there are in all, >= 1.
 

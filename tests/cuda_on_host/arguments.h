@@ -1,6 +1,7 @@
 // What a test hands to a kernel and takes back, through files: the arguments of a private op, one
-// after the other. An int, a bool or a float is 8 bytes; a tensor is its bytes per element, its
-// number of dimensions, its sizes, its elements.
+// after the other. An int, a bool or a float is 8 bytes; a tensor is its bytes per element, a
+// number for the kind of half precision, its number of dimensions, its sizes and strides, the
+// number of elements from its first to its last, and these.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,9 @@
 #endif
 
 struct Tensor {
-  int64_t element_size, count;
-  std::vector<int64_t> sizes;
+  int64_t element_size, kind;  // kind 1: float16, 2: bfloat16, 0: all others
+  std::vector<int64_t> sizes, strides;
+  int64_t count;                  // of elements in memory
   std::unique_ptr<char[]> bytes;  // an allocation of its own, so that an access beyond it is seen
 
   template <typename T>
@@ -47,8 +49,14 @@ class Arguments {
   int64_t integer() { return scalar<int64_t>(); }
   double real() { return scalar<double>(); }
   Tensor tensor() {
-    Tensor result{integer(), 1, std::vector<int64_t>(integer()), nullptr};
-    for (int64_t& size : result.sizes) result.count *= size = integer();
+    Tensor result{};
+    result.element_size = integer();
+    result.kind = integer();
+    result.sizes.resize(integer());
+    result.strides.resize(result.sizes.size());
+    for (int64_t& size : result.sizes) size = integer();
+    for (int64_t& stride : result.strides) stride = integer();
+    result.count = integer();
     const int64_t bytes = result.count * result.element_size;
     result.bytes.reset(new char[bytes]);
     read(result.bytes.get(), bytes);

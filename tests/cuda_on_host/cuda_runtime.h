@@ -20,6 +20,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -362,6 +363,23 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   for (int bits = 1; bits < cuda_on_host::kWarp; bits *= 2)
     votes |= __shfl_xor_sync(mask, votes, bits);
   return votes;
+}
+
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  for (int bits = 1; bits < cuda_on_host::kWarp; bits *= 2)
+    value = std::min(value, __shfl_xor_sync(mask, value, bits));
+  return value;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 template <typename T>

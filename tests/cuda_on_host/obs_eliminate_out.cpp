@@ -9,6 +9,7 @@ void run(Arguments& arguments, const Tensor& weight) {
   const Tensor inverse = arguments.tensor(), alive = arguments.tensor();
   const int size = static_cast<int>(weight.sizes[1]);
   EliminateOptions<T> options{};
+  options.num_blocks = weight.sizes[0];
   options.size = size;
   options.inverse_stride = inverse.sizes[0] == 1 ? 0 : int64_t{size} * size;
   options.n = static_cast<int>(arguments.integer());
@@ -26,10 +27,13 @@ void run(Arguments& arguments, const Tensor& weight) {
       }
     }
   }
-  cuda_on_host::launch(static_cast<unsigned>(weight.sizes[0]), eliminate_threads(size),
-                       eliminate_shared_bytes<T>(size), obs_eliminate_kernel<T>, weight.data<T>(),
-                       inverse.data<T>(), alive.data<bool>(), rank.data<int32_t>(), cost.data<T>(),
-                       options);
+  with_tiles<T>(size, [&](auto type) {
+    using Tiles = typename decltype(type)::type;
+    cuda_on_host::launch(Tiles::blocks(weight.sizes[0]), Tiles::kBlockThreads,
+                         Tiles::shared_bytes(2 * Tiles::kSize), obs_eliminate_kernel<Tiles>,
+                         weight.data<T>(), inverse.data<T>(), alive.data<bool>(),
+                         rank.data<int32_t>(), cost.data<T>(), options);
+  });
   arguments.give_back(rank);
   arguments.give_back(cost);
 }
