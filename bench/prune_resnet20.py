@@ -57,13 +57,7 @@ LAYERWISE: dict[str, dict[str, Any]] = {
     "mask by block, compensation layerwise": {"chooser": EXACT, "mover": {"curvature": "layerwise"}},
     "mask by layerwise, compensation by block": {"chooser": {"curvature": "layerwise"}, "mover": EXACT},
 }
-IN_ROUNDS = (
-    "block",
-    "layerwise, every layer alike (OBC)",
-    "counts by block, then layerwise",
-    "counts by layerwise, then block",
-    "mask by block, compensation layerwise",
-)
+IN_ROUNDS = ("counts by block, then layerwise", "layerwise, every layer alike (OBC)", "block")
 LAYERWISE_SPARSITIES = (0.8, 0.85, 0.9, 0.95)
 ROUNDS = 8
 ROUNDS_DAMPING = (1e-5, 1e-4)
@@ -242,19 +236,25 @@ class Bench:
     def layerwise(self) -> None:
         """Every mixture of block Fisher and layerwise curvature, in one shot and in eight rounds."""
         rows = []
-        for name, options in tqdm(LAYERWISE.items(), desc="mixtures", leave=False, disable=None):
-            for rounds in (1, ROUNDS) if name in IN_ROUNDS else (1,):
+        for rounds, names in ((ROUNDS, IN_ROUNDS), (1, LAYERWISE)):
+            for name in tqdm(names, desc=f"mixtures, {rounds} rounds", leave=False, disable=None):
                 row, seconds = [name, rounds], []
                 for sparsity in LAYERWISE_SPARSITIES:
                     steps = [1 - (1 - sparsity) ** (k / rounds) for k in range(1, rounds + 1)]
-                    record = self.prune(f"{name}, {rounds} rounds", steps, **options)[-1]
+                    record = self.prune(f"{name}, {rounds} rounds", steps, **LAYERWISE[name])[-1]
                     row.append(f"{record['accuracy']:.2f} / {record['accuracy_recalibrated']:.2f}")
                     seconds.append(record["seconds"])
                 rows.append([*row, max(seconds)])
-                print(rows[-1], flush=True)
+                self.write()
         print("\ntest accuracy, %, as it is / with BatchNorm recalibrated; most seconds of a round")
         columns = ["", "rounds", *(f"{s:.0%}" for s in LAYERWISE_SPARSITIES), "s"]
         print(tabulate(rows, columns, floatfmt=".1f", tablefmt="github"))
+
+    def write(self) -> None:
+        """All records so far, as JSON."""
+        report = machine() | {"num_grads": self.arguments.num_grads, "runs": self.records}
+        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        self.arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
     @staticmethod
     def _costs(record: dict[str, Any]) -> list[float]:
@@ -288,12 +288,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()
-    report = machine() | {"num_grads": arguments.num_grads}
     bench = Bench(arguments)
     for part in arguments.parts:
         getattr(bench, part)()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report | {"runs": bench.records}, indent=1) + "\n")
+    bench.write()
     print(f"\nwrote {arguments.out}")
 
 

@@ -15,6 +15,16 @@
 // small beside L2. Arithmetic: B steps over half of a block, B^2 FLOP per weight. Shared memory:
 // 2 / kTile of an entry for each multiply-add.
 //
+// obs_eliminate_panel: the same elimination where a block is too large for registers, as a row of a
+// layer is whose inverse all rows share. One thread block for each block of weights goes on for as
+// many steps as there is room for columns v = u / sqrt(u_q), and what is left of the inverse is
+// H - columns^T columns, of which only row q and the diagonal are formed. The caller subtracts the
+// columns, one matrix product for all blocks, before it calls again. With panels of P columns an
+// elimination to the end moves 8 B^2 / P bytes a weight for the products (in float32), 2 B P for
+// the columns, which stay in cache, and 4 B for the rows; keeping all columns and never subtracting
+// them would move 2 B^2. The products are 2 B^2 FLOP a weight. A shared inverse is read as it is
+// until the first panel is full.
+//
 // Invariants: every warp does the same arithmetic on the same numbers, so that all threads agree on
 // q and on the end. Entries with a dead row or column are 0 and never loaded, unless dead_first.
 // Rows of what was eliminated are left as they come: they hold zeros but for rounding, and nothing
@@ -129,6 +139,14 @@ struct Weights {
   }
 };
 
+// How many of the m weights among which weight j is are pending; all are where there is no pattern.
+__device__ __forceinline__ int left_of_group(const bool* pending, int j, int m) {
+  if (m == 0) return 1 << 30;
+  int left = 0;
+  for (int i = j / m * m, end = i + m; i < end; ++i) left += pending[i];
+  return left;
+}
+
 // weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Threads and
 // shared memory as of Tiles, for two vectors.
 template <typename Tiles>  // a SymmetricTiles that holds B rows
@@ -194,6 +212,104 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
       cost[q] = lowest;
     }
     eliminate(q, weights.entry(weights.variance, q), options.m);
+  }
+}
+
+// What an elimination in panels keeps between panels, for K blocks of B weights.
+template <typename T>
+struct PanelState {
+  T* weight;      // [K, B], 0 where dead
+  T* variance;    // [K, B], the diagonal of what is left of H
+  bool* pending;  // [K, B]
+  int32_t* next;  // [K], ranks given so far
+  T* columns;     // [K, P, B], written from the first on, zeros at the end
+  int32_t* rank;  // [K, B]
+  T* cost;        // [K, B]
+};
+
+constexpr int kPanelThreads = 512;  // at most; whole warps
+
+// A cost and an index for each warp.
+template <typename T>
+constexpr int panel_shared_bytes() {
+  return kWarpSize * static_cast<int>(sizeof(T) + sizeof(int));
+}
+
+// One panel of P steps. With `dead`, it is those not in `alive` that are eliminated, in order of
+// their indices and without ranks. Needs panel_shared_bytes.
+template <typename T>  // T: float or double
+__global__ void __launch_bounds__(kPanelThreads)
+    obs_eliminate_panel_kernel(const T* __restrict__ inverse, const bool* __restrict__ alive,
+                               PanelState<T> state, int panel, bool dead,
+                               EliminateOptions<T> options) {
+  const int size = options.size, thread = threadIdx.x, threads = blockDim.x;
+  const int64_t block = blockIdx.x, first = block * size;
+  inverse += block * options.inverse_stride;
+  alive += first;
+  T* const weight = state.weight + first;
+  T* const variance = state.variance + first;
+  bool* const pending = state.pending + first;
+  T* const columns = state.columns + first * panel;
+  // The lowest cost of each warp, and where it is.
+  T* const lowest_costs = reinterpret_cast<T*>(dynamic_shared_memory());
+  int* const lowest_indices = reinterpret_cast<int*>(lowest_costs + kWarpSize);
+  if (thread < kWarpSize) {
+    lowest_costs[thread] = static_cast<T>(INFINITY);
+    lowest_indices[thread] = size;
+  }
+  const int32_t next = state.next[block];
+  __syncthreads();
+
+  int step = 0;
+  for (; step < panel; ++step) {
+    T best = static_cast<T>(INFINITY);
+    int q = size;
+    for (int j = thread; j < size; j += threads) {
+      if (!(variance[j] > 0) || alive[j] == dead) continue;
+      if (!dead && (!pending[j] || left_of_group(pending, j, options.m) <= options.n)) continue;
+      const T cost = dead ? T(0) : weight[j] * weight[j] / (2 * variance[j]);
+      if (cost < best) {  // NaN is never the cheapest
+        best = cost;
+        q = j;
+      }
+    }
+    warp_lowest(best, q);
+    if (thread % kWarpSize == 0) {
+      lowest_costs[thread / kWarpSize] = best;
+      lowest_indices[thread / kWarpSize] = q;
+    }
+    __syncthreads();
+    best = lowest_costs[thread % kWarpSize];
+    q = lowest_indices[thread % kWarpSize];
+    warp_lowest(best, q);
+    if (q >= size || !(best <= options.stop)) break;
+
+    const T root = sqrt(variance[q]), share = weight[q] / root;
+    if (thread == 0 && !dead) {
+      state.rank[first + q] = next + step;
+      state.cost[first + q] = best;
+      pending[q] = false;
+    }
+    T* const mine = columns + static_cast<int64_t>(step) * size;
+    for (int j = thread; j < size; j += threads) {
+      const bool read = options.dead_first || alive[j];
+      T value = read ? inverse[static_cast<int64_t>(q) * size + j] : T(0);
+      for (int c = 0; c < step && read; ++c) {
+        const T* column = columns + static_cast<int64_t>(c) * size;
+        value -= column[q] * column[j];
+      }
+      mine[j] = value / root;
+    }
+    __syncthreads();  // all have read weight q and its variance
+    for (int j = thread; j < size; j += threads) {
+      const T value = mine[j];
+      weight[j] -= value * share;
+      variance[j] = j == q ? T(0) : variance[j] - value * value;
+    }
+  }
+  if (thread == 0 && !dead) state.next[block] = next + step;
+  for (; step < panel; ++step) {
+    for (int j = thread; j < size; j += threads) columns[static_cast<int64_t>(step) * size + j] = 0;
   }
 }
 

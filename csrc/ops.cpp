@@ -87,6 +87,23 @@ void obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int64_t n, i
   });
 }
 
+void obs_eliminate_panel_out(Tensor inverse, Tensor alive, int64_t n, int64_t m, double stop,
+                             bool dead_first, bool dead, Tensor weight, Tensor variance,
+                             Tensor pending, Tensor next, Tensor columns, Tensor rank,
+                             Tensor cost) {
+  on_device_of("obs_eliminate", weight, [&](auto zero) {
+    using T = decltype(zero);
+    const fishleg_ext::PanelTensors state{
+        write<T>(weight),  write<T>(variance),   write<bool>(pending), write<int32_t>(next),
+        write<T>(columns), write<int32_t>(rank), write<T>(cost)};
+    return fishleg_ext::obs_eliminate_panel<T>(
+        read<T>(inverse), stride_of(inverse), read<bool>(alive), state,
+        static_cast<int>(columns.size(1)), dead, weight.size(0), static_cast<int>(weight.size(1)),
+        static_cast<int>(n), static_cast<int>(m), static_cast<T>(stop), dead_first,
+        current_stream(weight));
+  });
+}
+
 void obs_compensate_out(Tensor weight, Tensor inverse, Tensor pruned, Tensor out) {
   on_device_of("obs_compensate", weight, [&](auto zero) {
     using T = decltype(zero);
@@ -145,6 +162,10 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
       "obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int n, int m, float stop, "
       "bool dead_first, Tensor(a!) rank, Tensor(b!) cost) -> ()");
   library.def(
+      "obs_eliminate_panel_out(Tensor inverse, Tensor alive, int n, int m, float stop, "
+      "bool dead_first, bool dead, Tensor(a!) weight, Tensor(b!) variance, Tensor(c!) pending, "
+      "Tensor(d!) next, Tensor(e!) columns, Tensor(f!) rank, Tensor(g!) cost) -> ()");
+  library.def(
       "obs_compensate_out(Tensor weight, Tensor inverse, Tensor pruned, Tensor(a!) out) -> ()");
   library.def("block_gram_out(Tensor grads, float alpha, Tensor(a!) gram) -> ()");
   library.def(
@@ -156,6 +177,7 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CUDA, library) {
   library.impl("obs_eliminate_out", TORCH_BOX(&obs_eliminate_out));
+  library.impl("obs_eliminate_panel_out", TORCH_BOX(&obs_eliminate_panel_out));
   library.impl("obs_compensate_out", TORCH_BOX(&obs_compensate_out));
   library.impl("block_gram_out", TORCH_BOX(&block_gram_out));
   library.impl("block_inverse_out", TORCH_BOX(&block_inverse_out));

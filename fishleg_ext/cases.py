@@ -14,6 +14,9 @@ from fishleg_ext.dtypes import widened
 from fishleg_ext.reference.masks import pack_mask
 
 CONDITIONS = (1e3, 1e5, 1e7)
+# Blocks of one weight, around a warp, those of the literature, around what kernels hold, larger than that.
+SIZES = (1, 7, 16, 31, 32, 50, 64, 96, 128, 192, 200, 224, 300)
+MANY = 600  # blocks: more than a GPU has multiprocessors
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ class Inputs:
         return tensor.to(self.device, widened(self.dtype))
 
 
+def _sized() -> Iterator[tuple[int, int, float]]:
+    """K, B and a condition number: every size, some of them at every condition, and many blocks."""
+    for index, size in enumerate(SIZES):
+        yield 3 if size < 100 else 1, size, CONDITIONS[index % 3]
+    for size in (7, 50, 64, 128):
+        for condition in CONDITIONS:
+            yield 2, size, condition
+    yield MANY, 32, 1e3
+
+
 def random_spd(num_blocks: int, size: int, condition: float, generator: torch.Generator) -> Tensor:
     """Symmetric blocks [K, B, B] in float64 with eigenvalues from 1 to `condition`."""
     basis = torch.randn(num_blocks, size, size, dtype=torch.float64, generator=generator)
@@ -78,27 +91,36 @@ def random_spd(num_blocks: int, size: int, condition: float, generator: torch.Ge
 
 
 def _block_gram_(new: Inputs) -> Iterator[Case]:
-    for m, k, b in [(1, 1, 1), (5, 3, 7), (33, 2, 50), (64, 2, 128), (0, 2, 3), (4, 0, 3)]:
+    for m, k, b in [(1, 1, 1), (33, 2, 50), (64, 2, 128), (40, 33, 7), (0, 2, 3), (4, 0, 3), (3, MANY, 32)]:
         for alpha in (1.0, 1.0 / 1024):
-            yield Case(f"m={m} K={k} B={b} alpha={alpha:g}", (new.spd(k, b, 10.0), new.normal(m, k, b), alpha))
+            name = f"m={m} K={k} B={b} alpha={alpha:g}"
+            yield Case(name, (new.spd(k, b, 10.0), new.normal(m, k, b), alpha), {}, 1.0 + m)  # roundings of m terms
+    for size in SIZES:
+        yield Case(f"m=19 K=3 B={size}", (new.spd(3, size, 10.0), new.normal(19, 3, size), 0.5), {}, 20.0)
     yield Case("expanded gradients", (new.spd(2, 5, 10.0), new.normal(1, 2, 5).expand(6, 2, 5)))
     yield Case("transposed gradients", (new.spd(3, 5, 10.0), new.normal(4, 5, 3).mT))
 
 
 def _block_inverse(new: Inputs) -> Iterator[Case]:
-    for condition in CONDITIONS:
-        for k, b in [(3, 1), (3, 7), (2, 33), (2, 50), (1, 128)]:
-            gram = new.spd(k, b, condition)
-            yield Case(f"K={k} B={b} condition={condition:g}", (gram / gram.amax(), 0.0), {}, condition)
+    for k, b, condition in _sized():
+        gram = new.spd(k, b, condition)
+        yield Case(f"K={k} B={b} condition={condition:g}", (gram / gram.amax(), 0.0), {}, condition)
     yield Case("no blocks", (new.spd(0, 4, 1.0), 0.1))
     yield Case("zeros, damped", (new.wide(torch.zeros(2, 5, 5)), 0.5))
     broken = new.spd(3, 6, 10.0)
-    broken[1, 2, 3] = torch.nan
+    broken[1, 2, 3] = broken[1, 3, 2] = torch.nan
     yield Case("NaN in one block", (broken, 0.1), {}, 10.0)
+    for name, i, j in (("inf on a diagonal", 0, 0), ("inf off a diagonal", 4, 1)):
+        broken = new.spd(3, 6, 10.0)
+        broken[1, i, j] = broken[1, j, i] = torch.inf
+        yield Case(name, (broken, 0.1), {}, 10.0)
+    low_rank = new.wide(torch.ones(2, 6, 6))
+    yield Case("singular, damped", (low_rank, 0.25), {}, 25.0)
 
 
 def _woodbury_update_(new: Inputs) -> Iterator[Case]:
-    for m, k, b in [(1, 1, 1), (7, 3, 5), (40, 2, 33), (0, 1, 3), (3, 0, 3)]:
+    sizes = [(6, 1, size) for size in SIZES]
+    for m, k, b in [(1, 1, 1), (7, 3, 5), (40, 2, 33), (0, 1, 3), (3, 0, 3), (2, MANY, 32), *sizes]:
         eye = torch.eye(b, dtype=torch.float64).repeat(k, 1, 1)
         for damping in (1e-1, 1e-3):
             grads = new.normal(m, k, b)
@@ -124,11 +146,12 @@ def _obs_score(new: Inputs) -> Iterator[Case]:
 
 
 def _obs_eliminate(new: Inputs) -> Iterator[Case]:
-    for condition in CONDITIONS:
-        for k, b in [(3, 1), (3, 7), (4, 31), (2, 50), (2, 64), (1, 128), (1, 200)]:
-            weight, inverse = new.normal(k, b), new.spd(k, b, condition)
-            name = f"K={k} B={b} condition={condition:g}"
-            yield Case(name, (weight, inverse, new.mask(k, b, density=1.1)), {}, condition)
+    for k, b, condition in _sized():
+        weight, inverse = new.normal(k, b), new.spd(k, b, condition)
+        name = f"K={k} B={b} condition={condition:g}"
+        yield Case(name, (weight, inverse, new.mask(k, b, density=1.1)), {}, condition)
+    rows, shared = new.normal(5, 220), new.spd(1, 220, 1e3)
+    yield Case("large inverse shared", (rows, shared, new.mask(5, 220, density=0.8)), {"dead_first": True}, 1e3)
     weight, inverse, alive = new.normal(5, 24), new.spd(5, 24, 1e3), new.mask(5, 24, density=0.7)
     for options in (
         {},
@@ -165,14 +188,16 @@ def _obs_eliminate(new: Inputs) -> Iterator[Case]:
 
 
 def _obs_compensate(new: Inputs) -> Iterator[Case]:
-    for condition in CONDITIONS:
-        for k, b in [(3, 1), (3, 7), (2, 33), (2, 50), (1, 128)]:
-            args = (new.normal(k, b), new.spd(k, b, condition), new.mask(k, b))
-            yield Case(f"K={k} B={b} condition={condition:g}", args, {}, condition)
+    for k, b, condition in _sized():
+        args = (new.normal(k, b), new.spd(k, b, condition), new.mask(k, b))
+        yield Case(f"K={k} B={b} condition={condition:g}", args, {}, condition)
     weight, inverse = new.normal(4, 12), new.spd(4, 12, 1e3)
     for density in (-1.0, 1.1):
         yield Case(f"pruned with density {density:g}", (weight, inverse, new.mask(4, 12, density=density)), {}, 1e3)
     yield Case("inverse shared", (weight, inverse[:1].expand(4, 12, 12), new.mask(4, 12)), {}, 1e3)
+    partly = inverse.clone()
+    partly[:, 3], partly[:, :, 3] = 0, 0
+    yield Case("a variance of zero", (weight, partly, new.mask(4, 12)), {}, 1e3)
     yield Case("transposed views", (new.normal(12, 4).mT, inverse.mT, new.mask(12, 4).mT), {}, 1e3)
     yield Case("no blocks", (new.normal(0, 4), new.spd(0, 4, 1.0), new.mask(0, 4)))
 

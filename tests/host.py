@@ -31,6 +31,14 @@ class Barrier:
     def __str__(self) -> str:
         return f"{self.file.name}:{self.line} {self.name}"
 
+    def kernel(self) -> str | None:
+        """The __global__ function that it is in; None where it is in what several use."""
+        lines = self.file.read_text().splitlines(keepends=True)
+        before = "".join(lines[: self.line])
+        name = (kernels_in(before) or [None])[-1]
+        ended = name is not None and re.search(r"^}", before.rpartition(name)[2], re.M)
+        return None if ended else name
+
     def deleted(self) -> str:
         """The file's text without it."""
         lines = self.file.read_text().splitlines(keepends=True)
@@ -45,7 +53,11 @@ def barriers(file: Path) -> list[Barrier]:
 
 def kernels(file: Path) -> list[str]:
     """Names of the __global__ functions in a file."""
-    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", file.read_text())
+    return kernels_in(file.read_text())
+
+
+def kernels_in(text: str) -> list[str]:
+    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", text)
 
 
 def included(file: Path) -> list[Path]:

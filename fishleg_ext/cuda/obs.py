@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext.cuda import supports_block_size, supports_device
+from fishleg_ext.cuda import largest_block, supports_block_size, supports_device
 from fishleg_ext.dtypes import widened
+from fishleg_ext.reference.batches import batches
+
+PANEL = 64  # steps between two matrix products
 
 
 def supports_obs_eliminate(
@@ -17,13 +20,11 @@ def supports_obs_eliminate(
     group: int = 1,
     **options: Any,
 ) -> tuple[bool, str]:
-    """Blocks that fit into registers; single weights."""
+    """Single weights."""
     supported, reason = supports_device(weight)
-    if not supported:
-        return False, reason
-    if group > 1:
+    if supported and group > 1:
         return False, f"its CUDA C++ kernel removes single weights, not groups of {group}"
-    return supports_block_size(weight.shape[1], widened(inverse.dtype))
+    return supported, reason
 
 
 def obs_eliminate(
@@ -37,22 +38,49 @@ def obs_eliminate(
     stop: float | None = None,
     dead_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A few warps, or one, for each block of weights."""
+    """A few warps, or one, for each block of weights that fits into registers; larger ones in panels."""
     dtype = widened(inverse.dtype)
     rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     cost = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if weight.numel():
-        torch.ops.fishleg_ext_cuda.obs_eliminate_out(
-            weight.to(dtype).contiguous(),
-            _inverse(inverse, dtype),
-            alive.contiguous(),
-            n,
-            m,
-            torch.inf if stop is None else stop,
-            dead_first,
-            rank,
-            cost,
-        )
+    if weight.numel() == 0:
+        return rank, cost
+    weight, inverse, alive = weight.to(dtype).contiguous(), _inverse(inverse, dtype), alive.contiguous()
+    options = (n, m, torch.inf if stop is None else stop, dead_first)
+    if weight.shape[1] <= largest_block(dtype):
+        torch.ops.fishleg_ext_cuda.obs_eliminate_out(weight, inverse, alive, *options, rank, cost)
+    else:
+        size = weight.shape[1]
+        for part in batches(len(weight), size * size * dtype.itemsize, weight.device):
+            block = inverse if len(inverse) == 1 else inverse[part]
+            rank[part], cost[part] = _eliminate_in_panels(weight[part], block, alive[part], *options)
+    return rank, cost
+
+
+def _eliminate_in_panels(
+    weight: Tensor, inverse: Tensor, alive: Tensor, n: int, m: int, stop: float, dead_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Some steps of every block in one launch, then what they take from the inverses in one matrix product."""
+    blocks, size = weight.shape
+    zero = weight.new_zeros(())
+    variance = torch.where(alive | dead_first, inverse.diagonal(dim1=1, dim2=2), zero)
+    weight, pending = torch.where(alive, weight, zero), alive.clone()
+    rank = torch.where(alive, size, -1).to(torch.int32)
+    cost = torch.full_like(weight, torch.inf)
+    following = torch.zeros(blocks, dtype=torch.int32, device=weight.device)
+    columns = weight.new_empty(blocks, PANEL, size)
+    own = False
+    for dead in (True, False) if dead_first else (False,):
+        steps = int((alive != dead).sum(1).max())
+        for done in range(0, steps, PANEL):
+            torch.ops.fishleg_ext_cuda.obs_eliminate_panel_out(
+                inverse, alive, n, m, stop, dead_first, dead, weight, variance, pending, following, columns, rank, cost
+            )
+            if stop < torch.inf and not dead and bool((following < done + PANEL).all()):
+                break  # nothing is below `stop` any more
+            if done + PANEL < steps or dead:
+                out = inverse if own else weight.new_empty(blocks, size, size)
+                inverse = torch.baddbmm(inverse.expand(blocks, -1, -1), columns.mT, columns, alpha=-1, out=out)
+                own = True
     return rank, cost
 
 
