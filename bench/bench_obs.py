@@ -45,6 +45,27 @@ IMPLEMENTATIONS = {
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", (144, 576))
+def bench_rows_that_share_an_inverse(measure, size, implementation):
+    """The rows of a layer of ResNet-20, as OBC eliminates them; batched torch gives each a copy of the inverse."""
+    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
+        pytest.skip(reason)
+    rows = size // 9
+    new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
+    weight, alive, inverse = new.normal(rows, size), new.mask(rows, size, density=1.1), new.spd(1, size, 1e3)
+    given = inverse.expand(rows, size, size) if implementation == "batched torch" else inverse
+    call = lambda: IMPLEMENTATIONS[implementation](weight, given, alive)
+
+    def gate():
+        rank, cost = (result[:4] for result in call())
+        case = cases.Case("", (weight[:4], inverse, alive[:4]), condition=1e3)
+        return check.error_and_budget(OPS["obs_eliminate"], lambda *args: (rank, cost), case)
+
+    work = harness.Work(inverse.nbytes + 13 * rows * size, rows * size**3 // 3)
+    measure("obs_eliminate", f"{rows} rows of {size} with one inverse", implementation, [call], work, gate)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_obs_eliminate(measure, size, implementation):
     """Blocks of well-conditioned inverses, to the last weight."""

@@ -100,8 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help="(outputs, targets) -> scalar; default cross entropy",
     )
     prune.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after")
-    prune.add_argument("--curvature", default="block", help="identity, diagonal, block (default) or low_rank")
-    prune.add_argument("--saliency", choices=("exact", "simultaneous"))
+    prune.add_argument(
+        "--curvature", default="block", help="identity, diagonal, block (default), low_rank or layerwise"
+    )
+    prune.add_argument("--allocation", help="another curvature, that says how many weights each layer loses")
+    prune.add_argument("--saliency", choices=("exact", "simultaneous", "fixed_order"))
     prune.add_argument("--scope", choices=("global", "layer"))
     prune.add_argument("--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated')
     prune.add_argument("--num-grads", type=int)
@@ -252,7 +255,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate else None
     names = (
-        "sparsity curvature saliency scope params num_grads grad_batch_size recomputations block_size damping labels "
+        "sparsity curvature allocation saliency scope params num_grads grad_batch_size recomputations block_size damping labels "
         "likelihood recalibrate_batchnorm max_memory impl seed"
     )
     options = {name: getattr(arguments, name) for name in names.split()}

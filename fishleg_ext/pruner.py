@@ -441,12 +441,14 @@ def prune(
             be None with curvature="identity".
         loss_fn: (outputs, targets) -> scalar, the mean over the batch.
         sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero.
-        curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC), or a
-            `fishleg_ext.curvature.Curvature`.
-        saliency: "exact" (greedy elimination in blocks) or "simultaneous" (single-weight formula). None is the
-            curvature's default: exact for block, simultaneous for the others.
+        curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
+            "layerwise" (OBC), or a `fishleg_ext.curvature.Curvature`.
+        saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
+            (SparseGPT: column after column; not with scope="global"). None is the curvature's default: exact for block
+            and layerwise, simultaneous for the others.
         scope: "global" (one threshold for all parameters), "layer" (the same sparsity in each), or a dict
-            name -> sparsity; parameters not in it stay dense. None is the curvature's default, "global".
+            name -> sparsity; parameters not in it stay dense. None is the curvature's default: "layer" for layerwise,
+            "global" for the others.
         pattern: "unstructured"; "n:m" and "blockN" are not in this version yet.
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
             None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
@@ -454,7 +456,8 @@ def prune(
         grad_batch_size: samples in each gradient.
         recomputations: rounds of estimating and pruning; the density falls geometrically.
         block_size: weights in a block of the Fisher matrix.
-        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5.
+        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5. For layerwise a share of the
+            mean of the diagonal, 1e-2.
         labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher).
         likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
             None with cross_entropy.
@@ -463,6 +466,9 @@ def prune(
         impl: "auto", "reference", "triton" or "cuda"; for every op.
         seed: of sampled labels, and of PyTorch's RNG while the data is read.
         progress: show progress bars (where standard error is a terminal).
+        allocation: another curvature, by name or as an instance, in place of `scope`: with its own default saliency and
+            one threshold for all parameters it says how many weights each of them loses. Of `max_memory` each of the
+            two may take half.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by

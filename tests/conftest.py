@@ -49,4 +49,5 @@ def record_table(request: pytest.FixtureRequest) -> Callable[..., None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for title, rows in config.stash.get(_TABLES, {}).items():
         terminalreporter.section(title)
-        terminalreporter.write_line(tabulate(rows, headers="keys"))
+        distinct = list({str(row): row for row in rows}.values())
+        terminalreporter.write_line(tabulate(distinct, headers="keys"))

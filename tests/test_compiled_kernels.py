@@ -66,16 +66,32 @@ def test_cuda_kernels_compile_without_spills(source, capability, tmp_path, recor
         for symbol, stores, loads, registers, shared in mine:
             spills = int(stores) + int(loads)
             assert spills == 0, symbol
-            element = re.search(rf"{name}I(\w)E", symbol)
+            tiles = re.search(r"SymmetricTilesI(\w)Li(\d+)ELi(\d+)E", symbol)
+            element = tiles or re.search(rf"{name}I(\w)E", symbol)
+            arguments = {"f": "T=float", "d": "T=double"}.get(element[1], symbol) if element else symbol
+            occupancy = {}
+            if tiles:
+                grid = int(tiles[2])
+                arguments += f" grid={grid} tile={tiles[3]}"
+                occupancy["warps_per_multiprocessor"] = resident_warps(grid * (grid + 1) // 2, int(registers))
             record_table(
                 TABLE,
                 kernel=name,
                 target=f"sm_{capability}",
-                arguments={"f": "T=float", "d": "T=double"}.get(element[1], symbol) if element else symbol,
+                arguments=arguments,
                 shared=int(shared or 0),
                 registers=int(registers),
                 spills=spills,
+                **occupancy,
             )
+
+
+def resident_warps(threads, registers):
+    """Of kernels on SymmetricTiles, as far as 65,536 registers and 64 warps go."""
+    warps = -(-threads // 32)
+    warps *= 4 if warps == 1 else 1
+    each = 32 * (-(-registers // 8) * 8) * warps
+    return min(65536 // each * warps, 64 // warps * warps)
 
 
 @pytest.mark.parametrize("file", sorted(KERNELS.glob("*.py")), ids=lambda file: file.name)

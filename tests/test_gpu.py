@@ -135,27 +135,38 @@ def test_two_eliminations_are_bitwise_equal(k, blocks):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_largest_block_that_fits_runs_and_the_next_falls_back(dtype, blocks):
-    supports = lambda b: OPS["obs_eliminate"].supports(
-        "cuda", torch.ones(1, b, device="cuda"), torch.ones(1, b, b, dtype=dtype, device="cuda"), None
-    )
+    supports = lambda b: OPS["block_inverse"].supports("cuda", torch.ones(1, b, b, dtype=dtype, device="cuda"), 0.1)
     largest = max(b for b in range(1, 400) if supports(b)[0])
-    got = ops.obs_eliminate(*blocks(2, largest, dtype), impl="cuda")
-    assert is_an_order(got[0])
-    larger = blocks(2, largest + 1, dtype)
-    with pytest.raises(NotImplementedError, match=f"holds a block in shared memory: {largest + 1} weights .* bytes"):
-        ops.obs_eliminate(*larger, impl="cuda")
-    automatic, reference = ops.obs_eliminate(*larger), ops.obs_eliminate(*larger, impl="reference")
+    got, info = ops.block_inverse(blocks(2, largest, dtype)[1], 0.1, impl="cuda")
+    assert not info.any()
+    assert got.isfinite().all()
+    gram = blocks(2, largest + 1, dtype)[1]
+    with pytest.raises(NotImplementedError, match=f"holds a block in registers: up to {largest} weights"):
+        ops.block_inverse(gram, 0.1, impl="cuda")
+    automatic, reference = ops.block_inverse(gram, 0.1), ops.block_inverse(gram, 0.1, impl="reference")
     assert torch.equal(automatic[0], reference[0])
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"dead_first": True}, {"n": 2, "m": 4}])
+def test_large_blocks_are_eliminated_in_panels(options, blocks):
+    """Of 576 weights with one inverse, as a row of a layer has; well conditioned, so that orders agree."""
+    weight, inverse, alive = blocks(64, 576, torch.float64)
+    got = ops.obs_eliminate(weight, inverse[:1], alive, **options, impl="cuda")
+    expected = ops.obs_eliminate(weight, inverse[:1], alive, **options, impl="reference")
+    assert is_an_order(got[0]) or options
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.cuda
 def test_an_inverse_that_blocks_share_is_not_copied(blocks):
-    weight, inverse, _ = blocks(1, 200)
-    weight = weight.expand(50_000, 200)
+    weight, inverse, _ = blocks(1, 190)
+    weight = weight.expand(50_000, 190)
     alive = torch.ones(weight.shape, dtype=torch.bool, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    rank, _ = ops.obs_eliminate(weight, inverse.expand(50_000, 200, 200), alive, impl="cuda")
+    rank, _ = ops.obs_eliminate(weight, inverse.expand(50_000, 190, 190), alive, impl="cuda")
     assert is_an_order(rank[:1])
     assert (rank == rank[:1]).all()
     # 8 GB of copies; three arrays of 40 MB are needed.
@@ -173,7 +184,17 @@ def test_groups_fall_back(blocks):
 def test_auto_takes_the_kernels(masked, blocks, monkeypatch):
     """Where they are available, nothing else runs."""
     tensors, _, packed = masked
-    calls = {"apply_masks_": (tensors, packed), "obs_eliminate": blocks(3, 12)}
+    weight, inverse, alive = blocks(40, 12)
+    grads = weight.expand(5, 40, 12)
+    calls = {
+        "apply_masks_": (tensors, packed),
+        "obs_eliminate": (weight, inverse, alive),
+        "obs_compensate": (weight, inverse, alive),
+        "block_gram_": (inverse, grads),
+        "block_inverse": (inverse, 0.1),
+        "woodbury_update_": (inverse, grads, 5),
+    }
+    assert calls.keys() == {op.name for op in OPS.values() if op.kernels}
     for name, arguments in calls.items():
         for impl in OPS[name].kernels:
             if OPS[name].unavailable(impl) is None:
