@@ -45,7 +45,7 @@ IMPLEMENTATIONS = {
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", (144, 576))
+@pytest.mark.parametrize("size", [144, 576])
 def bench_rows_that_share_an_inverse(measure, size, implementation):
     """The rows of a layer of ResNet-20, as OBC eliminates them; batched torch gives each a copy of the inverse."""
     if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):

@@ -255,8 +255,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate else None
     names = (
-        "sparsity curvature allocation saliency scope params num_grads grad_batch_size recomputations block_size damping labels "
-        "likelihood recalibrate_batchnorm max_memory impl seed"
+        "sparsity curvature allocation saliency scope params num_grads grad_batch_size recomputations block_size "
+        "damping labels likelihood recalibrate_batchnorm max_memory impl seed"
     )
     options = {name: getattr(arguments, name) for name in names.split()}
     result = fishleg_ext.prune(model, data, loss_fn, progress=not arguments.quiet, **options)
