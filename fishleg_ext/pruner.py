@@ -170,8 +170,8 @@ class Pruner:
             RuntimeError: `estimate` was not called, or parameters of the model were replaced.
             ValueError: sparsity out of range or below what is pruned already, or weights with NaN or inf.
         """
-        split = len(self._estimate.groups) > 1
-        if not self._estimate.ready:
+        if not all(estimate.ready for estimate in self._estimates()):
+            split = any(len(estimate.groups) > 1 for estimate in self._estimates())
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
         num_pruned = self._num_pruned(sparsity)
         self._check_parameters()
@@ -193,12 +193,12 @@ class Pruner:
     def _allocated(self, estimate: Estimate, num_pruned: Union[int, Mapping[str, int]]) -> dict[str, int]:
         """How many weights each parameter loses where all of them compete under another curvature."""
         costs: dict[str, Costs] = {}
-        with self._timed("allocation"):
-            for group in estimate.groups:
-                estimate.hold(group)
+        for group in estimate.groups:
+            estimate.hold(group)  # which is timed
+            with self._timed("allocation"):
                 costs |= self._costs(estimate, estimate.curvature.default_saliency, group)
-                self._damping_raised |= estimate.curvature.damping_raised
-            return {name: int((~mask).sum()) for name, mask in select(costs, num_pruned).items()}
+            self._damping_raised |= estimate.curvature.damping_raised
+        return {name: int((~mask).sum()) for name, mask in select(costs, num_pruned).items()}
 
     def _prune(
         self, groups: list[list[str]], num_pruned: Union[int, Mapping[str, int]], masks: dict[str, Tensor]

@@ -272,6 +272,19 @@ def test_allocation_goes_on_from_a_saved_state(data, tmp_path):
         alone.load_state_dict(saved["pruner"])
 
 
+def test_allocation_in_parts_is_the_same_and_serves_one_prune_to(data):
+    options = {"curvature": "layerwise", "allocation": "block", "num_grads": 16, "block_size": 16, "progress": False}
+    free, tight = make_net(), make_net()
+    expected = fishleg_ext.prune(free, data, sparsity=0.6, **options)
+    pruner = fishleg_ext.Pruner(tight, max_memory=2 * 131_000, **options)
+    assert len(pruner._allocation.groups) > 1
+    pruner.estimate(data, F.cross_entropy)
+    got = pruner.prune_to(0.6)
+    assert all(torch.equal(mask, got.masks[name]) for name, mask in expected.masks.items())
+    with pytest.raises(RuntimeError, match="before each prune_to"):
+        pruner.prune_to(0.7)
+
+
 def test_allocation_and_sequential_inputs_read_data_more_than_once(data):
     for options in ({"allocation": "block"}, {"curvature": Layerwise(inputs="sequential"), "damping": None}):
         with pytest.raises(ValueError, match="can be read again, as .*(allocation|sequential)"):
