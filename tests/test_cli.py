@@ -98,7 +98,7 @@ def _model():
         ("mine:model mine:data --sparsity 0.5 --out x.pt --checkpoint no.pt", "no.pt"),
         ("mine:model mine:data --sparsity 0.5 --out x.json", "overwritten by the report"),
         ("mine:model mine:data --sparsity 0.5 --out x.pt --checkpoint mine.py", "mine.py is not a file of torch.save"),
-        ("mine:model mine:data --sparsity 0.5 --out x.pt --impl cuda --num-grads 8", "no CUDA C\\+\\+ kernel"),
+        ("mine:model mine:data --sparsity 0.5 --out x.pt --impl triton --num-grads 8", "no Triton kernel"),
     ],
 )
 def test_errors_are_one_line_and_status_2(user, capsys, arguments, message):
