@@ -14,8 +14,8 @@
 // block_gram_        m gradients as they are, 6 B bytes of gram  m B FLOP
 // block_inverse      2 B bytes read, 4 B written                 B^2 FLOP
 // woodbury_update_   m gradients as they are, 6 B bytes          3 m B FLOP
-// Only the lower half of gram or inverse is read; both are written, so that results are symmetric
-// to the bit.
+// Of gram or inverse only the lower half and the tiles on the diagonal are read; both halves are
+// written, so that results are symmetric to the bit.
 #pragma once
 
 #include <cstdint>

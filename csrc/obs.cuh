@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
       h.row(q, u);
       h.sync();
       const T variance = u[Tiles::slot(q)];
-      solved = variance > 0;
+      solved = variance > 0 && variance < static_cast<T>(INFINITY);
       h.add_outer(u, -1 / variance);
       const T share = Weights<Tiles>::entry(moved, q) / variance;
 #pragma unroll

@@ -195,6 +195,12 @@ def _obs_compensate(new: Inputs) -> Iterator[Case]:
     for density in (-1.0, 1.1):
         yield Case(f"pruned with density {density:g}", (weight, inverse, new.mask(4, 12, density=density)), {}, 1e3)
     yield Case("inverse shared", (weight, inverse[:1].expand(4, 12, 12), new.mask(4, 12)), {}, 1e3)
+    infinite = inverse.clone()
+    infinite[1, 2, 2] = torch.inf
+    yield Case("inf on a diagonal", (weight, infinite, new.mask(4, 12, density=1.1)), {}, 1e3)
+    some = new.mask(4, 12, density=1.1)
+    some[:, 7:] = False
+    yield Case("inf on a diagonal, some pruned", (weight, infinite, some), {}, 1e3)
     partly = inverse.clone()
     partly[:, 3], partly[:, :, 3] = 0, 0
     yield Case("a variance of zero", (weight, partly, new.mask(4, 12)), {}, 1e3)

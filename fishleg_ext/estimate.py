@@ -103,6 +103,7 @@ class Estimate:
         """The curvature, if it is held."""
         return {
             "held": list(self.held),
+            "used_grads": self.used_grads if self.held else 0,
             "masks_at_estimate": pack_masks(self._masks) if self.held else {},
             "curvature": self.curvature.state_dict() if self.held else {},
         }
@@ -117,6 +118,7 @@ class Estimate:
             self.curvature.start(self.weights(self._parameters))
             self.curvature.load_state_dict(state["curvature"])
         self._masks, self.held, self._source = dict(masks), list(state["held"]), None
+        self.used_grads = int(state["used_grads"])
 
     def _observe(self, names: list[str], source: tuple[Iterable[Any], LossFunction]) -> None:
         self.held = []

@@ -3,7 +3,8 @@
 Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1. With H = U^T U, U upper triangular, row j of U is what
 is left of row j of the inverse H once the columns before j are fixed, over the square root of its diagonal. So one
 factorisation, whatever is pruned, serves all rows that share H: losing weight j costs w_j^2 / (2 U_jj^2), and only
-the columns after j make up for it.
+the columns after j make up for it. Weights that were pruned before are pruned again when their column comes; until then
+they count as free to make up for others, as any weight does whose column is yet to come.
 """
 
 from collections.abc import Mapping

@@ -123,6 +123,10 @@ class Pruner:
             if scope is not None:
                 raise ValueError(f"expected either allocation or scope, got {allocation!r} and {scope!r}")
             allocating = make_curvature(allocation, block_size=block_size)
+            if allocating is self.curvature:
+                raise ValueError("expected another curvature as allocation, got the same instance twice")
+            if allocating.sequential:
+                raise ValueError("expected an allocation of all parameters at once, got one with sequential inputs")
             self._allocation = estimate(allocating, timed=lambda stage: self._timed("allocation"))
             scope = "global"
         self.scope = self.curvature.default_scope if scope is None else scope
@@ -136,7 +140,8 @@ class Pruner:
     def estimate(self, data: Optional[Iterable[Any]], loss_fn: LossFunction) -> None:
         """Estimate the curvature of the model as it is now, forgetting earlier estimates.
 
-        Where `max_memory` splits the estimate it is `prune_to` that reads the data, twice for each part but the last.
+        Where `max_memory` splits the estimate it is `prune_to` that reads the data, twice for each part but the last;
+        with sequential inputs it reads it once for each parameter.
 
         Args:
             data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
@@ -144,11 +149,18 @@ class Pruner:
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
-                likelihood, weights or gradients with NaN or inf.
+                likelihood, weights or gradients with NaN or inf, single-weight scores of layerwise curvature where
+                weights are pruned already.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
         self._check_parameters()
-        if data is not None and self._allocation is not None:
+        if self.saliency == "simultaneous" and not self.curvature.masked and any(self._masks.num_pruned().values()):
+            raise ValueError(
+                f"expected saliency='exact' or 'fixed_order' where weights are pruned already: single-weight scores of "
+                f"{type(self.curvature).__name__} would count on these to make up for others"
+            )
+        readers = [estimate for estimate in self._estimates() if estimate.curvature.observes]
+        if data is not None and len(readers) > 1:
             require_rereadable(data, "allocation= reads it once more")
         self._seconds, self._damping_raised = {}, {}
         with self._implementation():
@@ -160,7 +172,7 @@ class Pruner:
         """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
 
         Several calls after one estimate go on where the last one stopped, under the same curvature; where `max_memory`
-        splits the estimate, each call needs its own.
+        splits the estimate, or inputs are sequential, each call needs its own.
 
         Args:
             sparsity: pruned weights over all weights afterwards, in [0, 1), earlier ones included; or name -> that of
@@ -283,7 +295,15 @@ class Pruner:
         Raises:
             ValueError: the state is of other parameters, shapes or arguments; nothing is changed then.
         """
-        missing = {"masks", "masks_at_estimate", "curvature", "held", "allocation", "history"} - state.keys()
+        missing = {
+            "masks",
+            "masks_at_estimate",
+            "curvature",
+            "held",
+            "used_grads",
+            "allocation",
+            "history",
+        } - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
         if (state["allocation"] is None) != (self._allocation is None):

@@ -131,7 +131,37 @@ def wrong_count_of_damping(gram, damping):
     return inverse, info + 1
 
 
+def other_bits_each_time(weight, inverse, pruned):
+    moved = reference("obs_compensate")(weight, inverse, pruned)
+    return moved * (1 + torch.finfo(moved.dtype).eps * torch.randint(0, 2, moved.shape))
+
+
+def forgets_one_of_the_set(weight, inverse, pruned):
+    fewer = pruned.clone()
+    fewer[:, -1:] = False
+    return reference("obs_compensate")(weight, inverse, fewer)
+
+
+def loses_the_last_gradient(gram, grads, alpha=1.0):
+    reference("block_gram_")(gram, grads[:-1], alpha)
+
+
+def writes_one_half(gram, grads, alpha=1.0):
+    before = gram.clone()
+    reference("block_gram_")(gram, grads, alpha)
+    gram.copy_(gram.tril() + before.triu(1))
+
+
+def counts_gradients_of_the_chunk(inverse, grads, num_grads):
+    reference("woodbury_update_")(inverse, grads, len(grads) + 1)
+
+
 FAULTS = [
+    ("obs_compensate", other_bits_each_time),
+    ("obs_compensate", forgets_one_of_the_set),
+    ("block_gram_", loses_the_last_gradient),
+    ("block_gram_", writes_one_half),
+    ("woodbury_update_", counts_gradients_of_the_chunk),
     ("obs_eliminate", costs_off),
     ("obs_eliminate", last_of_ties_first),
     ("obs_eliminate", two_swapped),

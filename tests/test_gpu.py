@@ -154,9 +154,9 @@ def test_large_blocks_are_eliminated_in_panels(options, blocks):
     weight, inverse, alive = blocks(64, 576, torch.float64)
     got = ops.obs_eliminate(weight, inverse[:1], alive, **options, impl="cuda")
     expected = ops.obs_eliminate(weight, inverse[:1], alive, **options, impl="reference")
-    assert is_an_order(got[0]) or options
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1])
+    assert (got[0] >= 288).any()
 
 
 @pytest.mark.cuda

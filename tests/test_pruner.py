@@ -524,7 +524,9 @@ def test_state_survives(net, data, tmp_path):
     assert all(torch.equal(m, again.masks[n]) for n, m in pruner.masks.items())
     assert again.history == pruner.history
     torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
-    with pytest.raises(ValueError, match="has no allocation, curvature, held, history, masks"):
+    with pytest.raises(
+        ValueError, match="has no allocation, curvature, held, history, masks, masks_at_estimate, used_grads"
+    ):
         again.load_state_dict({})
 
 
@@ -570,6 +572,12 @@ def test_what_comes_later_says_so(net, data):
         ({"sparsity": 0.5, "scope": "row"}, ValueError, "got 'row'"),
         ({"sparsity": 0.5, "scope": "global", "allocation": "block"}, ValueError, "either allocation or scope"),
         ({"sparsity": 0.5, "allocation": "blocks"}, ValueError, "got 'blocks'"),
+        ({"sparsity": 0.5, "allocation": Layerwise(inputs="sequential")}, ValueError, "one with sequential inputs"),
+        (
+            {"sparsity": 0.5, "curvature": "layerwise", "saliency": "simultaneous", "recomputations": 2},
+            ValueError,
+            "single-weight scores of Layerwise would count on these",
+        ),
         ({"sparsity": 0.5, "saliency": "fixed_order"}, ValueError, "scope='layer'.* with saliency='fixed_order'"),
         ({"sparsity": 0.5, "curvature": "layerwise", "damping": 0.0}, ValueError, "damping"),
         ({"sparsity": 0.5, "scope": {"0.weight": 0.5}}, ValueError, "got both"),

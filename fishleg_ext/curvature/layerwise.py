@@ -20,8 +20,9 @@ class Layerwise(Curvature):
 
     A row w of a Linear or Conv layer gives the outputs w . a, a the inputs it is multiplied by (for a convolution the
     patch at each position), so that moving it by dw costs 1/2 E (dw . a)^2 = 1/2 dw^T A dw of squared output error, a
-    mean over samples and a sum over positions. All rows share A, those of a convolution with groups the A of their
-    group. Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 2; SparseGPT, arXiv 2301.00774.
+    mean over samples (the first dimension of the layer's input) and a sum over positions. All rows share A, those of a
+    convolution with groups the A of their group. Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 2; SparseGPT,
+    arXiv 2301.00774.
 
     Needs forward passes alone. Costs are in the units of each layer's own outputs, hence the scope "layer".
 
@@ -111,8 +112,10 @@ class Layerwise(Curvature):
         if counts.keys() != self._count.keys():
             raise ValueError(f"expected curvature of {', '.join(self._count)}, got that of {', '.join(counts)}")
         for name, gram in grams.items():
+            if name not in self.layouts:
+                raise ValueError(f"expected curvature of {', '.join(self.layouts)}, got that of {name}")
             size, rows = self.layouts[name].block_size, self.layouts[name].num_blocks
-            if gram.shape[1:] != (size, size) or rows % len(gram):
+            if gram.dim() != 3 or gram.shape[1:] != (size, size) or not len(gram) or rows % len(gram):
                 raise ValueError(
                     f"expected curvature of {name} of shape [groups, {size}, {size}], got {list(gram.shape)}"
                 )

@@ -58,7 +58,8 @@ def block_inverse(gram: Tensor, damping: float, *, impl: str = "auto") -> tuple[
     first raised to eps * mean(diag).
 
     Args:
-        gram: [K, B, B], floating point; symmetric positive semidefinite.
+        gram: [K, B, B], floating point; symmetric positive semidefinite. What an implementation reads of its two
+            halves is its own affair.
         damping: added to the diagonal, >= 0, in the units of gram.
 
     Returns:
