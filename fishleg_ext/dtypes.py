@@ -1,6 +1,8 @@
-"""Which dtype sums are taken in."""
+"""Which dtype sums are taken in, and how their products are rounded."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -12,3 +14,21 @@ def widened(*dtypes: torch.dtype) -> torch.dtype:
     torch.float32
     """
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+@contextlib.contextmanager
+def ieee_products() -> Iterator[None]:
+    """Matrix products of float32 on a GPU in float32 proper, though the user may allow TF32 for a network.
+
+    What is left of an inverse is a small difference of large numbers: three decimal digits do not do.
+    """
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -256,3 +256,19 @@ def test_import_initialises_no_cuda_and_reads_no_kernel():
         "assert 'triton' not in sys.modules; assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("allowed, within", [("highest", "none"), ("high", "ieee")])
+def test_products_are_not_rounded_to_tf32_unless_an_op_says_so(allowed, within, monkeypatch):
+    seen = []
+    setting = torch.backends.cuda.matmul
+    spy = lambda *args: seen.append(setting.fp32_precision) or torch.ones(())
+    monkeypatch.setattr(type(OPS["kron_diag"]), "resolve", lambda *args, **kwargs: spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        ops.kron_diag(torch.eye(2), torch.eye(2), torch.ones(2, 2))
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen[0] in (within, "ieee")

@@ -23,6 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from fishleg_ext.dtypes import ieee_products
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -127,7 +129,7 @@ def op(
         entry = Op(name, check.__module__.rpartition(".")[2], schema, reference, mutates, kernels)
 
         def run(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), ieee_products():
                 check(*args, **kwargs)
                 return entry.resolve(impl, *args, **kwargs)(*args, **kwargs)
 
