@@ -81,6 +81,7 @@ def _sweep(rows: Tensor, factor: Tensor, alive: Tensor, is_weight: Tensor, num_p
             multiplier = torch.where(keep[:, j], 0, rows[:, j] / diagonal[:, j])  # [K]
             rows[:, j : part.stop] -= multiplier[:, None] * factor[:, j, j : part.stop]
             multipliers[:, j - start] = multiplier
-        rows[:, part.stop :] -= (multipliers[:, None] @ factor[:, part, part.stop :])[:, 0]
+        rest = factor[:, part, part.stop :]
+        rows[:, part.stop :] -= multipliers @ rest[0] if len(rest) == 1 else (multipliers[:, None] @ rest)[:, 0]
     rows.masked_fill_(~keep, 0)
     return keep

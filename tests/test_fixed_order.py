@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fishleg_ext import fixed_order
-from fishleg_ext.curvature import CurvatureError, Layerwise
+from fishleg_ext.curvature import BlockFisher, CurvatureError, Layerwise
 from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observe import Observation
 
@@ -75,6 +75,25 @@ def test_the_count_is_exact_wherever_the_dead_are(count, generator, monkeypatch)
         masks, _ = fixed_order_prune(curvature, {"w": weight * alive}, {"w": alive}, {"w": count})
         assert int((~masks["w"]).sum()) == count
         assert not masks["w"][~alive].any()
+
+
+def test_blocks_with_inverses_of_their_own_are_swept_each_by_its_own(generator, monkeypatch):
+    """The blocks of BlockFisher: as if each were a parameter, with the counts that the joint choice gave it."""
+    monkeypatch.setattr(fixed_order, "COLUMNS", 3)
+    weight = torch.randn(3, 8, dtype=torch.float64, generator=generator)
+    curvature = BlockFisher(8, 1e-2)
+    curvature.start({"w": weight})
+    grads = torch.randn(30, 3, 8, dtype=torch.float64, generator=generator)
+    curvature.update(Observation(30, gradients={"w": grads}))
+    alive = torch.ones(3, 8, dtype=torch.bool)
+    masks, moved = fixed_order_prune(curvature, {"w": weight}, {"w": alive}, {"w": 12})
+    assert int((~masks["w"]).sum()) == 12
+    for row in range(3):
+        fisher = grads[:, row].mT @ grads[:, row] / 30 + 1e-2 * torch.eye(8, dtype=torch.float64)
+        counts = {part: int((~masks["w"][row, list(part)]).sum()) for part in parts(8, 3)}
+        expected, keep = by_definition(weight[row : row + 1], fisher, alive[:1], counts.__getitem__)
+        assert torch.equal(masks["w"][row], keep[0])
+        torch.testing.assert_close(moved["w"][row], expected[0])
 
 
 def test_an_inverse_that_is_not_positive_definite_is_named(generator, monkeypatch):

@@ -879,6 +879,7 @@ def test_pruning_goes_on_from_a_saved_estimate(data, tmp_path):
     again = fishleg_ext.Pruner(twice, **options)
     again.load_state_dict(saved["pruner"])
     got = again.prune_to(0.8)
+    assert got.history[-1]["num_grads"] == 16
     assert all(torch.equal(mask, got.masks[name]) for name, mask in expected.masks.items())
     assert all(torch.equal(v, twice.state_dict()[k]) for k, v in once.state_dict().items())
 
