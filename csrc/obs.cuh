@@ -238,7 +238,7 @@ constexpr int panel_shared_bytes() {
 // One panel of P steps. With `dead`, it is those not in `alive` that are eliminated, in order of
 // their indices and without ranks. Needs panel_shared_bytes.
 template <typename T>  // T: float or double
-__global__ void __launch_bounds__(kPanelThreads)
+__global__ void __launch_bounds__(kPanelThreads, 1)
     obs_eliminate_panel_kernel(const T* __restrict__ inverse, const bool* __restrict__ alive,
                                PanelState<T> state, int panel, bool dead,
                                EliminateOptions<T> options) {
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kPanelThreads)
 
 // weight [K, B], inverse [K or 1, B, B], pruned [K, B] -> out [K, B]. Where H[P, P] is not positive
 // definite to rounding it is damped more and more, from eps * mean(diag) on, as in block_inverse;
-// in vain, and the block is NaN. Threads and shared memory as of Tiles, for two vectors.
+// in vain, and what is kept is NaN. Threads and shared memory as of Tiles, for two vectors.
 template <typename Tiles>  // a SymmetricTiles that holds B rows
 __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
     obs_compensate_kernel(const typename Tiles::Entry* __restrict__ weight,
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
   for (int s = 0; s < Tiles::kHeld; ++s) {
     const int j = s * kWarpSize + lane;
     if (j >= size) break;
-    out[j] = !solved ? static_cast<T>(NAN) : pruned[j] ? T(0) : moved[s];
+    out[j] = pruned[j] ? T(0) : solved ? moved[s] : static_cast<T>(NAN);
   }
 }
 
