@@ -210,7 +210,6 @@ def test_blocks_are_supported_up_to_what_registers_hold(dtype, largest, monkeypa
         monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
     meta = lambda *shape, dtype=dtype: torch.empty(*shape, device="meta", dtype=dtype)
     calls = {
-        obs.supports_obs_eliminate: lambda b: (meta(40, b), meta(40, b, b), meta(40, b, dtype=torch.bool)),
         obs.supports_obs_compensate: lambda b: (meta(40, b), meta(40, b, b), meta(40, b, dtype=torch.bool)),
         block_fisher.supports_block_inverse: lambda b: (meta(40, b, b), 0.1),
     }
