@@ -1,13 +1,15 @@
 // Blocks of the empirical Fisher matrix: Gram matrices, their inverses, inverses kept up to date.
 //
-// All three hold a block in registers (symmetric_tiles.cuh) and add outer products to it:
-// block_gram_:       gram += alpha sum_s g_s g_s^T
-// block_inverse:     the sweep operator on every pivot k in turn, which leaves -(gram + damping
-// I)^-1:
-//                    u = row k, p = u_k;  A -= u u^T / p;  then row and column k are u / p, A_kk =
-//                    -1 / p. The pivots are the squares of the Cholesky factor's diagonal, so a
-//                    matrix is refused where Cholesky refuses it.
-// woodbury_update_:  H -= (H g)(H g)^T / (num_grads + g^T H g) for one gradient after the other
+// All three hold a block in registers (symmetric_tiles.cuh) and add outer products to it.
+//
+// block_gram_: gram += alpha sum_s g_s g_s^T.
+//
+// block_inverse: the sweep operator on every pivot k in turn,
+//   u = row k of A, p = u_k;  A -= u u^T / p;  then row and column k become u / p, and A_kk -1 / p,
+// which turns A = gram + damping I into -A^-1. The pivots are the squares of the diagonal of the
+// Cholesky factor, so a matrix is refused where Cholesky refuses it.
+//
+// woodbury_update_: H -= (H g)(H g)^T / (num_grads + g^T H g) for one gradient after the other.
 //
 // Per weight, in float32:
 //                    device memory                               arithmetic
