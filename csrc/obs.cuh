@@ -5,10 +5,13 @@
 // obs_compensate: the same steps for all q of a given set P, in order of their indices, which comes
 // to w - H[:, P] (H[P, P])^-1 w_P.
 //
+// Or groups of weights, together: the one of lowest joint cost 1/2 w_G^T (H_GG)^-1 w_G, its members
+// in turn. For n:m, only where more than n of m are left.
+//
 // H lies in the registers of one thread block, or of one warp where B <= 56 (symmetric_tiles.cuh).
-// Every warp keeps a copy of w and diag H, a few entries a lane, and finds q from it by itself, so
-// that one barrier a step suffices, after those threads that hold row q have written it out; it
-// goes to two places in turn, one read while the other is written.
+// Every warp keeps a copy of w and what is on the diagonal of H, a few groups a lane, and finds q
+// from it by itself, so that one barrier a step suffices, after those threads that hold row q have
+// written it out; it goes to two places in turn, one read while the other is written.
 //
 // Device memory, per weight: half of its row of H, 2 B bytes in float32, a weight and a flag are
 // read; a value and an int are written. Of an inverse that all blocks share there is one copy,
@@ -18,12 +21,12 @@
 // obs_eliminate_panel: the same elimination where a block is too large for registers, as a row of a
 // layer is whose inverse all rows share. One thread block for each block of weights goes on for as
 // many steps as there is room for columns v = u / sqrt(u_q), and what is left of the inverse is
-// H - columns^T columns, of which only row q and the diagonal are formed. The caller subtracts the
-// columns, one matrix product for all blocks, before it calls again. With panels of P columns an
-// elimination to the end moves 8 B^2 / P bytes a weight for the products (in float32), 2 B P for
-// the columns, which stay in cache, and 4 B for the rows; keeping all columns and never subtracting
-// them would move 2 B^2. The products are 2 B^2 FLOP a weight. A shared inverse is read as it is
-// until the first panel is full.
+// H - columns^T columns, of which only row q and what is on the diagonal are formed. The caller
+// subtracts the columns, one matrix product for all blocks, before it calls again. With panels of P
+// columns an elimination to the end moves 8 B^2 / P bytes a weight for the products (in float32), 2
+// B P for the columns, which stay in cache, and 4 B for the rows; keeping all columns and never
+// subtracting them would move 2 B^2. The products are 2 B^2 FLOP a weight. A shared inverse is read
+// as it is until the first panel is full.
 //
 // Invariants: every warp does the same arithmetic on the same numbers, so that all threads agree on
 // q and on the end. Entries with a dead row or column are 0 and never loaded, unless dead_first.
@@ -32,22 +35,13 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "damping.cuh"
+#include "elimination.h"
 #include "symmetric_tiles.cuh"
 
 namespace fishleg_ext {
-
-// What an elimination is asked to do, beside its arrays.
-template <typename T>
-struct EliminateOptions {
-  int64_t num_blocks;      // K
-  int size;                // B
-  int64_t inverse_stride;  // elements from one block's inverse to the next; 0 where all share one
-  int n, m;                // keep n of each m weights; m = 0 where there is no such pattern
-  T stop;                  // a block ends when its next cost exceeds this
-  bool dead_first;         // the inverse is that of the whole block: eliminate the dead first
-};
 
 // The lowest of the lanes' costs, none of which is negative or NaN, and of ties the lowest index.
 __device__ __forceinline__ void warp_lowest(float& cost, int& index) {
@@ -69,52 +63,112 @@ __device__ __forceinline__ void warp_lowest(double& cost, int& index) {
   }
 }
 
-// The weights of a block and the diagonal of H, a copy in every warp: entry j in lane j % 32.
-template <typename Tiles>
+// What it costs to lose those weights z of a group that are in `pending`, bit by bit, H being h
+// between them: each in turn, what is left of the group following. 1/2 z^T H^-1 z; infinite where H
+// is not positive definite, and where the cost is NaN.
+template <typename T, int kGroup>
+__device__ __forceinline__ T joint_cost(T (&z)[kGroup], T (&h)[kGroup][kGroup], unsigned pending) {
+  T cost = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (kGroup > 1 && !(pending >> i & 1)) continue;
+    const T variance = h[i][i];
+    const T one = variance > 0 ? z[i] * z[i] / (2 * variance) : static_cast<T>(INFINITY);
+    cost = i == 0 ? one : cost + one;
+#pragma unroll
+    for (int r = i + 1; r < kGroup; ++r) {
+      const T factor = h[r][i] / variance;
+      z[r] -= factor * z[i];
+#pragma unroll
+      for (int c = i + 1; c <= r; ++c) h[r][c] -= factor * h[c][i];
+    }
+  }
+  return cost < static_cast<T>(INFINITY) ? cost : static_cast<T>(INFINITY);
+}
+
+// The weights of a block and what is on the diagonal of H, a copy in every warp: group j of kGroup
+// weights in lane j % 32.
+template <typename Tiles, int kGroup>
 struct Weights {
   using T = typename Tiles::Entry;
-  static constexpr int kHeld = Tiles::kHeld;
+  static constexpr int kHeld = (Tiles::kSize + kWarpSize * kGroup - 1) / (kWarpSize * kGroup);
+  static_assert(Tiles::kSize % kGroup == 0, "whole groups");
 
   int lane;
-  T weight[kHeld], variance[kHeld];  // a variance that is not positive: not to be eliminated
-  int left[kHeld];                   // pending weights in the group of m that entry j is in
+  T weight[kHeld][kGroup];
+  T variance[kHeld][kGroup][kGroup];  // of H, the lower half
+  unsigned pending;                   // which of these weights, a bit for each
+  int left[kHeld];                    // pending weights in the m that weight j is of
 
-  __device__ __forceinline__ int index(int s) const { return s * kWarpSize + lane; }
+  // The first weight of a group.
+  __device__ __forceinline__ int index(int s) const { return (s * kWarpSize + lane) * kGroup; }
+  // Which weights of a group are pending.
+  __device__ __forceinline__ unsigned pending_in(int s) const {
+    return pending >> s * kGroup & ((1u << kGroup) - 1);
+  }
+  __device__ __forceinline__ bool holds(int q) const { return q / kGroup % kWarpSize == lane; }
 
   __device__ __forceinline__ void load(const T* weights, const T* inverse, const bool* alive,
                                        int size, int m, bool dead_first) {
     lane = threadIdx.x % kWarpSize;
+    pending = 0;
 #pragma unroll
     for (int s = 0; s < kHeld; ++s) {
-      const int j = index(s);
-      const bool pending = j < size && alive[j];
-      weight[s] = pending ? weights[j] : T(0);
-      variance[s] = pending || (j < size && dead_first) ? inverse[j * size + j] : T(0);
+      const int first = index(s);
       left[s] = 0;
-      if (m > 0 && j < size) {
-        for (int i = j / m * m, end = i + m; i < end; ++i) left[s] += alive[i];
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+        const bool mine = first < size && alive[first + r];
+        pending |= static_cast<unsigned>(mine) << (s * kGroup + r);
+        weight[s][r] = mine ? weights[first + r] : T(0);
+#pragma unroll
+        for (int c = 0; c <= r; ++c) {
+          const bool read = (mine && alive[first + c]) || (first < size && dead_first);
+          variance[s][r][c] = read ? inverse[(first + r) * size + first + c] : T(0);
+        }
+      }
+      if (m > 0 && first < size) {
+        for (int i = first / m * m, end = i + m; i < end; ++i) left[s] += alive[i];
       }
     }
   }
 
-  // Entry q of an array that is spread over the lanes.
-  __device__ __forceinline__ static T entry(const T (&values)[kHeld], int q) {
-    T value = values[0];
+  // Of group q / kGroup, what `get` (int s, int r) -> value gives, r being q % kGroup.
+  template <typename Get>
+  __device__ __forceinline__ static auto entry(int q, Get get) {
+    auto value = get(0, 0);
 #pragma unroll
-    for (int s = 1; s < kHeld; ++s) value = q / kWarpSize == s ? values[s] : value;
-    return __shfl_sync(0xffffffffu, value, q % kWarpSize);
+    for (int s = 0; s < kHeld; ++s) {
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+        if (s + r > 0 && q / kGroup / kWarpSize == s && q % kGroup == r) value = get(s, r);
+      }
+    }
+    return __shfl_sync(0xffffffffu, value, q / kGroup % kWarpSize);
+  }
+  __device__ __forceinline__ unsigned members_of(int q) const {  // pending ones
+    return entry(q, [&](int s, int) { return pending_in(s); });
+  }
+  __device__ __forceinline__ T variance_of(int q) const {
+    return entry(q, [&](int s, int r) { return variance[s][r][r]; });
   }
 
-  // The weight of lowest cost, of ties the lowest index, the same in every thread: B or more, and
-  // infinity, where there is none.
+  // The first weight of the group of lowest cost, of ties the lowest, the same in every thread: B
+  // or more, and infinity, where there is none.
   __device__ __forceinline__ int cheapest(int size, int n, int m, T* lowest) const {
     T best = static_cast<T>(INFINITY);
     int q = size;
 #pragma unroll
     for (int s = 0; s < kHeld; ++s) {
-      const T cost = weight[s] * weight[s] / (2 * variance[s]);
-      // NaN is never the cheapest.
-      if (variance[s] > 0 && cost < best && (m == 0 || left[s] > n)) {
+      T z[kGroup], h[kGroup][kGroup];
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+        z[r] = weight[s][r];
+#pragma unroll
+        for (int c = 0; c <= r; ++c) h[r][c] = variance[s][r][c];
+      }
+      const T cost = joint_cost(z, h, pending_in(s));
+      if (cost < best && pending_in(s) && (m == 0 || left[s] > n)) {
         best = cost;
         q = index(s);
       }
@@ -124,23 +178,34 @@ struct Weights {
     return q;
   }
 
+  // The group that begins with weight q is no longer pending.
+  __device__ __forceinline__ void close(int q) {
+    const int s = q / kGroup / kWarpSize;
+    if (q / kGroup % kWarpSize == lane) pending &= ~(((1u << kGroup) - 1) << s * kGroup);
+  }
+
   // Weight q goes: u is row q of H, in shared memory, and `inverse_variance` is 1 / u_q.
   __device__ __forceinline__ void eliminate(const T* u, int q, T inverse_variance, int m) {
-    const T share = entry(weight, q) * inverse_variance;
+    const T share = entry(q, [&](int s, int r) { return weight[s][r]; }) * inverse_variance;
 #pragma unroll
     for (int s = 0; s < kHeld; ++s) {
-      const int j = index(s);
-      if (j >= Tiles::kSize) break;
-      const T value = u[Tiles::slot(j)];
-      weight[s] -= value * share;
-      variance[s] = j == q ? T(0) : variance[s] - value * (value * inverse_variance);
-      if (m > 0) left[s] -= j / m == q / m;
+      const int first = index(s);
+      if (first >= Tiles::kSize) break;
+      T value[kGroup];
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+        value[r] = u[Tiles::slot(first + r)];
+        weight[s][r] -= value[r] * share;
+#pragma unroll
+        for (int c = 0; c <= r; ++c) variance[s][r][c] -= value[r] * (value[c] * inverse_variance);
+      }
+      if (m > 0) left[s] -= first / m == q / m;
     }
   }
 };
 
 // How many of the m weights among which weight j is are pending; all are where there is no pattern.
-__device__ __forceinline__ int left_of_group(const bool* pending, int j, int m) {
+__device__ __forceinline__ int left_of_pattern(const bool* pending, int j, int m) {
   if (m == 0) return 1 << 30;
   int left = 0;
   for (int i = j / m * m, end = i + m; i < end; ++i) left += pending[i];
@@ -149,8 +214,8 @@ __device__ __forceinline__ int left_of_group(const bool* pending, int j, int m) 
 
 // weight [K, B], inverse [K or 1, B, B], alive [K, B] -> rank [K, B], cost [K, B]. Threads and
 // shared memory as of Tiles, for two vectors.
-template <typename Tiles>  // a SymmetricTiles that holds B rows
-__global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
+template <typename Tiles, int kGroup>  // Tiles: a SymmetricTiles that holds B rows
+__global__ void __launch_bounds__(Tiles::kBlockThreads, kGroup == 1 ? Tiles::kMinBlocks : 1)
     obs_eliminate_kernel(const typename Tiles::Entry* __restrict__ weight,
                          const typename Tiles::Entry* __restrict__ inverse,
                          const bool* __restrict__ alive, int32_t* __restrict__ rank,
@@ -169,65 +234,73 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
   h.set([&](int i, int j, T) {
     return options.dead_first || (alive[i] && alive[j]) ? inverse[i * size + j] : T(0);
   });
-  Weights<Tiles> weights;
+  using Held = Weights<Tiles, kGroup>;
+  Held weights;
   weights.load(weight, inverse, alive, size, options.m, options.dead_first);
   const bool writes = h.thread < kWarpSize;  // the first warp
 #pragma unroll
-  for (int s = 0; s < Tiles::kHeld; ++s) {
-    const int j = weights.index(s);
-    if (!writes || j >= size) break;
-    rank[j] = alive[j] ? size : -1;
-    cost[j] = static_cast<T>(INFINITY);
+  for (int s = 0; s < Held::kHeld; ++s) {
+#pragma unroll
+    for (int r = 0; r < kGroup; ++r) {
+      const int j = weights.index(s) + r;
+      if (!writes || j >= size) break;
+      rank[j] = alive[j] ? size : -1;
+      cost[j] = static_cast<T>(INFINITY);
+    }
   }
 
   T* const rows = h.shared(2 * Tiles::kSize);
   int now = 0;  // which of the two rows
-  auto eliminate = [&](int q, T variance, int m) {
+  auto eliminate = [&](int q, int m) {
+    const T variance = weights.variance_of(q);
+    if (!(variance > 0)) return;  // nothing makes up for it
+    const T inverse_variance = 1 / variance;
     T* const u = rows + now * Tiles::kSize;
     now = 1 - now;
     h.row(q, u);
     h.sync();
-    const T inverse_variance = 1 / variance;
     h.add_outer(u, -inverse_variance);
     weights.eliminate(u, q, inverse_variance, m);
   };
-  if (options.dead_first) {
-    for (int q = 0; q < size; ++q) {
-      if (alive[q]) continue;
-      const T variance = weights.entry(weights.variance, q);
-      if (variance > 0) eliminate(q, variance, 0);
-    }
-#pragma unroll
-    for (int s = 0; s < Tiles::kHeld; ++s) {
-      const int j = weights.index(s);
-      if (j < size && !alive[j]) weights.variance[s] = 0;
-    }
+  for (int q = 0; q < size && options.dead_first; ++q) {
+    if (!alive[q]) eliminate(q, 0);
   }
-  for (int step = 0; step < size; ++step) {
+  for (int step = 0; step < size;) {
     T lowest;
-    const int q = weights.cheapest(size, options.n, options.m, &lowest);
-    if (q >= size || !(lowest <= options.stop)) break;
-    if (writes && q % kWarpSize == weights.lane) {  // the thread that set them to begin with
-      rank[q] = step;
-      cost[q] = lowest;
+    const int group = weights.cheapest(size, options.n, options.m, &lowest);
+    if (group >= size || !(lowest <= options.stop)) break;
+    const unsigned members = kGroup == 1 ? 1u : weights.members_of(group);
+    const T share = lowest / __popc(members);
+    weights.close(group);
+#pragma unroll 1
+    for (int q = group; q < group + kGroup; ++q) {
+      if (!(members >> (q - group) & 1)) continue;
+      if (writes && weights.holds(q)) {  // the thread that set them to begin with
+        rank[q] = step;
+        cost[q] = share;
+      }
+      eliminate(q, options.m);
+      ++step;
     }
-    eliminate(q, weights.entry(weights.variance, q), options.m);
   }
 }
 
-// What an elimination in panels keeps between panels, for K blocks of B weights.
-template <typename T>
-struct PanelState {
-  T* weight;      // [K, B], 0 where dead
-  T* variance;    // [K, B], the diagonal of what is left of H
-  bool* pending;  // [K, B]
-  int32_t* next;  // [K], ranks given so far
-  T* columns;     // [K, P, B], written from the first on, zeros at the end
-  int32_t* rank;  // [K, B]
-  T* cost;        // [K, B]
-};
-
 constexpr int kPanelThreads = 512;  // at most; whole warps
+
+// Calls run(std::integral_constant<int, g>()) for groups of g weights; false where no kernel takes
+// them.
+template <typename Run>
+bool with_group(int group, Run run) {
+  if (group == 1) return run(std::integral_constant<int, 1>()), true;
+  if (group == 4) return run(std::integral_constant<int, 4>()), true;
+  return false;
+}
+
+// The largest B of which obs_eliminate_kernel holds a block in registers: groups of doubles need
+// too many.
+template <typename T, int kGroup>
+constexpr int kLargestToEliminate =
+    sizeof(T) == 8 && kGroup > 1 ? 128 : largest_in_tiles(sizeof(T));
 
 // A cost and an index for each warp.
 template <typename T>
@@ -237,79 +310,115 @@ constexpr int panel_shared_bytes() {
 
 // One panel of P steps. With `dead`, it is those not in `alive` that are eliminated, in order of
 // their indices and without ranks. Needs panel_shared_bytes.
-template <typename T>  // T: float or double
+template <typename T, int kGroup>  // T: float or double
 __global__ void __launch_bounds__(kPanelThreads, 1)
     obs_eliminate_panel_kernel(const T* __restrict__ inverse, const bool* __restrict__ alive,
-                               PanelState<T> state, int panel, bool dead,
-                               EliminateOptions<T> options) {
-  const int size = options.size, thread = threadIdx.x, threads = blockDim.x;
-  const int64_t block = blockIdx.x, first = block * size;
+                               PanelState<T> state, bool dead, EliminateOptions<T> options) {
+  const int size = options.size;
+  const int64_t block = blockIdx.x, first_row = block * size;
   inverse += block * options.inverse_stride;
-  alive += first;
-  T* const weight = state.weight + first;
-  T* const variance = state.variance + first;
-  bool* const pending = state.pending + first;
-  T* const columns = state.columns + first * panel;
+  alive += first_row;
+  T* const weight = state.weight + first_row;
+  T* const variance = state.variance + first_row * kGroup;
+  bool* const pending = state.pending + first_row;
+  T* const columns = state.columns + first_row * state.panel;
   // The lowest cost of each warp, and where it is.
   T* const lowest_costs = reinterpret_cast<T*>(dynamic_shared_memory());
   int* const lowest_indices = reinterpret_cast<int*>(lowest_costs + kWarpSize);
-  if (thread < kWarpSize) {
-    lowest_costs[thread] = static_cast<T>(INFINITY);
-    lowest_indices[thread] = size;
+  if (threadIdx.x < kWarpSize) {
+    lowest_costs[threadIdx.x] = static_cast<T>(INFINITY);
+    lowest_indices[threadIdx.x] = size;
   }
   const int32_t next = state.next[block];
   __syncthreads();
 
+  // Weights that go together, and to which each thread keeps: it alone writes what belongs to them.
+  const int together = dead ? 1 : kGroup, mine = threadIdx.x * together;
+  const int apart = blockDim.x * together;
+  auto variance_of = [&](int j) { return variance[j * kGroup + j % kGroup]; };
+  // What it costs to lose weight j or the group that it is the first of.
+  auto cost_of = [&](int j) {
+    if (dead) return !alive[j] && variance_of(j) > 0 ? T(0) : static_cast<T>(INFINITY);
+    if (left_of_pattern(pending, j, options.m) <= options.n) return static_cast<T>(INFINITY);
+    unsigned members = 0;
+    T z[kGroup], h[kGroup][kGroup];
+#pragma unroll
+    for (int r = 0; r < kGroup; ++r) {
+      members |= static_cast<unsigned>(pending[j + r]) << r;
+      z[r] = weight[j + r];
+#pragma unroll
+      for (int c = 0; c <= r; ++c) h[r][c] = variance[(j + r) * kGroup + c];
+    }
+    return members ? joint_cost(z, h, members) : static_cast<T>(INFINITY);
+  };
+
   int step = 0;
-  for (; step < panel; ++step) {
+  while (step + together <= state.panel) {
     T best = static_cast<T>(INFINITY);
-    int q = size;
-    for (int j = thread; j < size; j += threads) {
-      if (!(variance[j] > 0) || alive[j] == dead) continue;
-      if (!dead && (!pending[j] || left_of_group(pending, j, options.m) <= options.n)) continue;
-      const T cost = dead ? T(0) : weight[j] * weight[j] / (2 * variance[j]);
-      if (cost < best) {  // NaN is never the cheapest
+    int first = size;
+    for (int j = mine; j < size; j += apart) {
+      const T cost = cost_of(j);
+      if (cost < best) {
         best = cost;
-        q = j;
+        first = j;
       }
     }
-    warp_lowest(best, q);
-    if (thread % kWarpSize == 0) {
-      lowest_costs[thread / kWarpSize] = best;
-      lowest_indices[thread / kWarpSize] = q;
+    warp_lowest(best, first);
+    if (threadIdx.x % kWarpSize == 0) {
+      lowest_costs[threadIdx.x / kWarpSize] = best;
+      lowest_indices[threadIdx.x / kWarpSize] = first;
     }
     __syncthreads();
-    best = lowest_costs[thread % kWarpSize];
-    q = lowest_indices[thread % kWarpSize];
-    warp_lowest(best, q);
-    if (q >= size || !(best <= options.stop)) break;
+    best = lowest_costs[threadIdx.x % kWarpSize];
+    first = lowest_indices[threadIdx.x % kWarpSize];
+    warp_lowest(best, first);
+    if (first >= size || !(best <= options.stop)) break;
 
-    const T root = sqrt(variance[q]), share = weight[q] / root;
-    if (thread == 0 && !dead) {
-      state.rank[first + q] = next + step;
-      state.cost[first + q] = best;
-      pending[q] = false;
-    }
-    T* const mine = columns + static_cast<int64_t>(step) * size;
-    for (int j = thread; j < size; j += threads) {
-      const bool read = options.dead_first || alive[j];
-      T value = read ? inverse[static_cast<int64_t>(q) * size + j] : T(0);
-      for (int c = 0; c < step && read; ++c) {
-        const T* column = columns + static_cast<int64_t>(c) * size;
-        value -= column[q] * column[j];
+    int members = 0;
+    for (int q = first; q < first + together; ++q) members += alive[q] != dead;
+    for (int q = first; q < first + together; ++q) {
+      if (alive[q] == dead) continue;
+      if (q > first) __syncthreads();  // the one before has left its mark on weight q
+      // A weight that nothing makes up for moves no other: its column is 0.
+      const T root = variance_of(q) > 0 ? sqrt(variance_of(q)) : static_cast<T>(INFINITY);
+      const T share = weight[q] / root;
+      if (threadIdx.x == 0 && !dead) {
+        state.rank[first_row + q] = next + step;
+        state.cost[first_row + q] = best / members;
+        pending[q] = false;
       }
-      mine[j] = value / root;
-    }
-    __syncthreads();  // all have read weight q and its variance
-    for (int j = thread; j < size; j += threads) {
-      const T value = mine[j];
-      weight[j] -= value * share;
-      variance[j] = j == q ? T(0) : variance[j] - value * value;
+      T* const column = columns + static_cast<int64_t>(step) * size;
+      for (int j = threadIdx.x; j < size; j += blockDim.x) {
+        const bool read = options.dead_first || alive[j];
+        T value = read ? inverse[static_cast<int64_t>(q) * size + j] : T(0);
+        for (int c = 0; c < step && read; ++c) {
+          const T* before = columns + static_cast<int64_t>(c) * size;
+          value -= before[q] * before[j];
+        }
+        column[j] = value / root;
+      }
+      __syncthreads();  // all have read weight q and its variance
+      for (int j = mine; j < size; j += apart) {
+#pragma unroll
+        for (int r = 0; r < kGroup; ++r) {
+          if (r >= together) break;
+          weight[j + r] -= column[j + r] * share;
+          const int group = (j + r) / kGroup * kGroup;
+#pragma unroll
+          for (int c = 0; c < kGroup; ++c) {
+            variance[(j + r) * kGroup + c] -= column[j + r] * column[group + c];
+          }
+          if (j + r == q) variance[q * kGroup + q % kGroup] = 0;
+        }
+      }
+      ++step;
     }
   }
-  if (thread == 0 && !dead) state.next[block] = next + step;
-  for (; step < panel; ++step) {
-    for (int j = thread; j < size; j += threads) columns[static_cast<int64_t>(step) * size + j] = 0;
+  if (threadIdx.x == 0 && !dead) state.next[block] = next + step;
+  for (; step < state.panel; ++step) {
+    for (int j = threadIdx.x; j < size; j += blockDim.x) {
+      columns[static_cast<int64_t>(step) * size + j] = 0;
+    }
   }
 }
 
@@ -359,7 +468,7 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, Tiles::kMinBlocks)
       const T variance = u[Tiles::slot(q)];
       solved = variance > 0 && variance < static_cast<T>(INFINITY);
       h.add_outer(u, -1 / variance);
-      const T share = Weights<Tiles>::entry(moved, q) / variance;
+      const T share = Weights<Tiles, 1>::entry(q, [&](int s, int) { return moved[s]; }) / variance;
 #pragma unroll
       for (int s = 0; s < Tiles::kHeld; ++s) {
         const int j = s * kWarpSize + lane;

@@ -5,29 +5,23 @@
 
 #include <cstdint>
 
+#include "elimination.h"
+
 namespace fishleg_ext {
 
-// See the kernels of the same names. T: float or double. `num_blocks` and `size` at least 1. An
-// error where blocks are too large.
-template <typename T>
-cudaError_t obs_eliminate(const T* weight, const T* inverse, int64_t inverse_stride,
-                          const bool* alive, int32_t* rank, T* cost, int64_t num_blocks, int size,
-                          int n, int m, T stop, bool dead_first, cudaStream_t stream);
-// Tensors [K, B] of T, bool or int32, [K] and, for columns, [K, panel, B]; see PanelState.
-struct PanelTensors {
-  void *weight, *variance;
-  bool* pending;
-  int32_t* next;
-  void* columns;
-  int32_t* rank;
-  void* cost;
-};
+// The most weights in a block that obs_eliminate takes, 0 where it does not take such groups;
+// obs_eliminate_panel takes any.
+int largest_to_eliminate(int element_size, int group);
 
+// See the kernels of the same names. T: float or double. At least one block, of at least one
+// weight. An error where blocks are too large or groups
+// of another size than there are kernels for.
 template <typename T>
-cudaError_t obs_eliminate_panel(const T* inverse, int64_t inverse_stride, const bool* alive,
-                                const PanelTensors& state, int panel, bool dead, int64_t num_blocks,
-                                int size, int n, int m, T stop, bool dead_first,
-                                cudaStream_t stream);
+cudaError_t obs_eliminate(const T* weight, const T* inverse, const bool* alive, int32_t* rank,
+                          T* cost, const EliminateOptions<T>& options, cudaStream_t stream);
+template <typename T>
+cudaError_t obs_eliminate_panel(const T* inverse, const bool* alive, const PanelState<T>& state,
+                                bool dead, const EliminateOptions<T>& options, cudaStream_t stream);
 template <typename T>
 cudaError_t obs_compensate(const T* weight, const T* inverse, int64_t inverse_stride,
                            const bool* pruned, T* out, int64_t num_blocks, int size,

@@ -75,31 +75,40 @@ fishleg_ext::StoredGradients stored(const Tensor& grads) {
           grads.stride(2)};
 }
 
-void obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int64_t n, int64_t m,
-                       double stop, bool dead_first, Tensor rank, Tensor cost) {
+template <typename T>
+fishleg_ext::EliminateOptions<T> eliminate_options(const Tensor& weight, const Tensor& inverse,
+                                                   int64_t group, int64_t n, int64_t m, double stop,
+                                                   bool dead_first) {
+  return {weight.size(0),       static_cast<int>(weight.size(1)),
+          stride_of(inverse),   static_cast<int>(group),
+          static_cast<int>(n),  static_cast<int>(m),
+          static_cast<T>(stop), dead_first};
+}
+
+void obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int64_t group, int64_t n,
+                       int64_t m, double stop, bool dead_first, Tensor rank, Tensor cost) {
   on_device_of("obs_eliminate", weight, [&](auto zero) {
     using T = decltype(zero);
-    return fishleg_ext::obs_eliminate<T>(read<T>(weight), read<T>(inverse), stride_of(inverse),
-                                         read<bool>(alive), write<int32_t>(rank), write<T>(cost),
-                                         weight.size(0), static_cast<int>(weight.size(1)),
-                                         static_cast<int>(n), static_cast<int>(m),
-                                         static_cast<T>(stop), dead_first, current_stream(weight));
+    return fishleg_ext::obs_eliminate<T>(
+        read<T>(weight), read<T>(inverse), read<bool>(alive), write<int32_t>(rank), write<T>(cost),
+        eliminate_options<T>(weight, inverse, group, n, m, stop, dead_first),
+        current_stream(weight));
   });
 }
 
-void obs_eliminate_panel_out(Tensor inverse, Tensor alive, int64_t n, int64_t m, double stop,
-                             bool dead_first, bool dead, Tensor weight, Tensor variance,
-                             Tensor pending, Tensor next, Tensor columns, Tensor rank,
-                             Tensor cost) {
+void obs_eliminate_panel_out(Tensor inverse, Tensor alive, int64_t group, int64_t n, int64_t m,
+                             double stop, bool dead_first, bool dead, Tensor weight,
+                             Tensor variance, Tensor pending, Tensor next, Tensor columns,
+                             Tensor rank, Tensor cost) {
   on_device_of("obs_eliminate", weight, [&](auto zero) {
     using T = decltype(zero);
-    const fishleg_ext::PanelTensors state{
-        write<T>(weight),  write<T>(variance),   write<bool>(pending), write<int32_t>(next),
-        write<T>(columns), write<int32_t>(rank), write<T>(cost)};
+    const fishleg_ext::PanelState<T> state{write<T>(weight),     write<T>(variance),
+                                           write<bool>(pending), write<int32_t>(next),
+                                           write<T>(columns),    static_cast<int>(columns.size(1)),
+                                           write<int32_t>(rank), write<T>(cost)};
     return fishleg_ext::obs_eliminate_panel<T>(
-        read<T>(inverse), stride_of(inverse), read<bool>(alive), state,
-        static_cast<int>(columns.size(1)), dead, weight.size(0), static_cast<int>(weight.size(1)),
-        static_cast<int>(n), static_cast<int>(m), static_cast<T>(stop), dead_first,
+        read<T>(inverse), read<bool>(alive), state, dead,
+        eliminate_options<T>(weight, inverse, group, n, m, stop, dead_first),
         current_stream(weight));
   });
 }
@@ -144,6 +153,10 @@ int64_t largest_block(int64_t element_size) {
   return fishleg_ext::largest_block(static_cast<int>(element_size));
 }
 
+int64_t largest_to_eliminate(int64_t element_size, int64_t group) {
+  return fishleg_ext::largest_to_eliminate(static_cast<int>(element_size), static_cast<int>(group));
+}
+
 // 10 * major + minor; throws where the driver does not serve this library.
 int64_t compute_capability(int64_t device) {
   int major = 0, minor = 0;
@@ -159,10 +172,10 @@ int64_t compute_capability(int64_t device) {
 
 STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
   library.def(
-      "obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int n, int m, float stop, "
-      "bool dead_first, Tensor(a!) rank, Tensor(b!) cost) -> ()");
+      "obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int group, int n, int m, "
+      "float stop, bool dead_first, Tensor(a!) rank, Tensor(b!) cost) -> ()");
   library.def(
-      "obs_eliminate_panel_out(Tensor inverse, Tensor alive, int n, int m, float stop, "
+      "obs_eliminate_panel_out(Tensor inverse, Tensor alive, int group, int n, int m, float stop, "
       "bool dead_first, bool dead, Tensor(a!) weight, Tensor(b!) variance, Tensor(c!) pending, "
       "Tensor(d!) next, Tensor(e!) columns, Tensor(f!) rank, Tensor(g!) cost) -> ()");
   library.def(
@@ -172,6 +185,7 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
       "block_inverse_out(Tensor gram, float damping, Tensor(a!) inverse, Tensor(b!) info) -> ()");
   library.def("woodbury_update_out(Tensor grads, int num_grads, Tensor(a!) inverse) -> ()");
   library.def("largest_block(int element_size) -> int");
+  library.def("largest_to_eliminate(int element_size, int group) -> int");
   library.def("compute_capability(int device) -> int");
 }
 
@@ -186,5 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CUDA, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CompositeExplicitAutograd, library) {
   library.impl("largest_block", TORCH_BOX(&largest_block));
+  library.impl("largest_to_eliminate", TORCH_BOX(&largest_to_eliminate));
   library.impl("compute_capability", TORCH_BOX(&compute_capability));
 }

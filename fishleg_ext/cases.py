@@ -150,8 +150,14 @@ def _obs_eliminate(new: Inputs) -> Iterator[Case]:
         weight, inverse = new.normal(k, b), new.spd(k, b, condition)
         name = f"K={k} B={b} condition={condition:g}"
         yield Case(name, (weight, inverse, new.mask(k, b, density=1.1)), {}, condition)
+    for b in (8, 28, 56, 64, 100, 128, 176, 192, 300):
+        for k in (3, MANY) if b in (28, 64) else (3,):
+            args = new.normal(k, b), new.spd(k, b, 1e3), new.mask(k, b, density=0.9)
+            yield Case(f"group=4 K={k} B={b}", args, {"group": 4}, 1e3)
     rows, shared = new.normal(5, 220), new.spd(1, 220, 1e3)
-    yield Case("large inverse shared", (rows, shared, new.mask(5, 220, density=0.8)), {"dead_first": True}, 1e3)
+    for group in (1, 4):
+        args = rows, shared, new.mask(5, 220, density=0.8)
+        yield Case(f"large inverse shared, group={group}", args, {"dead_first": True, "group": group}, 1e3)
     weight, inverse, alive = new.normal(5, 24), new.spd(5, 24, 1e3), new.mask(5, 24, density=0.7)
     for options in (
         {},
@@ -162,6 +168,8 @@ def _obs_eliminate(new: Inputs) -> Iterator[Case]:
         {"n": 1, "m": 3, "dead_first": True, "stop": 1e-2},
         {"n": 0, "m": 8},
         {"group": 4},
+        {"group": 4, "dead_first": True},
+        {"group": 4, "stop": 1e-1},
         {"group": 3, "dead_first": True, "stop": 1e-2},
     ):
         name = " ".join(f"{option}={value}" for option, value in options.items())

@@ -42,7 +42,7 @@ class Barrier:
     def deleted(self) -> str:
         """The file's text without it."""
         lines = self.file.read_text().splitlines(keepends=True)
-        lines[self.line - 1] = BARRIER.sub("", lines[self.line - 1], count=1)
+        lines[self.line - 1] = BARRIER.sub("{}", lines[self.line - 1], count=1)
         return "".join(lines)
 
 

@@ -67,8 +67,10 @@ def test_cuda_kernels_compile_without_spills(source, capability, tmp_path, recor
             spills = int(stores) + int(loads)
             assert spills == 0, symbol
             tiles = re.search(r"SymmetricTilesI(\w)Li(\d+)ELi(\d+)E", symbol)
-            element = tiles or re.search(rf"{name}I(\w)E", symbol)
+            element = tiles or re.search(rf"{name}I(\w)", symbol)
             arguments = {"f": "T=float", "d": "T=double"}.get(element[1], symbol) if element else symbol
+            if groups := re.search(r"E?Li(\d+)EEEv", symbol) if "eliminate" in name else None:
+                arguments += f" group={groups[1]}"
             occupancy = {}
             if tiles:
                 grid = int(tiles[2])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fishleg_ext import cases, check
-from fishleg_ext.cuda import largest_block
 from fishleg_ext.ops.dispatch import OPS
 
 REASON = host.why_not()
@@ -39,14 +38,16 @@ def supported(monkeypatch):
         monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
         in_panels = driver.stem == "obs_eliminate_panel_out"
         if in_panels:  # they are for large blocks, and tried on small ones
-            monkeypatch.setattr(module, "largest_block", lambda dtype: 0)
+            in_registers = module.largest_to_eliminate
+            monkeypatch.setattr(module, "largest_to_eliminate", lambda *of: min(1, in_registers(*of)))
             monkeypatch.setattr(module, "PANEL", 16)
         for case in cases.CASES[op.name](cases.Inputs(dtype, torch.device("cpu"), 0)):
             if in_panels and case.numel > MOST_IN_PANELS:
                 continue
-            large = case.args[0].shape[-1] > largest_block(torch.promote_types(dtype, torch.float32))
-            if op.name == "obs_eliminate" and large and not in_panels:
-                continue
+            if op.name == "obs_eliminate":
+                of = torch.promote_types(dtype, torch.float32), case.kwargs.get("group", 1)
+                if in_panels == (case.args[0].shape[-1] <= module.largest_to_eliminate(*of)):
+                    continue
             if getattr(module, f"supports_{op.name}")(*case.args, **case.kwargs)[0]:
                 yield case
 
@@ -229,8 +230,9 @@ def test_what_kernels_do_not_support_is_explained(monkeypatch):
     blocks, vectors, mask = torch.ones(4, 8, 8), torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool)
     assert obs.supports_obs_eliminate(vectors, blocks, mask, group=2) == (
         False,
-        "its CUDA C++ kernel removes single weights, not groups of 2",
+        "its CUDA C++ kernel removes single weights or groups of 4, not groups of 2",
     )
+    assert obs.supports_obs_eliminate(vectors, blocks, mask, group=4)[0]
     few = "its CUDA C++ kernel is for many blocks, not for 4 blocks of 100 gradients"
     assert block_fisher.supports_block_gram_(blocks, torch.ones(100, 4, 8)) == (False, few)
     assert block_fisher.supports_block_gram_(blocks, torch.ones(9, 4, 8))[0]

@@ -1,11 +1,12 @@
 """Launches csrc/obs.cu."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishleg_ext.cuda import largest_block, supports_block_size, supports_device
+from fishleg_ext.cuda import supports_block_size, supports_device
 from fishleg_ext.dtypes import widened
 from fishleg_ext.reference.batches import batches
 
@@ -20,10 +21,10 @@ def supports_obs_eliminate(
     group: int = 1,
     **options: Any,
 ) -> tuple[bool, str]:
-    """Single weights."""
+    """Single weights and groups of 4."""
     supported, reason = supports_device(weight)
-    if supported and group > 1:
-        return False, f"its CUDA C++ kernel removes single weights, not groups of {group}"
+    if supported and not largest_to_eliminate(widened(inverse.dtype), group):
+        return False, f"its CUDA C++ kernel removes single weights or groups of 4, not groups of {group}"
     return supported, reason
 
 
@@ -45,8 +46,8 @@ def obs_eliminate(
     if weight.numel() == 0:
         return rank, cost
     weight, inverse, alive = weight.to(dtype).contiguous(), _inverse(inverse, dtype), alive.contiguous()
-    options = (n, m, torch.inf if stop is None else stop, dead_first)
-    if weight.shape[1] <= largest_block(dtype):
+    options = (group, n, m, torch.inf if stop is None else stop, dead_first)
+    if weight.shape[1] <= largest_to_eliminate(dtype, group):
         torch.ops.fishleg_ext_cuda.obs_eliminate_out(weight, inverse, alive, *options, rank, cost)
     else:
         size = weight.shape[1]
@@ -57,12 +58,16 @@ def obs_eliminate(
 
 
 def _eliminate_in_panels(
-    weight: Tensor, inverse: Tensor, alive: Tensor, n: int, m: int, stop: float, dead_first: bool
+    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
 ) -> tuple[Tensor, Tensor]:
     """Some steps of every block in one launch, then what they take from the inverses in one matrix product."""
     blocks, size = weight.shape
     zero = weight.new_zeros(())
-    variance = torch.where(alive | dead_first, inverse.diagonal(dim1=1, dim2=2), zero)
+    # The group x group blocks on the diagonal, [K, B, group].
+    tiles = inverse.unflatten(2, (-1, group)).unflatten(1, (-1, group)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    members = alive.unflatten(1, (-1, group))
+    read = members[..., None] & members[..., None, :] | dead_first
+    variance = torch.where(read, tiles, zero).reshape(blocks, size, group)
     weight, pending = torch.where(alive, weight, zero), alive.clone()
     rank = torch.where(alive, size, -1).to(torch.int32)
     cost = torch.full_like(weight, torch.inf)
@@ -71,17 +76,38 @@ def _eliminate_in_panels(
     own = False
     for dead in (True, False) if dead_first else (False,):
         steps = int((alive != dead).sum(1).max())
-        for done in range(0, steps, PANEL):
+        least = PANEL - group + 1  # that a panel takes where there is so much left: groups may have dead members
+        for done in range(0, steps, least):
             torch.ops.fishleg_ext_cuda.obs_eliminate_panel_out(
-                inverse, alive, n, m, stop, dead_first, dead, weight, variance, pending, following, columns, rank, cost
+                inverse,
+                alive,
+                group,
+                n,
+                m,
+                stop,
+                dead_first,
+                dead,
+                weight,
+                variance,
+                pending,
+                following,
+                columns,
+                rank,
+                cost,
             )
-            if stop < torch.inf and not dead and bool((following < done + PANEL).all()):
+            if stop < torch.inf and not dead and bool((following < done + least).all()):
                 break  # nothing is below `stop` any more
-            if done + PANEL < steps or dead:
+            if done + least < steps or dead:
                 out = inverse if own else weight.new_empty(blocks, size, size)
                 inverse = torch.baddbmm(inverse.expand(blocks, -1, -1), columns.mT, columns, alpha=-1, out=out)
                 own = True
     return rank, cost
+
+
+@functools.cache
+def largest_to_eliminate(dtype: torch.dtype, group: int) -> int:
+    """The most weights in a block that is eliminated in registers; 0 where no kernel takes such groups."""
+    return torch.ops.fishleg_ext_cuda.largest_to_eliminate(dtype.itemsize, group)
 
 
 def supports_obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> tuple[bool, str]:

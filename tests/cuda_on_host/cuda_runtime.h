@@ -371,6 +371,7 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
   return value;
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -12,6 +12,7 @@ void run(Arguments& arguments, const Tensor& weight) {
   options.num_blocks = weight.sizes[0];
   options.size = size;
   options.inverse_stride = inverse.sizes[0] == 1 ? 0 : int64_t{size} * size;
+  options.group = static_cast<int>(arguments.integer());
   options.n = static_cast<int>(arguments.integer());
   options.m = static_cast<int>(arguments.integer());
   options.stop = static_cast<T>(arguments.real());
@@ -27,12 +28,14 @@ void run(Arguments& arguments, const Tensor& weight) {
       }
     }
   }
-  with_tiles<T>(size, [&](auto type) {
-    using Tiles = typename decltype(type)::type;
-    cuda_on_host::launch(Tiles::blocks(weight.sizes[0]), Tiles::kBlockThreads,
-                         Tiles::shared_bytes(2 * Tiles::kSize), obs_eliminate_kernel<Tiles>,
-                         weight.data<T>(), inverse.data<T>(), alive.data<bool>(),
-                         rank.data<int32_t>(), cost.data<T>(), options);
+  with_group(options.group, [&](auto group) {
+    with_tiles<T>(size, [&](auto type) {
+      using Tiles = typename decltype(type)::type;
+      cuda_on_host::launch(Tiles::blocks(weight.sizes[0]), Tiles::kBlockThreads,
+                           Tiles::shared_bytes(2 * Tiles::kSize),
+                           obs_eliminate_kernel<Tiles, group>, weight.data<T>(), inverse.data<T>(),
+                           alive.data<bool>(), rank.data<int32_t>(), cost.data<T>(), options);
+    });
   });
   arguments.give_back(rank);
   arguments.give_back(cost);
