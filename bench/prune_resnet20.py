@@ -1,10 +1,11 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise]
+    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
-onwards for draw k; accuracies are of all 10,000 test images. Prints the tables and writes the numbers as JSON.
+onwards for draw k; accuracies are of all 10,000 test images, but of the last 10,000 training images where a default is
+chosen. Prints the tables and writes the numbers as JSON.
 """
 
 import argparse
@@ -57,8 +58,16 @@ LAYERWISE: dict[str, dict[str, Any]] = {
     "mask by block, compensation layerwise": {"chooser": EXACT, "mover": {"curvature": "layerwise"}},
     "mask by layerwise, compensation by block": {"chooser": {"curvature": "layerwise"}, "mover": EXACT},
 }
-IN_ROUNDS = ("counts by block, then layerwise", "layerwise, every layer alike (OBC)", "block")
+IN_ROUNDS = (
+    "counts by block, then layerwise",
+    "layerwise, every layer alike (OBC)",
+    "block",
+    "counts by layerwise, then block",
+    "mask by block, compensation layerwise",
+    "mask by layerwise, compensation by block",
+)
 LAYERWISE_SPARSITIES = (0.8, 0.85, 0.9, 0.95)
+LAYERWISE_DAMPING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 ROUNDS = 8
 ROUNDS_DAMPING = (1e-5, 1e-4)
 FINAL_SPARSITY = 0.95
@@ -123,11 +132,12 @@ class Cifar10:
         return list(zip(images.split(size), self.train_labels[start : start + count].split(size), strict=True))
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Right answers on the test set, in percent."""
+    def accuracy(self, model: nn.Module, held_out: bool = False) -> float:
+        """Right answers on the test set, or on the last 10,000 training images, in percent."""
         model.eval()
-        batches = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
-        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(self.test_labels) * 100
+        test = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
+        batches = self.training_batches(40000, 10000, 500) if held_out else test
+        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / 100
 
 
 def reset_peak_memory() -> None:
@@ -157,8 +167,17 @@ class Bench:
         pruner.estimate(self.cifar.training_batches(0, 64), F.cross_entropy)
         pruner.prune_to(0.5)
 
-    def prune(self, name: str, sparsities: list[float], draw: int = 0, **options: Any) -> list[dict[str, Any]]:
-        """Prune the dense network to one sparsity after another and measure it after each."""
+    def prune(
+        self,
+        name: str,
+        sparsities: list[float],
+        draw: int = 0,
+        *,
+        held_out: bool = False,
+        last_only: bool = False,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Prune the dense network to one sparsity after another and measure it after each, or after the last."""
         num_grads = self.arguments.num_grads
         data = self.cifar.training_batches(draw * num_grads, num_grads)
         model = copy.deepcopy(self.dense).eval()
@@ -180,10 +199,12 @@ class Bench:
                     for weight_name, moved in exact_update(moving.curvature, before, result.masks).items():
                         pruner.weights[weight_name].copy_(moved)
             seconds = time.perf_counter() - start
-            record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model)}
+            if last_only and sparsity != sparsities[-1]:
+                continue
+            record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model, held_out)}
             recalibrated = copy.deepcopy(model)
             recalibrate_batchnorm(recalibrated, data)
-            records.append(record | {"accuracy_recalibrated": self.cifar.accuracy(recalibrated)})
+            records.append(record | {"accuracy_recalibrated": self.cifar.accuracy(recalibrated, held_out)})
         self.records += records
         return records
 
@@ -241,7 +262,7 @@ class Bench:
                 row, seconds = [name, rounds], []
                 for sparsity in LAYERWISE_SPARSITIES:
                     steps = [1 - (1 - sparsity) ** (k / rounds) for k in range(1, rounds + 1)]
-                    record = self.prune(f"{name}, {rounds} rounds", steps, **LAYERWISE[name])[-1]
+                    record = self.prune(f"{name}, {rounds} rounds", steps, last_only=True, **LAYERWISE[name])[-1]
                     row.append(f"{record['accuracy']:.2f} / {record['accuracy_recalibrated']:.2f}")
                     seconds.append(record["seconds"])
                 rows.append([*row, max(seconds)])
@@ -249,6 +270,22 @@ class Bench:
         print("\ntest accuracy, %, as it is / with BatchNorm recalibrated; most seconds of a round")
         columns = ["", "rounds", *(f"{s:.0%}" for s in LAYERWISE_SPARSITIES), "s"]
         print(tabulate(rows, columns, floatfmt=".1f", tablefmt="github"))
+
+    def damping(self) -> None:
+        """Layerwise curvature at every damping, judged on training images that no estimate has seen."""
+        rows = []
+        for name in ("layerwise, every layer alike (OBC)", "counts by block, then layerwise"):
+            for damping in LAYERWISE_DAMPING:
+                row = [name, damping]
+                for sparsity in LAYERWISE_SPARSITIES[::2]:
+                    options = LAYERWISE[name] | {"damping": damping}
+                    (record,) = self.prune(f"{name}, {damping:.0e}, held out", [sparsity], held_out=True, **options)
+                    row += [record["accuracy"], record["accuracy_recalibrated"]]
+                rows.append(row)
+                self.write()
+        print("\naccuracy on held-out training images, %")
+        names = [f"{s:.0%}{how}" for s in LAYERWISE_SPARSITIES[::2] for how in ("", ", recalibrated")]
+        print(tabulate(rows, ["", "damping", *names], floatfmt=("", ".0e", *[".2f"] * 4), tablefmt="github"))
 
     def write(self) -> None:
         """All records so far, as JSON."""
@@ -281,7 +318,7 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
-    parts = ("one", "rounds", "table", "layerwise")
+    parts = ("one", "rounds", "table", "layerwise", "damping")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=1, help="samples of gradients for one and rounds")

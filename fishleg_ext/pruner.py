@@ -477,7 +477,7 @@ def prune(
         recomputations: rounds of estimating and pruning; the density falls geometrically.
         block_size: weights in a block of the Fisher matrix.
         damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5. For layerwise a share of the
-            mean of the diagonal, 1e-2.
+            mean of the diagonal, 1e-4.
         labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher).
         likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
             None with cross_entropy.

@@ -37,7 +37,7 @@ class Layerwise(Curvature):
     masked: ClassVar[bool] = False
     default_scope: ClassVar[str] = "layer"
 
-    def __init__(self, damping: float = 1e-2, inputs: str = "dense") -> None:
+    def __init__(self, damping: float = 1e-4, inputs: str = "dense") -> None:
         super().__init__()
         self.damping = checked_damping(damping, positive=True)
         if inputs not in ("dense", "sequential"):
