@@ -2,43 +2,66 @@
 
 The usual way, of WoodFisher and oBERT, is a rank-one update of every inverse for each gradient: 12 bytes of traffic per
 entry of an inverse, m d B entries in all. Gram matrix and inverse: every gradient is read once, 4 m d bytes; the Gram
-matrix is read and written for each chunk; half of its m d B products suffice.
+matrix is read and written for each chunk; half of its m d B products suffice. M-FAC's recursion forms no inverse but
+the vectors H_s g_s, each from all before it: 4 m^2 d bytes.
 """
+
+import math
 
 import pytest
 import torch
 
 from fishleg_ext import cases, check, ops
-from fishleg_ext.bench import harness
+from fishleg_ext.bench import harness, networks
 from fishleg_ext.ops.dispatch import OPS
 
 pytestmark = pytest.mark.benchmark(timer=harness.synchronised)
 SIZES = (50, 128, 192)
-# On a GPU more blocks than run at once, many times over; on a CPU a tenth of ResNet-20, and fewer gradients.
-WEIGHTS, GRADIENTS = (2_500_000, 1024) if harness.DEVICE.type == "cuda" else (25_000, 256)
+ON_GPU = harness.DEVICE.type == "cuda"
+# On a CPU a tenth of ResNet-20, and fewer gradients; on a GPU a tenth of ResNet-50 to compare all that there is.
+WEIGHTS, GRADIENTS = (2_500_000, 1024) if ON_GPU else (25_000, 256)
+WHOLE_NETWORKS = [sum(map(math.prod, network())) for network in (networks.resnet50, networks.bert_base)]
 CHUNK = 64
 DAMPING = 1e-3
 
 
-def recursion(grads):
+def undamped(grads):
+    """The inverses before there are gradients."""
+    _, num_blocks, size = grads.shape
+    return torch.eye(size, device=grads.device).repeat(num_blocks, 1, 1) / DAMPING
+
+
+def rank_one_updates(chunks):
     """WoodFisher's recursion as oBERT runs it: one batched rank-one update for each gradient."""
-    m, num_blocks, size = grads.shape
-    inverse = torch.eye(size, device=grads.device).repeat(num_blocks, 1, 1) / DAMPING
-    for grad in grads:
-        step = torch.bmm(inverse, grad[:, :, None])
-        weight = m + torch.bmm(grad[:, None], step)
-        inverse.baddbmm_(step, step.mT / weight, alpha=-1)
+    inverse = undamped(chunks[0])
+    for chunk in chunks:
+        for grad in chunk:
+            step = torch.bmm(inverse, grad[:, :, None])
+            weight = GRADIENTS + torch.bmm(grad[:, None], step)
+            inverse.baddbmm_(step, step.mT / weight, alpha=-1)
     return inverse
+
+
+def vector_recursion(chunks):
+    """M-FAC's recursion in every block: H_s g_s from those before it; at last the inverse, in one product."""
+    grads = torch.cat(chunks).transpose(0, 1)  # [K, m, B]
+    vectors = torch.empty_like(grads, memory_format=torch.contiguous_format)
+    weights = grads.new_empty(*grads.shape[:2], 1)
+    for s in range(GRADIENTS):
+        grad, before = grads[:, s, :, None], vectors[:, :s]
+        vector = grad / DAMPING - before.mT @ (before @ grad / weights[:, :s])  # [K, B, 1]
+        vectors[:, s] = vector[..., 0]
+        weights[:, s] = (GRADIENTS + grad.mT @ vector)[..., 0]
+    return undamped(chunks[0]).baddbmm_(vectors.mT, vectors / weights, alpha=-1)
 
 
 def gram_and_inverse(impl):
     """Chunk by chunk, as gradients come from a network."""
 
-    def run(grads):
-        m, num_blocks, size = grads.shape
-        gram = torch.zeros(num_blocks, size, size, device=grads.device)
-        for chunk in grads.split(CHUNK):
-            ops.block_gram_(gram, chunk, 1 / m, impl=impl)
+    def run(chunks):
+        gram = torch.zeros_like(undamped(chunks[0]))
+        for chunk in chunks:
+            ops.block_gram_(gram, chunk, 1 / GRADIENTS, impl=impl)
         return ops.block_inverse(gram, DAMPING, impl=impl)[0]
 
     return run
@@ -47,18 +70,18 @@ def gram_and_inverse(impl):
 def woodbury(impl):
     """The recursion as an op, chunk by chunk."""
 
-    def run(grads):
-        m, num_blocks, size = grads.shape
-        inverse = torch.eye(size, device=grads.device).repeat(num_blocks, 1, 1) / DAMPING
-        for chunk in grads.split(CHUNK):
-            ops.woodbury_update_(inverse, chunk, m, impl=impl)
+    def run(chunks):
+        inverse = undamped(chunks[0])
+        for chunk in chunks:
+            ops.woodbury_update_(inverse, chunk, GRADIENTS, impl=impl)
         return inverse
 
     return run
 
 
 FROM_GRADIENTS = {
-    "rank-one updates in torch": recursion,
+    "rank-one updates in torch": rank_one_updates,
+    "M-FAC's recursion in torch": vector_recursion,
     "fishleg_ext Gram and inverse, reference": gram_and_inverse("reference"),
     "fishleg_ext Gram and inverse, cuda": gram_and_inverse("cuda"),
     "fishleg_ext woodbury_update_, cuda": woodbury("cuda"),
@@ -75,19 +98,38 @@ def skip_unless_available(implementation):
 @pytest.mark.parametrize("size", SIZES)
 def bench_gradients_to_inverse(measure, size, implementation):
     """m gradients of all blocks."""
+    compare_inverses(measure, WEIGHTS // size, size, implementation)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="takes hours without a GPU")
+@pytest.mark.parametrize("implementation", [name for name in FROM_GRADIENTS if "M-FAC" not in name])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weights", WHOLE_NETWORKS, ids=["ResNet-50", "BERT-base"])
+def bench_whole_networks(measure, weights, size, implementation):
+    """The same for a network's worth of blocks at once; rank-one updates of the largest would take minutes a call."""
+    if "torch" in implementation and weights * size > 2e9:
+        pytest.skip("takes too long")
+    bytes_at_once = 4 * weights * (3 * size + CHUNK)
+    if bytes_at_once > torch.cuda.mem_get_info(harness.DEVICE)[0]:
+        pytest.skip(f"needs {bytes_at_once / 2**30:.0f} GiB")
+    compare_inverses(measure, weights // size, size, implementation)
+
+
+def compare_inverses(measure, num_blocks, size, implementation):
+    """A chunk of gradients, read again and again for all m."""
     skip_unless_available(implementation)
-    num_blocks = WEIGHTS // size
     new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     run = FROM_GRADIENTS[implementation]
-    few = new.normal(GRADIENTS, 61, size)  # blocks that differ; drawing more takes longer than timing them
-    grads = few.repeat(1, -(-num_blocks // 61), 1)[:, :num_blocks].contiguous()
+    few = new.normal(CHUNK, 61, size)  # blocks that differ; drawing more takes longer than timing them
+    chunk = few.repeat(1, -(-num_blocks // 61), 1)[:, :num_blocks].contiguous()
+    chunks = [chunk] * (GRADIENTS // CHUNK)
 
     def gate():
         """Some blocks against float64, by the condition number of what is inverted; of recursions that of a step."""
-        part = grads[:, :4].double()
-        fisher = torch.einsum("mki,mkj->kij", part, part) / GRADIENTS + DAMPING * torch.eye(size, device=grads.device)
+        part = chunk[:, :4].double()
+        fisher = torch.einsum("mki,mkj->kij", part, part) / CHUNK + DAMPING * torch.eye(size, device=part.device)
         expected = torch.cholesky_inverse(torch.linalg.cholesky(fisher))
-        error = (run(grads)[:4] - expected).abs().max() / expected.abs().max()
+        error = (run(chunks)[:4] - expected).abs().max() / expected.abs().max()
         condition = torch.linalg.cond(fisher).max()
         if "Gram" not in implementation:
             condition = 1 + fisher.diagonal(dim1=1, dim2=2).sum(1).max() / DAMPING
@@ -96,7 +138,7 @@ def bench_gradients_to_inverse(measure, size, implementation):
     numel = num_blocks * size
     work = harness.Work(4 * GRADIENTS * numel + 8 * numel * size, GRADIENTS * numel * size + numel * size**2)
     name = f"{GRADIENTS} gradients, {num_blocks} blocks of {size}, float32"
-    measure("block_gram_", name, implementation, [lambda: run(grads)], work, gate)
+    measure("block_gram_", name, implementation, [lambda: run(chunks)], work, gate)
 
 
 def batched_cholesky(gram, damping):

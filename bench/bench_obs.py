@@ -1,4 +1,4 @@
-"""obs_eliminate against batched torch.
+"""obs_eliminate and obs_compensate against batched torch.
 
 Bytes: the inverse is read once. FLOP: H -= u u^T over what is left, 2/3 B^3 on the whole of H, 1/3 B^3 with symmetry.
 """
@@ -65,29 +65,69 @@ def bench_rows_that_share_an_inverse(measure, size, implementation):
     measure("obs_eliminate", f"{rows} rows of {size} with one inverse", implementation, [call], work, gate)
 
 
+def blocks(size):
+    """Weights, inverses of which 61 differ (drawing more takes longer than timing them), all alive."""
+    num_blocks = WEIGHTS // size
+    new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
+    inverse = new.spd(61, size, 1e3).repeat(-(-num_blocks // 61), 1, 1)[:num_blocks].contiguous()
+    return new.normal(num_blocks, size), inverse, new.mask(num_blocks, size, density=1.1)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_obs_eliminate(measure, size, implementation):
     """Blocks of well-conditioned inverses, to the last weight."""
     if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
         pytest.skip(reason)
-    num_blocks = WEIGHTS // size
-    new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
-    few = 61  # inverses that differ; drawing more takes longer than timing them
-    inverses = new.spd(few, size, 1e3).repeat(-(-num_blocks // few), 1, 1)[:num_blocks].contiguous()
+    weight, inverse, alive = blocks(size)
+    buffers = [(weight.clone(), inverse.clone(), alive) for _ in range(harness.copies(inverse.nbytes))]
     eliminate = IMPLEMENTATIONS[implementation]
-    buffers = [
-        (new.normal(num_blocks, size), inverses.clone(), new.mask(num_blocks, size, density=1.1))
-        for _ in range(harness.copies(inverses.nbytes))
-    ]
     calls = [lambda args=args: eliminate(*args) for args in buffers]
 
     def gate():
         """Some blocks of the very call that is timed."""
-        some = slice(None, None, max(1, num_blocks // 16))
+        some = slice(None, None, max(1, len(weight) // 16))
         rank, cost = calls[0]()
         case = cases.Case("", tuple(arg[some].clone() for arg in buffers[0]), condition=1e3)
         return check.error_and_budget(OPS["obs_eliminate"], lambda *args: (rank[some], cost[some]), case)
 
-    work = harness.Work(inverses.nbytes + 13 * num_blocks * size, num_blocks * size**3 // 3)
-    measure("obs_eliminate", f"{num_blocks} blocks of {size}, float32", implementation, calls, work, gate)
+    work = harness.Work(inverse.nbytes + 13 * weight.numel(), weight.numel() * size**2 // 3)
+    measure("obs_eliminate", f"{len(weight)} blocks of {size}, float32", implementation, calls, work, gate)
+
+
+def solve(weight, inverse, pruned):
+    """Torch alone: the identity where nothing is pruned, one LU solve a block."""
+    both = pruned[:, :, None] & pruned[:, None, :]
+    system = torch.where(both, inverse, torch.eye(weight.shape[1], device=weight.device))
+    multiplier = torch.linalg.solve(system, torch.where(pruned, weight, 0))
+    return torch.where(pruned, 0, weight - (inverse @ multiplier[..., None])[..., 0])
+
+
+COMPENSATIONS = {
+    "torch, batched solve": solve,
+    "fishleg_ext reference": lambda *args: ops.obs_compensate(*args, impl="reference"),
+    "fishleg_ext cuda": lambda *args: ops.obs_compensate(*args, impl="cuda"),
+}
+
+
+@pytest.mark.parametrize("implementation", COMPENSATIONS)
+@pytest.mark.parametrize("size", SIZES)
+def bench_obs_compensate(measure, size, implementation):
+    """Half of the weights of each block at once. Half of H is read; S steps over half of it, S weights being pruned."""
+    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_compensate", "cuda")):
+        pytest.skip(reason)
+    args = blocks(size)
+    args = (*args[:2], cases.Inputs(torch.float32, harness.DEVICE, seed=1).mask(*args[0].shape, density=0.5))
+    buffers = [tuple(arg.clone() for arg in args) for _ in range(harness.copies(args[1].nbytes))]
+    compensate = COMPENSATIONS[implementation]
+    calls = [lambda args=args: compensate(*args) for args in buffers]
+
+    def gate():
+        """Some blocks of the very call that is timed."""
+        some = slice(None, None, max(1, len(args[0]) // 16))
+        moved = calls[0]()
+        case = cases.Case("", tuple(arg[some].clone() for arg in args), condition=1e3)
+        return check.error_and_budget(OPS["obs_compensate"], lambda *args: moved[some], case)
+
+    work = harness.Work(args[1].nbytes // 2 + 9 * args[0].numel(), args[0].numel() * size**2 // 2)
+    measure("obs_compensate", f"{len(args[0])} blocks of {size}, float32", implementation, calls, work, gate)

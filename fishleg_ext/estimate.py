@@ -22,6 +22,7 @@ class Estimate:
         curvature: what is estimated.
         num_grads, grad_batch_size, labels, likelihood, seed, progress: see `observe`; None is the curvature's default.
         max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
+        sharing: how many estimates are held at a time, each with an equal part of max_memory.
         timed: stage -> context manager around observing.
 
     Attributes:
@@ -41,6 +42,7 @@ class Estimate:
         labels: Optional[str],
         likelihood: Optional[Likelihood],
         max_memory: Optional[int],
+        sharing: int,
         seed: int,
         progress: bool,
         timed: Callable[[str], contextlib.AbstractContextManager[None]],
@@ -49,7 +51,8 @@ class Estimate:
         self.num_grads = curvature.default_num_grads if num_grads is None else num_grads
         self.grad_batch_size = grad_batch_size
         self.labels = curvature.default_labels if labels is None else labels
-        self.likelihood, self.max_memory = likelihood, max_memory
+        self.likelihood, self._given_memory, self._sharing = likelihood, max_memory, sharing
+        self.max_memory = None if max_memory is None else max_memory // sharing
         self.seed, self.progress, self._timed = seed, progress, timed
         curvature.progress = progress
         self.groups = self._split()
@@ -156,8 +159,9 @@ class Estimate:
             if (needed := self._bytes_of(groups[-1])) > most:
                 what = name if self.curvature.separable else "all parameters together"
                 raise ValueError(
-                    f"max_memory={self.max_memory} is too small for {type(self.curvature).__name__}: "
-                    f"{what} needs at least {needed} bytes"
+                    f"max_memory={self._given_memory} is too small for {type(self.curvature).__name__}: "
+                    f"{what} needs at least {needed * self._sharing} bytes"
+                    + (", half of them for allocation=" if self._sharing > 1 else "")
                 )
         return groups
 

@@ -113,7 +113,8 @@ class Pruner:
             grad_batch_size=checked_count("grad_batch_size", grad_batch_size),
             labels=labels,
             likelihood=likelihood,
-            max_memory=max_memory if max_memory is None or allocation is None else max_memory // 2,
+            max_memory=max_memory,
+            sharing=1 if allocation is None else 2,
             seed=seed,
             progress=progress,
         )

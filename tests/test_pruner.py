@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 import sys
 
 import pytest
@@ -444,6 +445,22 @@ def test_max_memory_that_holds_not_even_one_layer_is_refused(net, data):
         prune(net, data, sparsity=0.5, max_memory=1000)
     with pytest.raises(ValueError, match="LowRankFisher: all parameters together"):
         prune(net, data, sparsity=0.5, curvature="low_rank", max_memory=50_000)
+
+
+def test_max_memory_beside_an_allocation_is_what_both_need(net, data):
+    """Whoever gives what each error asks for gets there, and not before the error says so."""
+    options = {"curvature": "layerwise", "allocation": "block", "num_grads": 16, "progress": False}
+    needed = [1000]
+    while len(needed) < 8:
+        try:
+            result = prune(net, data, sparsity=0.5, max_memory=needed[-1], **options)
+            break
+        except ValueError as error:
+            asked = re.search(r"needs at least (\d+) bytes, half of them for allocation=", str(error))
+            needed.append(int(asked[1]))
+    assert 1 < len(needed) < 8
+    assert needed == sorted(set(needed))
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_batchnorm_is_recalibrated_after_the_last_round(net, data):

@@ -44,11 +44,12 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         eps * mean(diag).
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
-    info = torch.zeros_like(failed, dtype=torch.int32)
-    finite = matrix.flatten(1).isfinite().all(1)  # the factorisation reads the lower triangle alone
-    failed = (failed != 0) | ~finite
-    if failed.any():
+    factor, status = torch.linalg.cholesky_ex(matrix + damping * identity if damping else matrix)
+    info = torch.zeros_like(status, dtype=torch.int32)
+    # The factorisation reads the lower triangle alone. A sum that is finite has no entry that is not, and is fast.
+    if ((status != 0) | ~matrix.sum((1, 2)).isfinite()).any():
+        finite = matrix.flatten(1).isfinite().all(1)
+        failed = (status != 0) | ~finite
         eps = torch.finfo(matrix.dtype).eps
         first = 10 * damping if damping > 0 else eps * matrix.diagonal(dim1=1, dim2=2).mean(1)
         for raises in range(1, MAX_RAISES + 1):
