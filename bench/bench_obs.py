@@ -3,6 +3,7 @@
 Bytes: the inverse is read once. FLOP: H -= u u^T over what is left, 2/3 B^3 on the whole of H, 1/3 B^3 with symmetry.
 """
 
+import functools
 import math
 
 import pytest
@@ -39,8 +40,8 @@ def batched_torch(weight, inverse, alive):
 
 IMPLEMENTATIONS = {
     "batched torch": batched_torch,
-    "fishleg_ext reference": lambda *args: ops.obs_eliminate(*args, impl="reference"),
-    "fishleg_ext cuda": lambda *args: ops.obs_eliminate(*args, impl="cuda"),
+    "fishleg_ext reference": functools.partial(ops.obs_eliminate, impl="reference"),
+    "fishleg_ext cuda": functools.partial(ops.obs_eliminate, impl="cuda"),
 }
 
 
@@ -74,25 +75,29 @@ def blocks(size):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", SIZES)
-def bench_obs_eliminate(measure, size, implementation):
-    """Blocks of well-conditioned inverses, to the last weight."""
+@pytest.mark.parametrize("size, group", [*((size, 1) for size in SIZES), (128, 4)])
+def bench_obs_eliminate(measure, size, group, implementation):
+    """Blocks of well-conditioned inverses, to the last weight; batched torch removes single weights."""
+    options = {} if group == 1 else {"group": group}
+    if options and implementation == "batched torch":
+        pytest.skip("single weights only")
     if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
         pytest.skip(reason)
     weight, inverse, alive = blocks(size)
     buffers = [(weight.clone(), inverse.clone(), alive) for _ in range(harness.copies(inverse.nbytes))]
     eliminate = IMPLEMENTATIONS[implementation]
-    calls = [lambda args=args: eliminate(*args) for args in buffers]
+    calls = [lambda args=args: eliminate(*args, **options) for args in buffers]
 
     def gate():
         """Some blocks of the very call that is timed."""
         some = slice(None, None, max(1, len(weight) // 16))
         rank, cost = calls[0]()
-        case = cases.Case("", tuple(arg[some].clone() for arg in buffers[0]), condition=1e3)
-        return check.error_and_budget(OPS["obs_eliminate"], lambda *args: (rank[some], cost[some]), case)
+        case = cases.Case("", tuple(arg[some].clone() for arg in buffers[0]), options, condition=1e3)
+        return check.error_and_budget(OPS["obs_eliminate"], lambda *args, **options: (rank[some], cost[some]), case)
 
     work = harness.Work(inverse.nbytes + 13 * weight.numel(), weight.numel() * size**2 // 3)
-    measure("obs_eliminate", f"{len(weight)} blocks of {size}, float32", implementation, calls, work, gate)
+    groups = f"groups of {group}, " if options else ""
+    measure("obs_eliminate", f"{len(weight)} blocks of {size}, {groups}float32", implementation, calls, work, gate)
 
 
 def solve(weight, inverse, pruned):
@@ -105,8 +110,8 @@ def solve(weight, inverse, pruned):
 
 COMPENSATIONS = {
     "torch, batched solve": solve,
-    "fishleg_ext reference": lambda *args: ops.obs_compensate(*args, impl="reference"),
-    "fishleg_ext cuda": lambda *args: ops.obs_compensate(*args, impl="cuda"),
+    "fishleg_ext reference": functools.partial(ops.obs_compensate, impl="reference"),
+    "fishleg_ext cuda": functools.partial(ops.obs_compensate, impl="cuda"),
 }
 
 
