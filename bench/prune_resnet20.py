@@ -255,10 +255,12 @@ class Bench:
         print(tabulate(rows, ["", *(f"{s:.0%}" for s in SPARSITIES), *COSTS], floatfmt=".2f"))
 
     def layerwise(self) -> None:
-        """Every mixture of block Fisher and layerwise curvature, in one shot and in eight rounds."""
+        """Every mixture of block Fisher and layerwise curvature, in one shot and in rounds."""
         rows = []
-        for rounds, names in ((ROUNDS, IN_ROUNDS), (1, LAYERWISE)):
-            for name in tqdm(names, desc=f"mixtures, {rounds} rounds", leave=False, disable=None):
+        for rounds in self.arguments.rounds:
+            for name in tqdm(
+                LAYERWISE if rounds == 1 else IN_ROUNDS, desc=f"mixtures, {rounds} rounds", leave=False, disable=None
+            ):
                 row, seconds = [name, rounds], []
                 for sparsity in LAYERWISE_SPARSITIES:
                     steps = [1 - (1 - sparsity) ** (k / rounds) for k in range(1, rounds + 1)]
@@ -321,6 +323,7 @@ def main() -> None:
     parts = ("one", "rounds", "table", "layerwise", "damping")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
+    parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")
     parser.add_argument("--draws", type=int, default=1, help="samples of gradients for one and rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")

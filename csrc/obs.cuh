@@ -64,8 +64,8 @@ __device__ __forceinline__ void warp_lowest(double& cost, int& index) {
 }
 
 // What it costs to lose those weights z of a group that are in `pending`, bit by bit, H being h
-// between them: each in turn, what is left of the group following. 1/2 z^T H^-1 z; infinite where H
-// is not positive definite, and where the cost is NaN.
+// between them: 1/2 z^T h^-1 z, as each goes in turn and what is left follows. Infinite where h is
+// not positive definite, and where the cost is NaN. Both are overwritten.
 template <typename T, int kGroup>
 __device__ __forceinline__ T joint_cost(T (&z)[kGroup], T (&h)[kGroup][kGroup], unsigned pending) {
   T cost = 0;
@@ -181,7 +181,7 @@ struct Weights {
   // The group that begins with weight q is no longer pending.
   __device__ __forceinline__ void close(int q) {
     const int s = q / kGroup / kWarpSize;
-    if (q / kGroup % kWarpSize == lane) pending &= ~(((1u << kGroup) - 1) << s * kGroup);
+    if (holds(q)) pending &= ~(((1u << kGroup) - 1) << s * kGroup);
   }
 
   // Weight q goes: u is row q of H, in shared memory, and `inverse_variance` is 1 / u_q.

@@ -108,12 +108,15 @@ class Estimate:
             "held": list(self.held),
             "used_grads": self.used_grads if self.held else 0,
             "masks_at_estimate": pack_masks(self._masks) if self.held else {},
+            "model": type(self.curvature).__name__,
             "curvature": self.curvature.state_dict() if self.held else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; ValueError where the state is of something else."""
         masks = Masks(self._parameters)
+        if state["model"] != (model := type(self.curvature).__name__):
+            raise ValueError(f"expected the state of {model}, got that of {state['model']}")
         if state["held"]:
             if list(state["held"]) != list(self._parameters):
                 raise ValueError(f"expected curvature of {list(self._parameters)}, got that of {list(state['held'])}")
@@ -150,19 +153,20 @@ class Estimate:
         if self.max_memory is None and not self.curvature.sequential:
             return [list(self._parameters)]
         most = float("inf") if self.max_memory is None else self.max_memory
-        groups: list[list[str]] = [[]]
-        for name in self._parameters:
-            too_many = self.curvature.sequential or self._bytes_of([*groups[-1], name]) > most
-            if groups[-1] and self.curvature.separable and too_many:
+        parts = [[name] for name in self._parameters] if self.curvature.separable else [list(self._parameters)]
+        largest = max(parts, key=self._bytes_of)
+        if (needed := self._bytes_of(largest)) > most:
+            what = "all parameters together need" if len(largest) > 1 else f"{largest[0]} needs"
+            raise ValueError(
+                f"max_memory={self._given_memory} is too small for {type(self.curvature).__name__}: "
+                f"{what} at least {needed * self._sharing} bytes"
+                + (", half of them for allocation=" if self._sharing > 1 else "")
+            )
+        groups = [parts[0]]
+        for part in parts[1:]:
+            if self.curvature.sequential or self._bytes_of(groups[-1] + part) > most:
                 groups.append([])
-            groups[-1].append(name)
-            if (needed := self._bytes_of(groups[-1])) > most:
-                what = name if self.curvature.separable else "all parameters together"
-                raise ValueError(
-                    f"max_memory={self._given_memory} is too small for {type(self.curvature).__name__}: "
-                    f"{what} needs at least {needed * self._sharing} bytes"
-                    + (", half of them for allocation=" if self._sharing > 1 else "")
-                )
+            groups[-1].extend(part)
         return groups
 
     def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:

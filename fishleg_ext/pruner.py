@@ -40,7 +40,8 @@ class PruneResult:
         sparsity: pruned weights over all weights that could be pruned.
         layer_sparsity: name -> the same for one parameter.
         predicted_loss_increase: by the curvature model, the exact joint cost of losing these weights with all others
-            free to make up for it (for block models those of the same block); summed over rounds.
+            free to make up for it (for block models those of the same block); summed over rounds. Of layerwise
+            curvature that is half the squared error of all layers' outputs, not of the network's loss.
         history: a dict for each round: "sparsity", "layer_sparsity", "num_grads", "predicted_loss_increase",
             "damping_raised" (name -> blocks) and "seconds" (stage -> seconds). JSON-able.
     """
@@ -123,7 +124,7 @@ class Pruner:
         if allocation is not None:
             if scope is not None:
                 raise ValueError(f"expected either allocation or scope, got {allocation!r} and {scope!r}")
-            allocating = make_curvature(allocation, block_size=block_size)
+            allocating = make_curvature(allocation, block_size=block_size, argument="allocation")
             if allocating is self.curvature:
                 raise ValueError("expected another curvature as allocation, got the same instance twice")
             if allocating.sequential:
@@ -291,14 +292,16 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, for a pruner of the same model made with the same arguments.
 
-        The model's own weights are not part of the state; load them beside it.
+        The model's own weights are not part of the state; load them beside it. Nor are settings, such as damping:
+        those of this pruner hold.
 
         Raises:
-            ValueError: the state is of other parameters, shapes or arguments; nothing is changed then.
+            ValueError: the state is of other parameters, shapes or curvature models; nothing is changed then.
         """
         missing = {
             "masks",
             "masks_at_estimate",
+            "model",
             "curvature",
             "held",
             "used_grads",
@@ -461,7 +464,8 @@ def prune(
         data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). May
             be None with curvature="identity".
         loss_fn: (outputs, targets) -> scalar, the mean over the batch.
-        sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero.
+        sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero, of all
+            n weights or, with scope="layer", of each parameter's.
         curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
             "layerwise" (OBC), or a `fishleg_ext.curvature.Curvature`.
         saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
@@ -557,7 +561,9 @@ def _check_pattern(pattern: str) -> None:
         return
     known = isinstance(pattern, str) and re.fullmatch(r"([0-9]+):([0-9]+)|block0*[1-9][0-9]*", pattern)
     if not known or (known[1] and not 0 < int(known[2]) >= int(known[1])):
-        raise ValueError(f"expected pattern to be 'unstructured', 'n:m' or 'blockN', got {pattern!r}")
+        raise ValueError(
+            f"expected pattern to be 'unstructured', n:m such as '2:4' or blockN such as 'block4', got {pattern!r}"
+        )
     raise NotImplementedError(f"pattern={pattern!r} is not in this version yet, only 'unstructured'")
 
 

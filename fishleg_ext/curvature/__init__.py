@@ -26,7 +26,11 @@ PLANNED = ("kronecker", "fishleg")
 
 
 def make_curvature(
-    curvature: Union[str, Curvature], *, block_size: int = 128, damping: Optional[float] = None
+    curvature: Union[str, Curvature],
+    *,
+    block_size: int = 128,
+    damping: Optional[float] = None,
+    argument: str = "curvature",
 ) -> Curvature:
     """A curvature model by name, or the given one.
 
@@ -35,6 +39,7 @@ def make_curvature(
         block_size: weights in a block, for the models that have blocks.
         damping: in the units of a squared gradient (layerwise: of the mean of the diagonal); None is the model's
             default.
+        argument: its name in errors.
 
     Raises:
         ValueError: an unknown name, or damping given beside an instance, which has its own.
@@ -50,9 +55,9 @@ def make_curvature(
             )
         return curvature
     if not isinstance(curvature, str):
-        raise TypeError(f"expected curvature to be a name or a Curvature, got {type(curvature).__name__}")
+        raise TypeError(f"expected {argument} to be a name or a Curvature, got {type(curvature).__name__}")
     if curvature in PLANNED:
-        raise NotImplementedError(f"curvature={curvature!r} is not in this version yet")
+        raise NotImplementedError(f"{argument}={curvature!r} is not in this version yet")
     if curvature == "identity":
         return Identity()
     if curvature == "diagonal":
@@ -63,4 +68,4 @@ def make_curvature(
         return LowRankFisher(block_size, **given)
     if curvature == "layerwise":
         return Layerwise(**given)
-    raise ValueError(f"expected curvature to be identity, diagonal, block, low_rank or layerwise, got {curvature!r}")
+    raise ValueError(f"expected {argument} to be identity, diagonal, block, low_rank or layerwise, got {curvature!r}")

@@ -130,7 +130,9 @@ class Layerwise(Curvature):
     def _fisher(self, name: str) -> tuple[Tensor, Tensor]:
         """A and the damping of each group, [groups, fan-in, fan-in] and [groups]."""
         if name not in self._gram:
-            raise CurvatureError(f"{name}: its layer was not called while the data was read, so it has no inputs")
+            raise CurvatureError(
+                f"{name}: its layer was not called while the data was read, so it has no inputs; leave it out of params"
+            )
         gram = self._gram[name] / self._count[name]
         return gram, self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
 
