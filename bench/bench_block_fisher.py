@@ -59,7 +59,8 @@ def gram_and_inverse(impl):
     """Chunk by chunk, as gradients come from a network."""
 
     def run(chunks):
-        gram = torch.zeros_like(undamped(chunks[0]))
+        _, num_blocks, size = chunks[0].shape
+        gram = torch.zeros(num_blocks, size, size, device=chunks[0].device)
         for chunk in chunks:
             ops.block_gram_(gram, chunk, 1 / GRADIENTS, impl=impl)
         return ops.block_inverse(gram, DAMPING, impl=impl)[0]

@@ -135,9 +135,10 @@ class Cifar10:
     def accuracy(self, model: nn.Module, held_out: bool = False) -> float:
         """Right answers on the test set, or on the last 10,000 training images, in percent."""
         model.eval()
-        test = zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
+        test = list(zip(self.test_images.split(500), self.test_labels.split(500), strict=True))
         batches = self.training_batches(40000, 10000, 500) if held_out else test
-        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / 100
+        right = torch.cat([model(x).argmax(1) == y for x, y in batches])
+        return float(right.double().mean()) * 100
 
 
 def reset_peak_memory() -> None:

@@ -21,11 +21,11 @@ struct EliminateOptions {
 template <typename T>
 struct PanelState {
   T* weight;      // [K, B], 0 where dead
-  T* variance;    // [K, B, g], of what is left of H the g x g blocks on the diagonal
+  T* variance;    // [K, B, g], of what is left of H the g x g blocks on the diagonal, lower halves
   bool* pending;  // [K, B]
   int32_t* next;  // [K], ranks given so far
   T* columns;     // [K, P, B], written from the first on, zeros at the end
-  int panel;      // P, a multiple of g
+  int panel;      // P
   int32_t* rank;  // [K, B]
   T* cost;        // [K, B]
 };

@@ -73,11 +73,13 @@ __device__ __forceinline__ T joint_cost(T (&z)[kGroup], T (&h)[kGroup][kGroup], 
   for (int i = 0; i < kGroup; ++i) {
     if (kGroup > 1 && !(pending >> i & 1)) continue;
     const T variance = h[i][i];
-    const T one = variance > 0 ? z[i] * z[i] / (2 * variance) : static_cast<T>(INFINITY);
-    cost = i == 0 ? one : cost + one;
+    // As the reference: for a group z^2 may be out of range where the cost is not.
+    const T alone = kGroup == 1 ? z[i] * z[i] / (2 * variance) : z[i] * (z[i] / (2 * variance));
+    cost += variance > 0 ? alone : static_cast<T>(INFINITY);
+    const T inverse_variance = 1 / variance;
 #pragma unroll
     for (int r = i + 1; r < kGroup; ++r) {
-      const T factor = h[r][i] / variance;
+      const T factor = h[r][i] * inverse_variance;
       z[r] -= factor * z[i];
 #pragma unroll
       for (int c = i + 1; c <= r; ++c) h[r][c] -= factor * h[c][i];
@@ -98,7 +100,7 @@ struct Weights {
   T weight[kHeld][kGroup];
   T variance[kHeld][kGroup][kGroup];  // of H, the lower half
   unsigned pending;                   // which of these weights, a bit for each
-  int left[kHeld];                    // pending weights in the m that weight j is of
+  int left[kHeld];  // of the m weights of a pattern, those pending; not for groups
 
   // The first weight of a group.
   __device__ __forceinline__ int index(int s) const { return (s * kWarpSize + lane) * kGroup; }
@@ -127,7 +129,7 @@ struct Weights {
           variance[s][r][c] = read ? inverse[(first + r) * size + first + c] : T(0);
         }
       }
-      if (m > 0 && first < size) {
+      if (kGroup == 1 && m > 0 && first < size) {
         for (int i = first / m * m, end = i + m; i < end; ++i) left[s] += alive[i];
       }
     }
@@ -141,7 +143,9 @@ struct Weights {
     for (int s = 0; s < kHeld; ++s) {
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
-        if (s + r > 0 && q / kGroup / kWarpSize == s && q % kGroup == r) value = get(s, r);
+        // Always read, or the compiler computes s from q and the arrays are no longer registers.
+        const auto other = get(s, r);
+        value = q / kGroup / kWarpSize == s && q % kGroup == r ? other : value;
       }
     }
     return __shfl_sync(0xffffffffu, value, q / kGroup % kWarpSize);
@@ -168,7 +172,7 @@ struct Weights {
         for (int c = 0; c <= r; ++c) h[r][c] = variance[s][r][c];
       }
       const T cost = joint_cost(z, h, pending_in(s));
-      if (cost < best && pending_in(s) && (m == 0 || left[s] > n)) {
+      if (cost < best && pending_in(s) && (kGroup > 1 || m == 0 || left[s] > n)) {
         best = cost;
         q = index(s);
       }
@@ -199,7 +203,7 @@ struct Weights {
 #pragma unroll
         for (int c = 0; c <= r; ++c) variance[s][r][c] -= value[r] * (value[c] * inverse_variance);
       }
-      if (m > 0) left[s] -= first / m == q / m;
+      if (kGroup == 1 && m > 0) left[s] -= first / m == q / m;
     }
   }
 };
@@ -339,7 +343,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
   // What it costs to lose weight j or the group that it is the first of.
   auto cost_of = [&](int j) {
     if (dead) return !alive[j] && variance_of(j) > 0 ? T(0) : static_cast<T>(INFINITY);
-    if (left_of_pattern(pending, j, options.m) <= options.n) return static_cast<T>(INFINITY);
+    if (kGroup == 1 && left_of_pattern(pending, j, options.m) <= options.n)
+      return static_cast<T>(INFINITY);
     unsigned members = 0;
     T z[kGroup], h[kGroup][kGroup];
 #pragma unroll
@@ -399,16 +404,13 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
       }
       __syncthreads();  // all have read weight q and its variance
       for (int j = mine; j < size; j += apart) {
-#pragma unroll
-        for (int r = 0; r < kGroup; ++r) {
-          if (r >= together) break;
-          weight[j + r] -= column[j + r] * share;
-          const int group = (j + r) / kGroup * kGroup;
-#pragma unroll
-          for (int c = 0; c < kGroup; ++c) {
-            variance[(j + r) * kGroup + c] -= column[j + r] * column[group + c];
+        for (int i = j; i < j + together; ++i) {
+          const int member = i % kGroup;
+          weight[i] -= column[i] * share;
+          for (int c = 0; c <= member; ++c) {
+            variance[i * kGroup + c] -= column[i] * column[i - member + c];
           }
-          if (j + r == q) variance[q * kGroup + q % kGroup] = 0;
+          if (i == q) variance[i * kGroup + member] = 0;
         }
       }
       ++step;

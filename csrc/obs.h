@@ -9,13 +9,12 @@
 
 namespace fishleg_ext {
 
-// The most weights in a block that obs_eliminate takes, 0 where it does not take such groups;
-// obs_eliminate_panel takes any.
+// The most weights in a block that obs_eliminate takes, 0 where there is no kernel for groups of
+// this size; obs_eliminate_panel takes blocks of any size.
 int largest_to_eliminate(int element_size, int group);
 
 // See the kernels of the same names. T: float or double. At least one block, of at least one
-// weight. An error where blocks are too large or groups
-// of another size than there are kernels for.
+// weight. An error where blocks are too large, or where there is no kernel for the groups.
 template <typename T>
 cudaError_t obs_eliminate(const T* weight, const T* inverse, const bool* alive, int32_t* rank,
                           T* cost, const EliminateOptions<T>& options, cudaStream_t stream);

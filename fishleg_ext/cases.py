@@ -154,9 +154,9 @@ def _obs_eliminate(new: Inputs) -> Iterator[Case]:
         for k in (3, MANY) if b in (28, 64) else (3,):
             args = new.normal(k, b), new.spd(k, b, 1e3), new.mask(k, b, density=0.9)
             yield Case(f"group=4 K={k} B={b}", args, {"group": 4}, 1e3)
-    rows, shared = new.normal(5, 220), new.spd(1, 220, 1e3)
+    rows, shared = new.normal(5, 300), new.spd(1, 300, 1e3)
     for group in (1, 4):
-        args = rows, shared, new.mask(5, 220, density=0.8)
+        args = rows, shared, new.mask(5, 300, density=0.8)
         yield Case(f"large inverse shared, group={group}", args, {"dead_first": True, "group": group}, 1e3)
     weight, inverse, alive = new.normal(5, 24), new.spd(5, 24, 1e3), new.mask(5, 24, density=0.7)
     for options in (
@@ -190,6 +190,8 @@ def _obs_eliminate(new: Inputs) -> Iterator[Case]:
         yield Case(f"ties, B={b}", (new.cast(torch.ones(3, b)), eye, every), exact=True)
         steps = new.cast(torch.arange(b) % 5 - 2.0).expand(3, b)
         yield Case(f"ties and zeros, B={b}", (steps, 0.5 * eye, every), {"stop": 1.0}, exact=True)
+        if b % 4 == 0:
+            yield Case(f"ties and zeros, group=4 B={b}", (steps, 0.5 * eye, every), {"group": 4}, exact=True)
     odd = new.cast(torch.tensor([[1.0, torch.nan, 2.0, torch.inf, -1.0, 0.5]]))
     variances = new.wide(torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, -1.0, torch.inf])))[None]
     yield Case("NaN, inf, variances not positive", (odd, variances, new.mask(1, 6, density=1.1)), exact=True)

@@ -229,6 +229,8 @@ def test_blocks_are_supported_up_to_what_registers_hold(dtype, largest, monkeypa
     for supports, arguments in calls.items():
         assert [b for b in range(1, 300) if supports(*arguments(b))[0]] == list(range(1, largest + 1))
         assert f"up to {largest} weights in {wide}, not {largest + 1}" in supports(*arguments(largest + 1))[1]
+    in_registers = [obs.largest_to_eliminate(wide, group) for group in (1, 4, 2, 8)]
+    assert in_registers == [largest, 128 if wide == torch.float64 else largest, 0, 0]
 
 
 def test_what_kernels_do_not_support_is_explained(monkeypatch):

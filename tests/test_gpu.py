@@ -148,7 +148,7 @@ def test_the_largest_block_that_fits_runs_and_the_next_falls_back(dtype, blocks)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("options", [{}, {"dead_first": True}, {"n": 2, "m": 4}])
+@pytest.mark.parametrize("options", [{}, {"dead_first": True}, {"n": 2, "m": 4}, {"group": 4, "dead_first": True}])
 def test_large_blocks_are_eliminated_in_panels(options, blocks):
     """Of 576 weights with one inverse, as a row of a layer has; well conditioned, so that orders agree."""
     weight, inverse, alive = blocks(64, 576, torch.float64)

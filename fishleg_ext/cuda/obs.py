@@ -72,12 +72,11 @@ def _eliminate_in_panels(
     rank = torch.where(alive, size, -1).to(torch.int32)
     cost = torch.full_like(weight, torch.inf)
     following = torch.zeros(blocks, dtype=torch.int32, device=weight.device)
-    columns = weight.new_empty(blocks, PANEL, size)
+    columns = weight.new_empty(blocks, PANEL + group - 1, size)  # room for a group that begins within a panel
     own = False
     for dead in (True, False) if dead_first else (False,):
         steps = int((alive != dead).sum(1).max())
-        least = PANEL - group + 1  # that a panel takes where there is so much left: groups may have dead members
-        for done in range(0, steps, least):
+        for done in range(0, steps, PANEL):
             torch.ops.fishleg_ext_cuda.obs_eliminate_panel_out(
                 inverse,
                 alive,
@@ -95,9 +94,9 @@ def _eliminate_in_panels(
                 rank,
                 cost,
             )
-            if stop < torch.inf and not dead and bool((following < done + least).all()):
+            if stop < torch.inf and not dead and bool((following < done + PANEL).all()):
                 break  # nothing is below `stop` any more
-            if done + least < steps or dead:
+            if done + PANEL < steps or dead:
                 out = inverse if own else weight.new_empty(blocks, size, size)
                 inverse = torch.baddbmm(inverse.expand(blocks, -1, -1), columns.mT, columns, alpha=-1, out=out)
                 own = True

@@ -115,13 +115,8 @@ class _Elimination:
             usable = pending & (variance > 0)
         else:
             pending = pending.unflatten(1, (-1, self.group))  # [k, G, g]
-            both = pending[..., None] & pending[..., None, :]
-            identity = torch.eye(self.group, dtype=self.weight.dtype, device=self.weight.device)
-            factor, failed = torch.linalg.cholesky_ex(torch.where(both, self.diagonal, identity))
-            weight = torch.where(pending, self.weight.unflatten(1, (-1, self.group)), 0)
-            whitened = torch.linalg.solve_triangular(factor, weight[..., None], upper=False)
-            cost = 0.5 * whitened.square().sum((-2, -1))
-            usable = pending.any(-1) & (failed == 0)
+            cost = _joint_cost(self.weight.unflatten(1, (-1, self.group)), self.diagonal, pending)
+            usable = pending.any(-1)
         cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
         return torch.min(cost, dim=1, keepdim=True)  # of ties the first
 
@@ -152,6 +147,24 @@ class _Elimination:
         self.inverse = torch.baddbmm(inverse, self.columns.mT, self.columns, alpha=-1, out=out)
         self.blocks = torch.arange(len(out), device=out.device)
         self.own, self.num_columns = True, 0
+
+
+def _joint_cost(weight: Tensor, inverse: Tensor, chosen: Tensor) -> Tensor:
+    """1/2 w^T H^-1 w of the chosen weights of each group, [..., g] and [..., g, g], as each goes in turn.
+
+    Without square roots, so that equal groups have equal costs; infinite where H is not positive definite.
+    """
+    cost = weight.new_zeros(weight.shape[:-1])
+    for i in range(weight.shape[-1]):
+        mine, variance = chosen[..., i], inverse[..., 0, 0]
+        alone = torch.where(variance > 0, weight[..., 0] * (weight[..., 0] / (2 * variance)), torch.inf)
+        cost = torch.where(mine, cost + alone, cost)
+        # What is not chosen may hold anything.
+        column = torch.where(mine[..., None], inverse[..., 1:, 0], 0)
+        factor = column * torch.where(mine, 1 / variance, 0)[..., None]
+        weight = weight[..., 1:] - factor * torch.where(mine, weight[..., 0], 0)[..., None]
+        inverse = inverse[..., 1:, 1:] - factor[..., None] * column[..., None, :]
+    return cost
 
 
 def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
