@@ -1,7 +1,8 @@
 """A curvature model of a network as it is now: observed on its data, in parts that fit into memory."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Optional
 
 import torch
@@ -11,6 +12,22 @@ from fishleg_ext.curvature import Curvature
 from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
 from fishleg_ext.masks import Masks, pack_masks
 from fishleg_ext.observe import CHUNK_BYTES, gradient_bytes, observe, require_rereadable
+
+
+class Stopwatch:
+    """Seconds that each stage took, all its times added up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time this block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 class Estimate:
@@ -23,7 +40,8 @@ class Estimate:
         num_grads, grad_batch_size, labels, likelihood, seed, progress: see `observe`; None is the curvature's default.
         max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
         sharing: how many estimates are held at a time, each with an equal part of max_memory.
-        timed: stage -> context manager around observing.
+        timed: times the observation, as this stage.
+        stage: its name.
 
     Attributes:
         groups: names of the parameters that are estimated together.
@@ -45,7 +63,8 @@ class Estimate:
         sharing: int,
         seed: int,
         progress: bool,
-        timed: Callable[[str], contextlib.AbstractContextManager[None]],
+        timed: Stopwatch,
+        stage: str,
     ) -> None:
         self.model, self._parameters, self.curvature = model, weights, curvature
         self.num_grads = curvature.default_num_grads if num_grads is None else num_grads
@@ -53,7 +72,7 @@ class Estimate:
         self.labels = curvature.default_labels if labels is None else labels
         self.likelihood, self._given_memory, self._sharing = likelihood, max_memory, sharing
         self.max_memory = None if max_memory is None else max_memory // sharing
-        self.seed, self.progress, self._timed = seed, progress, timed
+        self.seed, self.progress, self._timed, self._stage = seed, progress, timed, stage
         curvature.progress = progress
         self.groups = self._split()
         self.held: list[str] = []
@@ -128,7 +147,7 @@ class Estimate:
 
     def _observe(self, names: list[str], source: tuple[Iterable[Any], LossFunction]) -> None:
         self.held = []
-        with self._timed("observation"):
+        with self._timed(self._stage):
             self.curvature.start(self.weights(names))
             if self.curvature.observes:
                 self.used_grads = observe(

@@ -247,7 +247,6 @@ class _GradientSource:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.vectorized: Optional[bool] = None
         self.any_nonzero = False
-        self.vmapped = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
 
     def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
         """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
@@ -269,7 +268,8 @@ class _GradientSource:
         if self.vectorized is False:
             return self._loop(inputs, targets, count)
         try:
-            values = self.vmapped(self.weights, inputs, targets)
+            vmapped = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
+            values = vmapped(self.weights, inputs, targets)
         except Exception as error:
             if self.vectorized:  # it worked before, so this is not about vmap
                 raise

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Optional, Union
@@ -16,7 +15,7 @@ from fishleg_ext.arguments import checked_count, checked_sparsity
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
-from fishleg_ext.estimate import Estimate
+from fishleg_ext.estimate import Estimate, Stopwatch
 from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.labels import Likelihood, LossFunction
 from fishleg_ext.masks import Masks
@@ -101,7 +100,7 @@ class Pruner:
         self.weights = choose_parameters(model, params)
         self._masks = Masks(self.weights)
         self.history: list[dict[str, Any]] = []
-        self._seconds: dict[str, float] = {}
+        self._timed = Stopwatch()
         self._damping_raised: dict[str, int] = {}
         self._data: Optional[Iterable[Any]] = None  # of the last estimate, for BatchNorm
         num_grads = None if num_grads is None else checked_count("num_grads", num_grads)
@@ -118,8 +117,9 @@ class Pruner:
             sharing=1 if allocation is None else 2,
             seed=seed,
             progress=progress,
+            timed=self._timed,
         )
-        self._estimate = estimate(self.curvature, timed=self._timed)
+        self._estimate = estimate(self.curvature, stage="observation")
         self._allocation: Optional[Estimate] = None
         if allocation is not None:
             if scope is not None:
@@ -129,7 +129,7 @@ class Pruner:
                 raise ValueError("expected another curvature as allocation, got the same instance twice")
             if allocating.sequential:
                 raise ValueError("expected an allocation of all parameters at once, got one with sequential inputs")
-            self._allocation = estimate(allocating, timed=lambda stage: self._timed("allocation"))
+            self._allocation = estimate(allocating, stage="allocation")
             scope = "global"
         self.scope = self.curvature.default_scope if scope is None else scope
         self._check_scope()
@@ -164,7 +164,7 @@ class Pruner:
         readers = [estimate for estimate in self._estimates() if estimate.curvature.observes]
         if data is not None and len(readers) > 1:
             require_rereadable(data, "allocation= reads it once more")
-        self._seconds, self._damping_raised = {}, {}
+        self._timed.seconds, self._damping_raised = {}, {}
         with self._implementation():
             for estimate in self._estimates():
                 estimate.begin(data, loss_fn, self._masks)
@@ -401,14 +401,6 @@ class Pruner:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
         return contextlib.nullcontext() if self.impl == "auto" else use_impl(self.impl)
 
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
-
     def _record(self, increase: float) -> None:
         self.history.append(
             {
@@ -417,10 +409,10 @@ class Pruner:
                 "num_grads": self._estimate.used_grads,
                 "predicted_loss_increase": increase,
                 "damping_raised": dict(self._damping_raised),
-                "seconds": self._seconds,
+                "seconds": self._timed.seconds,
             }
         )
-        self._seconds = {}
+        self._timed.seconds = {}
 
     def _result(self) -> PruneResult:
         return PruneResult(

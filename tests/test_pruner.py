@@ -1,10 +1,12 @@
 """prune and Pruner, end to end on small networks."""
 
 import copy
+import gc
 import inspect
 import json
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -535,6 +537,23 @@ def test_state_survives(net, data, tmp_path):
     other = fishleg_ext.Pruner(make_net(), curvature="layerwise", progress=False)
     with pytest.raises(ValueError, match="expected the state of Layerwise, got that of BlockFisher"):
         other.load_state_dict(pruner.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "layerwise", "allocation": "block"}, {"max_memory": 131_000}])
+def test_a_pruner_that_is_let_go_is_gone(data, options):
+    """With all its curvature, at once: no cycle keeps it until the garbage is collected."""
+    torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(1))  # the first keeps the frames that it was called from
+    net = make_net()
+    pruner = fishleg_ext.Pruner(net, num_grads=16, block_size=16, progress=False, **options)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    left = [weakref.ref(each) for each in (pruner, pruner.curvature, net)]
+    gc.disable()
+    try:
+        del pruner, net
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_order_of_calls_is_explained(net, data):
