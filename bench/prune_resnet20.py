@@ -162,6 +162,7 @@ class Bench:
         state = torch.load(arguments.data / "models" / "resnet20_cifar10.pt", weights_only=True)
         self.dense.load_state_dict(state)
         self.records: list[dict[str, Any]] = []
+        self.machine = machine()  # the commit of now, whatever is committed by the time that results are written
         # Before anything is timed: the first call of each op pays for threads and libraries.
         warm_up = copy.deepcopy(self.dense)
         pruner = Pruner(warm_up, params=WEIGHTS, num_grads=64, progress=False)
@@ -292,7 +293,7 @@ class Bench:
 
     def write(self) -> None:
         """All records so far, as JSON."""
-        report = machine() | {"num_grads": self.arguments.num_grads, "runs": self.records}
+        report = self.machine | {"num_grads": self.arguments.num_grads, "runs": self.records}
         self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
         self.arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
