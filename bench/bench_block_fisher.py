@@ -102,20 +102,6 @@ def bench_gradients_to_inverse(measure, size, implementation):
     compare_inverses(measure, WEIGHTS // size, size, implementation)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="takes hours without a GPU")
-@pytest.mark.parametrize("implementation", [name for name in FROM_GRADIENTS if "M-FAC" not in name])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("weights", WHOLE_NETWORKS, ids=["ResNet-50", "BERT-base"])
-def bench_whole_networks(measure, weights, size, implementation):
-    """The same for a network's worth of blocks at once; rank-one updates of the largest would take minutes a call."""
-    if "torch" in implementation and weights * size > 2e9:
-        pytest.skip("takes too long")
-    bytes_at_once = 4 * weights * (3 * size + CHUNK)
-    if bytes_at_once > torch.cuda.mem_get_info(harness.DEVICE)[0]:
-        pytest.skip(f"needs {bytes_at_once / 2**30:.0f} GiB")
-    compare_inverses(measure, weights // size, size, implementation)
-
-
 def compare_inverses(measure, num_blocks, size, implementation):
     """A chunk of gradients, read again and again for all m."""
     skip_unless_available(implementation)
@@ -177,3 +163,17 @@ def bench_block_inverse(measure, size, implementation):
 
     work = harness.Work(grams.nbytes * 3 // 2, num_blocks * size**3)
     measure("block_inverse", f"{num_blocks} blocks of {size}, float32", implementation, calls, work, gate)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="takes hours without a GPU")
+@pytest.mark.parametrize("implementation", [name for name in FROM_GRADIENTS if "M-FAC" not in name])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weights", WHOLE_NETWORKS, ids=["ResNet-50", "BERT-base"])
+def bench_whole_networks(measure, weights, size, implementation):
+    """The same for a network's worth of blocks at once; rank-one updates of the largest would take minutes a call."""
+    if "torch" in implementation and weights * size > 2e9:
+        pytest.skip("takes too long")
+    bytes_at_once = 4 * weights * (3 * size + CHUNK)
+    if bytes_at_once > torch.cuda.mem_get_info(harness.DEVICE)[0]:
+        pytest.skip(f"needs {bytes_at_once / 2**30:.0f} GiB")
+    compare_inverses(measure, weights // size, size, implementation)

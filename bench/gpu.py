@@ -90,7 +90,7 @@ def steps(folder: Path, results: Path) -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-m", "gpu or triton or cuda", "-rs"], 150),
         Step("sanitizer-memcheck", [*sanitizer, *memcheck, *small], 90, uncached),
         Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120, uncached),
-        Step("bench", [*cli, "bench", "--results", str(results)], 180),
+        Step("bench", [*cli, "bench", "--results", str(results)], 300),
     ]
 
 
