@@ -107,7 +107,7 @@ def measure(
     once = synchronised() - start
     iterations = max(1, round(ROUND_SECONDS / once))
     rounds = max(3, min(ROUNDS, round(MOST_SECONDS / (once * iterations))))
-    warmup_rounds = WARMUP_ROUNDS if once < 1 else 0  # it has run three times by now
+    warmup_rounds = WARMUP_ROUNDS if once < 1 else 0  # it has run at least three times by now
     benchmark.pedantic(lambda: next(turn)(), rounds=rounds, iterations=iterations, warmup_rounds=warmup_rounds)
     times = sorted(benchmark.stats.stats.data)
     fifths = statistics.quantiles(times, n=5, method="inclusive")

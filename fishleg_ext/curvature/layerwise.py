@@ -27,8 +27,8 @@ class Layerwise(Curvature):
     Needs forward passes alone. Costs are in the units of each layer's own outputs, hence the scope "layer".
 
     Args:
-        damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A. With much less than the default
-            an inverse in float32 has no right digits where there are fewer samples than inputs.
+        damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A. With much less than the
+            default an inverse in float32 has no right digits where there are fewer samples than inputs.
         inputs: "dense": those of the network as it is at the estimate; "sequential": the layers are pruned one after
             the other, in the order of the model's parameters, each by the inputs that the ones pruned so far give it.
             One pass over the data for each layer.
