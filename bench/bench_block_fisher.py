@@ -89,12 +89,6 @@ FROM_GRADIENTS = {
 }
 
 
-def skip_unless_available(implementation):
-    """Kernels cannot be timed everywhere."""
-    if "cuda" in implementation and (reason := harness.unavailable("block_inverse", "cuda")):
-        pytest.skip(reason)
-
-
 @pytest.mark.parametrize("implementation", FROM_GRADIENTS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_gradients_to_inverse(measure, size, implementation):
@@ -104,7 +98,7 @@ def bench_gradients_to_inverse(measure, size, implementation):
 
 def compare_inverses(measure, num_blocks, size, implementation):
     """A chunk of gradients, read again and again for all m."""
-    skip_unless_available(implementation)
+    harness.skip_unless_available("block_inverse", implementation)
     new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     run = FROM_GRADIENTS[implementation]
     few = new.normal(CHUNK, 61, size)  # blocks that differ; drawing more takes longer than timing them
@@ -145,7 +139,7 @@ INVERSES = {
 @pytest.mark.parametrize("size", SIZES)
 def bench_block_inverse(measure, size, implementation):
     """Half of each Gram matrix is read and an inverse written; B^3 FLOP with symmetry."""
-    skip_unless_available(implementation)
+    harness.skip_unless_available("block_inverse", implementation)
     num_blocks = WEIGHTS // size
     new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     grams = new.spd(61, size, 1e3).repeat(-(-num_blocks // 61), 1, 1)[:num_blocks].contiguous()
@@ -165,7 +159,7 @@ def bench_block_inverse(measure, size, implementation):
     measure("block_inverse", f"{num_blocks} blocks of {size}, float32", implementation, calls, work, gate)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="takes hours without a GPU")
+@pytest.mark.skipif(not ON_GPU, reason="for the memory of a GPU")
 @pytest.mark.parametrize("implementation", [name for name in FROM_GRADIENTS if "M-FAC" not in name])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weights", WHOLE_NETWORKS, ids=["ResNet-50", "BERT-base"])

@@ -37,8 +37,7 @@ IMPLEMENTATIONS = [
 @pytest.mark.parametrize("network", NETWORKS)
 def bench_apply_masks(measure, network, implementation):
     """All weights of a network, float32, 90 % pruned."""
-    if implementation.startswith("fishleg_ext triton") and (reason := harness.unavailable("apply_masks_", "triton")):
-        pytest.skip(reason)
+    harness.skip_unless_available("apply_masks_", implementation)
     if "compile" in implementation and harness.DEVICE.type == "cpu":
         pytest.skip("compiled for a GPU only")
     shapes = NETWORKS[network]()

@@ -49,8 +49,7 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("size", [144, 576])
 def bench_rows_that_share_an_inverse(measure, size, implementation):
     """The rows of a layer of ResNet-20, as OBC eliminates them; batched torch gives each a copy of the inverse."""
-    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
-        pytest.skip(reason)
+    harness.skip_unless_available("obs_eliminate", implementation)
     rows = size // 9
     new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     weight, alive, inverse = new.normal(rows, size), new.mask(rows, size, density=1.1), new.spd(1, size, 1e3)
@@ -81,8 +80,7 @@ def bench_obs_eliminate(measure, size, group, implementation):
     options = {} if group == 1 else {"group": group}
     if options and implementation == "batched torch":
         pytest.skip("single weights only")
-    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_eliminate", "cuda")):
-        pytest.skip(reason)
+    harness.skip_unless_available("obs_eliminate", implementation)
     weight, inverse, alive = blocks(size)
     buffers = [(weight.clone(), inverse.clone(), alive) for _ in range(harness.copies(inverse.nbytes))]
     eliminate = IMPLEMENTATIONS[implementation]
@@ -119,8 +117,7 @@ COMPENSATIONS = {
 @pytest.mark.parametrize("size", SIZES)
 def bench_obs_compensate(measure, size, implementation):
     """Half of the weights of each block at once. Half of H is read; S steps over half of it, S weights being pruned."""
-    if implementation == "fishleg_ext cuda" and (reason := harness.unavailable("obs_compensate", "cuda")):
-        pytest.skip(reason)
+    harness.skip_unless_available("obs_compensate", implementation)
     args = blocks(size)
     args = (*args[:2], cases.Inputs(torch.float32, harness.DEVICE, seed=1).mask(*args[0].shape, density=0.5))
     buffers = [tuple(arg.clone() for arg in args) for _ in range(harness.copies(args[1].nbytes))]

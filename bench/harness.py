@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import fishleg_ext
@@ -60,6 +61,14 @@ def unavailable(op: str, impl: str) -> str | None:
     if (reason := OPS[op].unavailable(impl)) is not None:
         return reason
     return "interpreted kernels are not timed" if device_of(impl).type == "cpu" else None
+
+
+def skip_unless_available(op: str, implementation: str) -> None:
+    """Skip the benchmark where the implementation names a kernel of ours that cannot be timed here."""
+    for impl in OPS[op].kernels:
+        ours = implementation.startswith("fishleg_ext") and impl in implementation.replace(",", "").split()
+        if ours and (reason := unavailable(op, impl)):
+            pytest.skip(reason)
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
