@@ -1,25 +1,45 @@
 """Targets sampled from a model's own likelihood, with which mean g g^T estimates the true Fisher matrix."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 LossFunction = Callable[[Any, Any], Tensor]
 Likelihood = Union[str, Callable[[Any, torch.Generator], Any]]
 
 
-class LabelSampler(NamedTuple):
-    """How targets are drawn from a model's outputs.
+class LabelSampler:
+    """Draws targets from a model's outputs.
 
-    Attributes:
+    Args:
         draw: (outputs, generator) -> targets.
-        terms: targets of n samples -> how many independent terms the loss is the mean of.
+        count_terms: (targets, samples) -> how many independent terms the loss is the mean of.
     """
 
-    draw: Callable[[Any, torch.Generator], Any]
-    terms: Callable[[Any, int], int]
+    def __init__(self, draw: Callable[[Any, torch.Generator], Any], count_terms: Callable[[Any, int], int]) -> None:
+        self._draw, self._count_terms = draw, count_terms
+
+    def draw(
+        self, generator: torch.Generator, outputs: Any, samples: int, count: int
+    ) -> tuple[Any, Union[float, Tensor]]:
+        """Targets, and what makes the mean square of `count` gradients, of equal shares of the samples, the Fisher's.
+
+        Returns:
+            targets for all samples, and a factor for all gradients or [count] of them.
+        """
+        if self._draw is _categorical and samples == count and outputs.dim() == 2:
+            return _informative_classes(outputs, generator)
+        targets = self._draw(outputs, generator)
+        for leaf in pytree.tree_leaves(targets):
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                raise TypeError(f"expected likelihood to draw a tensor with a target for each sample, got {leaf!r}")
+            if len(leaf) != samples:
+                raise ValueError(f"expected likelihood to draw targets for {samples} samples, got {len(leaf)}")
+        # The mean of t independent terms has a gradient whose square is Fisher / t.
+        return targets, (self._count_terms(targets, samples) / count) ** 0.5
 
 
 def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> Optional[LabelSampler]:
@@ -54,6 +74,25 @@ def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
     probabilities = _finite(logits).float().softmax(1).movedim(1, -1)
     drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
     return drawn.reshape(probabilities.shape[:-1])
+
+
+def _informative_classes(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Classes from logits [N, C] by importance: as often as they matter for the Fisher matrix, and a factor for each.
+
+    The Fisher matrix of a sample is sum_c p_c g_c g_c^T, and g_c, the gradient for class c, goes through e_c - p at the
+    logits. A network that is sure of its answers hardly ever draws another class c from p, yet these make up nearly all
+    of the sum: few gradients in a thousand would carry the estimate. Classes are drawn from
+    q_c ~ p_c |e_c - p|^2 instead, and sqrt(p_c / q_c) g_c has the same mean square as g_c drawn from p, and at the
+    logits the same norm whatever class is drawn: the proposal of the least variance there.
+    """
+    p = _finite(logits).double().softmax(1)
+    others = p.sum(1, keepdim=True) - p  # 1 - p_c
+    norm = p.square().sum(1, keepdim=True) - p.square() + others.square()  # |e_c - p|^2
+    weight = p * norm
+    total = weight.sum(1, keepdim=True)
+    q = torch.where(total > 0, weight / total, p)
+    classes = torch.multinomial(q, 1, generator=generator)
+    return classes[:, 0], (p / q).gather(1, classes)[:, 0].sqrt().to(logits.dtype)
 
 
 def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:

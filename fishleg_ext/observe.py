@@ -5,19 +5,19 @@ changed: parameters are replaced functionally, training flags and PyTorch's RNG 
 """
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, Union
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
-from fishleg_ext.labels import LabelSampler, Likelihood, LossFunction, label_sampler
+from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
 from fishleg_ext.progress import progress_bar
 
 # Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples.
@@ -26,6 +26,9 @@ CHUNK_BYTES = 2**28
 CHUNK_SAMPLES = 64
 COPIES = 3
 BATCHNORM_SAMPLES = 128
+
+# (outputs, samples, count) -> targets and what to scale gradients by, as of `LabelSampler.draw`.
+DrawLabels = Callable[[Any, int, int], tuple[Any, Union[float, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,14 @@ class Observation:
         gradients: name -> [count, *shape], zero where a mask is False.
         inputs: name -> [rows, fan_in], what the layer's weight is multiplied by: a row for each sample and position.
             A convolution with g groups has [g, rows, fan_in]. The layers come one at a time.
+        output_gradients: name -> [rows, fan_out], of each sample's loss by the layer's outputs, a row for each sample
+            and position. The layers come one at a time.
     """
 
     count: int
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    output_gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -49,7 +55,7 @@ class Observer(Protocol):
 
     @property
     def observes(self) -> frozenset[str]:
-        """Any of "gradients" and "inputs"."""
+        """Either "gradients", or any of "inputs" and "output_gradients"."""
 
     def update(self, observation: Observation) -> None:
         """Take in one chunk."""
@@ -96,18 +102,24 @@ def observe(
         ValueError: no data; gradients with NaN or inf, by parameter; labels="model" without a likelihood.
         TypeError: data that does not yield pairs of batches of tensors.
     """
-    unknown = observer.observes - {"gradients", "inputs"}
-    if unknown:
-        raise NotImplementedError(f"this version cannot observe {', '.join(sorted(unknown))} yet")
+    wanted = observer.observes
+    if not wanted or not (wanted <= {"gradients"} or wanted <= {"inputs", "output_gradients"}):
+        raise ValueError(
+            "expected a curvature model to observe gradients, or inputs and output_gradients, "
+            f"got {', '.join(sorted(wanted)) or 'nothing'}"
+        )
     device = next(iter(weights.values())).device
+    needs_labels = wanted != {"inputs"}
+    sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
+    generator = torch.Generator(device).manual_seed(seed)
+    draw: Optional[DrawLabels] = None if sampler is None else functools.partial(sampler.draw, generator)
     source: Optional[_GradientSource] = None
     with (
         _running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
-        if "gradients" in observer.observes:
-            sampler = label_sampler(labels, loss_fn, likelihood)
-            source = _GradientSource(model, loss_fn, weights, masks or {}, sampler, device, seed)
+        if "gradients" in wanted:
+            source = _GradientSource(model, loss_fn, weights, masks or {}, draw)
             per_gradient = gradient_bytes(weights.values())
             chunk = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
             limit = num_grads * grad_batch_size
@@ -125,17 +137,14 @@ def observe(
                 used += count
                 bar.update(count)
         else:
-            bar.set_description("layer inputs")
-            used = _observe_inputs(
-                model,
-                data,
-                observer,
-                weights,
-                num_grads * grad_batch_size,
-                chunk_bytes,
-                device,
-                bar,
-            )
+            bar.set_description("layers")
+            layers = _LayerSource(model, loss_fn, weights, observer, draw, chunk_bytes)
+            used = 0
+            with layers.hooked():
+                for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_grads * grad_batch_size, device):
+                    layers.run(inputs, targets, samples)
+                    used += samples
+                    bar.update(samples)
             used = -(-used // grad_batch_size)
     if used == 0:
         raise ValueError("expected data that yields at least one sample, got none")
@@ -229,6 +238,14 @@ def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:
     return functional_call(model, dict(weights), args, kwargs)
 
 
+def scalar_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """The loss, or ValueError if it is not one number."""
+    loss = loss_fn(outputs, targets)
+    if loss.dim():
+        raise ValueError(f"expected loss_fn to return a scalar, got a tensor of shape {list(loss.shape)}")
+    return loss
+
+
 class _GradientSource:
     """Gradients of the mean loss over groups of samples, by vmap where the model allows it."""
 
@@ -238,13 +255,10 @@ class _GradientSource:
         loss_fn: LossFunction,
         weights: Mapping[str, nn.Parameter],
         masks: Mapping[str, Tensor],
-        sampler: Optional[LabelSampler],
-        device: torch.device,
-        seed: int,
+        draw: Optional[DrawLabels],
     ) -> None:
-        self.model, self.loss_fn, self.masks, self.sampler = model, loss_fn, masks, sampler
+        self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        self.generator = torch.Generator(device).manual_seed(seed)
         self.vectorized: Optional[bool] = None
         self.any_nonzero = False
 
@@ -252,13 +266,9 @@ class _GradientSource:
         """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
         inputs = pytree.tree_map(lambda x: x[:samples], inputs)
         targets = pytree.tree_map(lambda x: x[:samples], targets)
-        scale = 1.0
-        if self.sampler is not None:
-            targets = self.sampler.draw(call(self.model, self.weights, inputs), self.generator)
-            if _batch_size(pytree.tree_leaves(targets)) != samples:
-                raise ValueError(f"expected likelihood to draw targets for {samples} samples")
-            # The mean of t independent terms has a gradient whose square is Fisher / t.
-            scale = (self.sampler.terms(targets, samples) / count) ** 0.5
+        scale: Union[float, Tensor] = 1.0
+        if self.draw is not None:
+            targets, scale = self.draw(call(self.model, self.weights, inputs), samples, count)
         group = lambda x: x.unflatten(0, (count, -1))
         values = self._compute(pytree.tree_map(group, inputs), pytree.tree_map(group, targets), count)
         return self._masked(values, scale)
@@ -286,10 +296,7 @@ class _GradientSource:
         return values
 
     def _loss(self, values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        loss = self.loss_fn(call(self.model, values, inputs), targets)
-        if loss.dim():
-            raise ValueError(f"expected loss_fn to return a scalar, got a tensor of shape {list(loss.shape)}")
-        return loss
+        return scalar_loss(self.loss_fn, call(self.model, values, inputs), targets)
 
     def _loop(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
         """The same by plain autograd, for models that torch.func cannot run."""
@@ -304,8 +311,8 @@ class _GradientSource:
                 result[name][i] = gradient
         return result
 
-    def _masked(self, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """Finite, scaled, and zero where a mask is False; in place."""
+    def _masked(self, values: dict[str, Tensor], scale: Union[float, Tensor]) -> dict[str, Tensor]:
+        """Finite, scaled (all, or each gradient), and zero where a mask is False; in place."""
         sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
         if not sums.isfinite().all():
             bad = [name for name, value in values.items() if not value.isfinite().all()]
@@ -313,52 +320,94 @@ class _GradientSource:
                 raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
         self.any_nonzero = self.any_nonzero or any(bool(value.any()) for value in values.values())
         for name, value in values.items():
-            if scale != 1:
-                value *= scale
+            _scale(value, scale)
             if name in self.masks:
                 value *= self.masks[name]
         return values
 
 
-def _observe_inputs(
-    model: nn.Module,
-    data: Iterable[Any],
-    observer: Observer,
-    weights: Mapping[str, nn.Parameter],
-    limit: int,
-    chunk_bytes: int,
-    device: torch.device,
-    bar: tqdm,
-) -> int:
-    """Forward passes with a hook on every layer that owns one of the weights. Returns the samples used."""
-    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    handles = []
+def _scale(values: Tensor, scale: Union[float, Tensor]) -> Tensor:
+    """In place, all values, or [N, ...] of them by [N]."""
+    if isinstance(scale, Tensor):
+        return values.mul_(scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1)))
+    return values if scale == 1 else values.mul_(scale)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple, Any], None]:
-        def observe_layer(module: nn.Module, args: tuple, output: Any) -> None:
-            x = args[0].detach()
-            if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
-                raise ValueError(f"the inputs of the layer of {name} contain NaN or inf")
-            per_sample = input_rows(module, x[:1]).numel() * x.element_size()
-            for part in x.split(max(1, chunk_bytes // max(1, per_sample))):
-                observer.update(Observation(len(part), inputs={name: input_rows(module, part)}))
 
-        return observe_layer
+class _LayerSource:
+    """Inputs of the layers that own the weights, and gradients of each sample's loss by their outputs, by hooks."""
 
-    try:
-        for name, weight in weights.items():
-            module = owners[id(weight)]
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        weights: Mapping[str, nn.Parameter],
+        observer: Observer,
+        draw: Optional[DrawLabels],
+        chunk_bytes: int,
+    ) -> None:
+        self.model, self.loss_fn, self.observer, self.draw = model, loss_fn, observer, draw
+        self.chunk_bytes = chunk_bytes
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+        self.layers = {name: owners[id(weight)] for name, weight in weights.items()}
+        for module in self.layers.values():
             input_rows(module, None)
-            handles.append(module.register_forward_hook(hook(name)))
-        used = 0
-        for inputs, _, samples in chunks(data, CHUNK_SAMPLES, limit, device):
-            call(model, {}, inputs)
-            used += samples
-            bar.update(samples)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return used
+        self.backward = "output_gradients" in observer.observes
+        self.outputs: list[tuple[str, Any]] = []  # of this forward pass: name and where its gradient will come by
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """With a hook on every layer."""
+        handles = []
+        try:
+            for name, module in self.layers.items():
+                handles.append(module.register_forward_hook(functools.partial(self._hook, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, inputs: Any, targets: Any, samples: int) -> None:
+        """One forward pass, and a backward pass if gradients are observed."""
+        if not self.backward:
+            call(self.model, {}, inputs)
+            return
+        weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        self.outputs = []
+        with torch.enable_grad():
+            outputs = call(self.model, weights, inputs)
+            scale: Union[float, Tensor] = 1.0
+            if self.draw is not None:
+                targets, scale = self.draw(pytree.tree_map(torch.detach, outputs), samples, samples)
+            loss = scalar_loss(self.loss_fn, outputs, targets) * samples  # a sum, so that each sample's is its own
+        edges = [edge for _, edge in self.outputs]
+        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
+        for (name, _), gradient in zip(self.outputs, gradients, strict=True):
+            if gradient is not None:
+                self._observe(name, "output_gradients", _scale(gradient.clone(), scale), output_rows)
+        self.outputs = []
+
+    def _hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        x = args[0].detach()
+        if "inputs" in self.observer.observes:
+            self._observe(name, "inputs", x, input_rows)
+        if self.backward:
+            # Not the tensor itself: an operation in place may make it another one.
+            self.outputs.append((name, torch.autograd.graph.get_gradient_edge(output)))
+
+    def _observe(self, name: str, what: str, x: Tensor, rows: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
+            raise ValueError(f"the {what.replace('_', ' ')} of the layer of {name} contain NaN or inf")
+        module = self.layers[name]
+        per_sample = rows(module, x[:1]).numel() * x.element_size()
+        for part in x.split(max(1, self.chunk_bytes // max(1, per_sample))):
+            self.observer.update(Observation(len(part), **{what: {name: rows(module, part)}}))
+
+
+def output_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Outputs of a Linear or Conv layer, or gradients by them, as [rows, fan_out]."""
+    channels_last = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
+    return channels_last.reshape(-1, x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1])
 
 
 def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:

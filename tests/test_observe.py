@@ -30,6 +30,9 @@ class Recorder:
     def inputs(self, name):
         return torch.cat([o.inputs[name] for o in self.seen if name in o.inputs], dim=-2)
 
+    def output_gradients(self, name):
+        return torch.cat([o.output_gradients[name] for o in self.seen if name in o.output_gradients])
+
 
 def small_net():
     torch.manual_seed(0)
@@ -240,23 +243,55 @@ def test_bad_gradients_are_named(net, samples):
 # labels
 
 
+def drawn_by(loss_fn, likelihood, outputs, generator, count=None):
+    samples = len(outputs)
+    return label_sampler("model", loss_fn, likelihood).draw(generator, outputs, samples, count or samples)
+
+
 def test_sampled_labels_follow_the_model(generator):
     logits = torch.tensor([[0.0, 2.0, -1.0]]).repeat(20000, 1)
-    drawn = label_sampler("model", F.cross_entropy, None).draw(logits, generator)
+    drawn, scale = drawn_by(F.cross_entropy, None, logits, generator, count=10000)
     frequency = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(frequency, logits[0].softmax(0), rtol=0, atol=0.015)
-    dense = label_sampler("model", nn.CrossEntropyLoss(), None).draw(torch.randn(2, 3, 4, 5), generator)
+    assert scale == 2**0.5
+    dense, scale = drawn_by(nn.CrossEntropyLoss(), None, torch.randn(2, 3, 4, 5), generator)
     assert dense.shape == (2, 4, 5)
-    gaussian = label_sampler("model", F.mse_loss, "gaussian").draw(torch.full((20000, 1), 3.0), generator)
+    assert scale == 20**0.5
+    gaussian, _ = drawn_by(F.mse_loss, "gaussian", torch.full((20000, 1), 3.0), generator)
     assert abs(gaussian.mean() - 3) < 0.02
     assert abs(gaussian.var() - 0.5) < 0.02
-    bernoulli = label_sampler("model", F.binary_cross_entropy_with_logits, "bernoulli").draw(
-        torch.full((20000,), 1.0), generator
-    )
+    bernoulli, _ = drawn_by(F.binary_cross_entropy_with_logits, "bernoulli", torch.full((20000,), 1.0), generator)
     assert abs(bernoulli.mean() - torch.tensor(1.0).sigmoid()) < 0.015
-    own = label_sampler("model", F.mse_loss, lambda outputs, generator: outputs + 1)
-    assert own.draw(torch.zeros(2), generator).tolist() == [1, 1]
+    own, scale = drawn_by(F.mse_loss, lambda outputs, generator: outputs + 1, torch.zeros(2), generator)
+    assert own.tolist() == [1, 1]
+    assert scale == 1
     assert label_sampler("data", F.mse_loss, None) is None
+
+
+@pytest.mark.parametrize("confidence", [0.0, 4.0, 12.0])
+def test_classes_drawn_by_importance_estimate_the_fisher_of_the_logits(confidence, generator):
+    """diag(p) - p p^T, within its sampling error, and closer than classes drawn from p where the model is sure."""
+    logits = torch.tensor([confidence, 1.0, 0.0, -2.0], dtype=torch.float64)
+    p = logits.softmax(0)
+    fisher = p.diag() - torch.outer(p, p)
+    classes, scale = drawn_by(F.cross_entropy, None, logits.repeat(4000, 1), generator)
+    scores = torch.eye(4, dtype=torch.float64) - p
+    gradients = scores[classes] * scale[:, None]
+    estimate = gradients.mT @ gradients / 4000
+    # Every draw has the norm of the whole: what is left is which direction it has.
+    torch.testing.assert_close(gradients.square().sum(1), fisher.trace().expand(4000))
+    assert (estimate - fisher).norm() < 4 * fisher.trace() / 4000**0.5
+    if confidence:
+        plain = scores[torch.multinomial(p, 4000, replacement=True, generator=generator)]
+        assert (estimate - fisher).norm() < 0.5 * (plain.mT @ plain / 4000 - fisher).norm()
+
+
+def test_a_model_that_is_certain_has_labels(generator):
+    """Nothing is left to draw by where one class has all of the probability."""
+    logits = torch.tensor([[2000.0, 0.0, 0.0]]).repeat(5, 1)
+    classes, scale = drawn_by(F.cross_entropy, None, logits, generator)
+    assert classes.tolist() == [0] * 5
+    assert scale.tolist() == [1] * 5
 
 
 def test_labels_that_cannot_be_told_are_refused():
@@ -338,6 +373,23 @@ def test_layer_inputs_come_layer_by_layer_in_bounded_chunks(net, samples):
     assert not net[0]._forward_hooks
 
 
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_output_gradients_and_inputs_make_up_the_gradients(labels, net, samples):
+    """Each sample's gradient is the sum over positions of output gradients times inputs."""
+    net[2] = nn.ReLU(inplace=True)
+    options = {"num_grads": 21, "labels": labels}
+    plain, recorder = Recorder(), Recorder(frozenset({"inputs", "output_gradients"}))
+    observe(net, batches(*samples), F.cross_entropy, plain, weights_of(net), **options)
+    observe(net, batches(*samples), F.cross_entropy, recorder, weights_of(net), **options, chunk_bytes=4 * 18 * 16 * 5)
+    for name in ("0.weight", "5.weight"):
+        inputs, gradients = recorder.inputs(name), recorder.output_gradients(name)
+        products = torch.einsum("spo,spi->soi", gradients.unflatten(0, (21, -1)), inputs.unflatten(0, (21, -1)))
+        expected = plain.gradients(name)
+        torch.testing.assert_close(products, expected.flatten(2), rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+    assert not net[0]._forward_hooks
+
+
 def test_inputs_of_other_layers_are_refused(generator):
     model = nn.Embedding(3, 2)
     with pytest.raises(NotImplementedError, match="Embedding"):
@@ -348,14 +400,13 @@ def test_inputs_of_other_layers_are_refused(generator):
             Recorder(frozenset({"inputs"})),
             dict(model.named_parameters()),
         )
-    with pytest.raises(NotImplementedError, match="output_gradients"):
-        observe(
-            model,
-            [],
-            F.mse_loss,
-            Recorder(frozenset({"output_gradients"})),
-            dict(model.named_parameters()),
-        )
+
+
+def test_what_cannot_be_observed_together_is_refused():
+    model = nn.Linear(2, 2)
+    for observes in ({"gradients", "inputs"}, {"hessian"}, set()):
+        with pytest.raises(ValueError, match="expected a curvature model to observe gradients, or inputs"):
+            observe(model, [], F.mse_loss, Recorder(frozenset(observes)), dict(model.named_parameters()))
 
 
 def test_recalibrated_statistics_are_those_of_the_data(net, generator):
@@ -465,7 +516,7 @@ def test_sampled_gradients_estimate_the_true_fisher(outputs, group, generator):
 
 def test_bad_likelihoods_are_explained(net, samples):
     run = lambda **kw: observe(net, [samples], F.cross_entropy, Recorder(), weights_of(net), labels="model", **kw)
-    with pytest.raises(TypeError, match="got a NoneType"):
+    with pytest.raises(TypeError, match="got None"):
         run(likelihood=lambda outputs, generator: None)
     with pytest.raises(ValueError, match="targets for 21 samples"):
         run(likelihood=lambda outputs, generator: torch.zeros(3, dtype=torch.long))
