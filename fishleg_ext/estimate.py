@@ -95,6 +95,8 @@ class Estimate:
             if len(self.groups) > 1:
                 why = "inputs='sequential'" if self.curvature.sequential else "max_memory"
                 require_rereadable(data, f"{why} splits the parameters over several passes")
+            if self.curvature.passes > 1:
+                require_rereadable(data, f"{type(self.curvature).__name__} learns in {self.curvature.passes} passes")
         source = (() if data is None else data, loss_fn)
         self._masks = dict(masks)
         if len(self.groups) == 1:
@@ -149,19 +151,19 @@ class Estimate:
         self.held = []
         with self._timed(self._stage):
             self.curvature.start(self.weights(names))
-            if self.curvature.observes:
+            for number in range(self.curvature.passes if self.curvature.observes else 0):
                 self.used_grads = observe(
                     self.model,
                     source[0],
                     source[1],
                     self.curvature,
                     {name: self._parameters[name] for name in names},
-                    masks={name: self._masks[name] for name in names},
+                    masks={name: self._masks[name] for name in names} if self.curvature.masked else None,
                     num_grads=self.num_grads,
                     grad_batch_size=self.grad_batch_size,
                     labels=self.labels,
                     likelihood=self.likelihood,
-                    seed=self.seed,
+                    seed=self.seed + number,  # other labels in each pass
                     chunk_bytes=self._chunk_bytes(names),
                     progress=self.progress,
                 )
@@ -190,7 +192,7 @@ class Estimate:
 
     def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
         """State of these parameters, the inverse of the largest and its workspace, and some gradients."""
-        held = [self.curvature.state_bytes(self._parameters[name], self.num_grads) for name in names]
+        held = [self.curvature.state_bytes(name, self._parameters[name], self.num_grads) for name in names]
         gradients = gradient_bytes(self._parameters[name] for name in names) if self.curvature.observes else 0
         return sum(held) + 2 * max(held) + num_gradients * gradients
 

@@ -6,7 +6,9 @@ from fishleg_ext.arguments import checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
+from fishleg_ext.curvature.fishleg import FishLeg
 from fishleg_ext.curvature.identity import Identity
+from fishleg_ext.curvature.kronecker import Kronecker
 from fishleg_ext.curvature.layerwise import Layerwise
 from fishleg_ext.curvature.low_rank import LowRankFisher
 
@@ -16,13 +18,13 @@ __all__ = [
     "Curvature",
     "CurvatureError",
     "DiagonalFisher",
+    "FishLeg",
     "Identity",
+    "Kronecker",
     "Layerwise",
     "LowRankFisher",
     "make_curvature",
 ]
-
-PLANNED = ("kronecker", "fishleg")
 
 
 def make_curvature(
@@ -35,7 +37,7 @@ def make_curvature(
     """A curvature model by name, or the given one.
 
     Args:
-        curvature: "identity", "diagonal", "block", "low_rank", "layerwise", or a `Curvature`.
+        curvature: "identity", "diagonal", "block", "low_rank", "layerwise", "kronecker", "fishleg", or a `Curvature`.
         block_size: weights in a block, for the models that have blocks.
         damping: in the units of a squared gradient (layerwise: of the mean of the diagonal); None is the model's
             default.
@@ -44,7 +46,6 @@ def make_curvature(
     Raises:
         ValueError: an unknown name, or damping given beside an instance, which has its own.
         TypeError: neither a name nor a `Curvature`.
-        NotImplementedError: a model that this version does not have yet.
     """
     given: dict[str, Any] = {} if damping is None else {"damping": checked_damping(damping, positive=False)}
     if isinstance(curvature, Curvature):
@@ -56,8 +57,6 @@ def make_curvature(
         return curvature
     if not isinstance(curvature, str):
         raise TypeError(f"expected {argument} to be a name or a Curvature, got {type(curvature).__name__}")
-    if curvature in PLANNED:
-        raise NotImplementedError(f"{argument}={curvature!r} is not in this version yet")
     if curvature == "identity":
         return Identity()
     if curvature == "diagonal":
@@ -68,4 +67,11 @@ def make_curvature(
         return LowRankFisher(block_size, **given)
     if curvature == "layerwise":
         return Layerwise(**given)
-    raise ValueError(f"expected {argument} to be identity, diagonal, block, low_rank or layerwise, got {curvature!r}")
+    if curvature == "kronecker":
+        return Kronecker(**given)
+    if curvature == "fishleg":
+        return FishLeg(block_size=block_size, **given)
+    raise ValueError(
+        f"expected {argument} to be identity, diagonal, block, low_rank, layerwise, kronecker or fishleg, "
+        f"got {curvature!r}"
+    )

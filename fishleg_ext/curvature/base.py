@@ -50,11 +50,13 @@ class Curvature(ABC):
         block_diagonal: whether F has no entries between the blocks of `blocks`, so that costs of blocks add up.
         separable: whether each parameter can be estimated without the others.
         masked: whether the inverse is that of the weights that were alive at the estimate, as masked gradients make
-            it. Else it is that of all weights, and elimination must deal with the dead first.
+            it. Else gradients are not masked, the inverse is that of all weights, and elimination must deal with the
+            dead first.
         sequential: whether parameters are to be estimated and pruned one after the other.
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
         damping_raised: name -> number of blocks whose damping had to be raised to invert them.
         progress: whether to show progress bars; `Pruner` sets it.
+        passes: how often an estimate observes the same data, each time with other labels where these are sampled.
     """
 
     observes: ClassVar[frozenset[str]] = frozenset({"gradients"})
@@ -69,20 +71,21 @@ class Curvature(ABC):
     def __init__(self) -> None:
         self.progress = False
         self.sequential = False
+        self.passes = 1
         self.damping_raised: dict[str, int] = {}
         self.layouts: dict[str, BlockLayout] = {}
 
     @abstractmethod
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """How `blocks` cuts a parameter."""
 
     def start(self, weights: Mapping[str, Tensor]) -> None:
         """Forget everything observed and prepare for these weights."""
-        self.layouts = {name: self.layout(weight) for name, weight in weights.items()}
+        self.layouts = {name: self.layout(name, weight) for name, weight in weights.items()}
         self.damping_raised = {}
 
     @abstractmethod
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """Bytes held for this weight while observations stream in."""
 
     @abstractmethod

@@ -34,7 +34,7 @@ class BlockFisher(Curvature):
         self.block_size = checked_count("block_size", block_size)
         self.damping = checked_damping(damping, positive=False)
 
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Blocks of block_size."""
         return BlockLayout(weight.shape, self.block_size)
 
@@ -55,9 +55,9 @@ class BlockFisher(Curvature):
             gram.diagonal(dim1=1, dim2=2).masked_fill_(~self.layouts[name].is_weight(gram.device), 1)
         self._count = 0
 
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """A Gram matrix a block."""
-        layout = self.layout(weight)
+        layout = self.layout(name, weight)
         return layout.num_blocks * layout.block_size**2 * widened(weight.dtype).itemsize
 
     def update(self, observation: Observation) -> None:

@@ -26,7 +26,7 @@ class DiagonalFisher(Curvature):
         super().__init__()
         self.damping = checked_damping(damping, positive=True)
 
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Each weight is a block."""
         return BlockLayout(weight.shape, 1)
 
@@ -38,7 +38,7 @@ class DiagonalFisher(Curvature):
         }
         self._count = 0
 
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """One number a weight."""
         return weight.numel() * widened(weight.dtype).itemsize
 

@@ -18,7 +18,7 @@ class Identity(Curvature):
     observes: ClassVar[frozenset[str]] = frozenset()
     default_saliency = "simultaneous"
 
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Each weight is a block."""
         return BlockLayout(weight.shape, 1)
 
@@ -29,7 +29,7 @@ class Identity(Curvature):
             name: torch.ones((), dtype=widened(w.dtype), device=w.device).expand(w.shape) for name, w in weights.items()
         }
 
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """None."""
         return 0
 

@@ -45,7 +45,7 @@ class Layerwise(Curvature):
             raise ValueError(f"expected inputs to be 'dense' or 'sequential', got {inputs!r}")
         self.sequential = inputs == "sequential"
 
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """A block for each row, of fan-in size."""
         return BlockLayout(weight.shape, max(1, weight[:1].numel()))
 
@@ -56,7 +56,7 @@ class Layerwise(Curvature):
         self._gram: dict[str, Tensor] = {}  # sums of a a^T, [groups, fan-in, fan-in]
         self._count = dict.fromkeys(weights, 0)  # samples
 
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """A fan-in x fan-in matrix; a convolution with groups has one for each."""
         return weight[:1].numel() ** 2 * widened(weight.dtype).itemsize
 

@@ -40,7 +40,7 @@ class LowRankFisher(Curvature):
         self._factor: Tensor | None = None
         self._diagonal: dict[str, Tensor] | None = None
 
-    def layout(self, weight: Tensor) -> BlockLayout:
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Blocks of block_size."""
         return BlockLayout(weight.shape, self.block_size)
 
@@ -51,7 +51,7 @@ class LowRankFisher(Curvature):
         self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
         self._forget()
 
-    def state_bytes(self, weight: Tensor, num_grads: int) -> int:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """Every gradient."""
         return num_grads * weight.numel() * widened(weight.dtype).itemsize
 

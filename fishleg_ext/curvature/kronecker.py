@@ -1,0 +1,248 @@
+"""Kronecker-factored curvature: the products that every such model shares, and K-FAC."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import ops
+from fishleg_ext.arguments import checked_damping
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
+from fishleg_ext.dtypes import widened
+from fishleg_ext.layout import BlockLayout
+from fishleg_ext.observe import Observation
+from fishleg_ext.progress import progress_bar
+
+# Of the conjugate gradients that find the joint cost: at most so many steps, or until one gains less than this share.
+JOINT_STEPS = 100
+JOINT_TOLERANCE = 1e-8
+
+
+class Factors(NamedTuple):
+    """The factors of one parameter's Q = P (x) M, both symmetric positive definite.
+
+    Attributes:
+        row: P, [o, o].
+        col: M, [i, i].
+    """
+
+    row: Tensor
+    col: Tensor
+
+
+class KroneckerInverse(Curvature):
+    """F^-1 x = P x M for each parameter, seen as a matrix x of [o, i] = [out, fan-in]; no entries between parameters.
+
+    All rows share M, so that row r is a block of the inverse P_rr M: one elimination kernel for all rows, whose costs
+    are divided by P_rr. Rows are compensated separately.
+    """
+
+    block_diagonal: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
+    default_labels: ClassVar[str] = "model"
+
+    def layout(self, name: str, weight: Tensor) -> BlockLayout:
+        """A block for each row, of fan-in size; the whole of a parameter of one dimension."""
+        return BlockLayout(weight.shape, matrix_shape(weight)[1])
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """Note shapes and dtypes."""
+        super().start(weights)
+        self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
+
+    @abstractmethod
+    def factors(self, name: str) -> Factors:
+        """P and M of one parameter."""
+
+    def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Two products of matrices."""
+        result = {}
+        for name, x in progress_bar(v.items(), what="products", show=self.progress):
+            matrix = x.reshape(self._shape(name))
+            result[name] = ops.kron_mul(matrix, *self.factors(name), self._ones(name)).reshape(x.shape)
+        return result
+
+    def diag(self) -> dict[str, Tensor]:
+        """diag P outer diag M."""
+        return {
+            name: ops.kron_diag(*self.factors(name), self._ones(name)).reshape(layout.shape)
+            for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress)
+        }
+
+    def blocks(self, name: str) -> Blocks:
+        """M for all rows, and 1 / P_rr for their costs."""
+        row, col = self.factors(name)
+        return Blocks(col[None], cost_scale=1 / row.diagonal()[:, None])
+
+    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+        """1/2 dw^T F dw of the best step that zeroes P, F = P^-1 (x) M^-1.
+
+        By conjugate gradients from the best step of each row alone, so never more than that costs.
+        """
+        total = 0.0
+        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
+            col = self.factors(name).col.double()
+            fisher = Factors(*(self.invert(name, factor.double(), 0.0) for factor in self.factors(name)))
+            matrix, gone = (x.reshape(self._shape(name)) for x in (weight.double(), pruned[name]))
+            step = ops.obs_compensate(matrix, col[None], gone) - matrix
+            total += _least_cost(fisher, step, gone)
+        return total
+
+    def invert(self, name: str, matrix: Tensor, damping: float) -> Tensor:
+        """(matrix + damping I)^-1, in float64 inside.
+
+        Raises:
+            CurvatureError: it has no inverse even with much more damping.
+        """
+        inverse, info = ops.block_inverse(matrix.double()[None], damping)
+        if (info < 0).any():
+            raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
+        if (info > 0).any():
+            self.damping_raised[name] = 1
+        return inverse[0].to(matrix.dtype)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """Of the parameter as a matrix, (o, i)."""
+        return self.layouts[name].num_blocks, self.layouts[name].block_size
+
+    def _ones(self, name: str) -> Tensor:
+        """A scale that changes nothing, [o, i], without memory of its own."""
+        return self._like[name].new_ones(()).expand(self._shape(name))
+
+
+class Kronecker(KroneckerInverse):
+    """F = (S + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I) for each parameter, with factors of two kinds.
+
+    "layers", K-FAC: A = E sum_t a_t a_t^T of the layer's inputs and S = E mean_t d_t d_t^T of the gradients by its
+    outputs, over positions t (one, for a Linear layer of vectors). Martens and Grosse, arXiv 1503.05671; Grosse and
+    Martens for convolutions, arXiv 1602.01407. For Linear and Conv layers; a convolution with groups has the mean of
+    their A.
+
+    "gradients": A = E[G^T G] / E|G|^2 and S = E[G G^T] of per-sample gradients G [out, fan-in], which makes the trace
+    exact. For any parameter.
+
+    pi = sqrt(mean diag A / mean diag S) damps both factors by the same share.
+
+    Args:
+        damping: in the units of a squared gradient, > 0.
+        factors: "layers" or "gradients".
+    """
+
+    def __init__(self, damping: float = 1e-6, factors: str = "layers") -> None:
+        super().__init__()
+        self.damping = checked_damping(damping, positive=True)
+        if factors not in ("layers", "gradients"):
+            raise ValueError(f"expected factors to be 'layers' or 'gradients', got {factors!r}")
+        self.kind = factors
+
+    @property
+    def observes(self) -> frozenset[str]:  # type: ignore[override]
+        """Layer inputs and output gradients, or gradients."""
+        return frozenset({"gradients"} if self.kind == "gradients" else {"inputs", "output_gradients"})
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """Zero moments."""
+        super().start(weights)
+        self._moments = {name: zero_moments(self._like[name], *self._shape(name)) for name in weights}
+        self._counts = {name: [0, 0] for name in weights}  # of what went into S and A
+
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
+        """S and A."""
+        return factor_bytes(weight)
+
+    def update(self, observation: Observation) -> None:
+        """Add second moments."""
+        for name, grads in observation.gradients.items():
+            add_gradient_moments(self._moments[name], grads.reshape(len(grads), *self._shape(name)))
+            self._counts[name] = [count + observation.count for count in self._counts[name]]
+        for name, rows in observation.output_gradients.items():
+            ops.block_gram_(self._moments[name].row[None], rows[:, None])
+            self._counts[name][0] += len(rows)
+        for name, rows in observation.inputs.items():
+            groups = len(rows) if rows.dim() == 3 else 1
+            ops.block_gram_(self._moments[name].col[None], rows.reshape(-1, 1, rows.shape[-1]), 1 / groups)
+            self._counts[name][1] += observation.count
+
+    def factors(self, name: str) -> Factors:
+        """The inverses of the damped moments; computed at each call."""
+        if not all(self._counts[name]):
+            raise CurvatureError(
+                f"{name}: its layer was not called while the data was read, or the loss does not depend on it; "
+                "leave it out of params"
+            )
+        moments = Factors(*(m / n for m, n in zip(self._moments[name], self._counts[name], strict=True)))
+        if self.kind == "gradients":
+            moments = Factors(moments.row, moments.col / (float(moments.row.trace()) or 1.0))
+        # Damped by the same share each: a factor that is all zero has no scale.
+        row, col = (float(moment.diagonal().mean()) or 1.0 for moment in moments)
+        pi = (col / row) ** 0.5
+        return Factors(
+            self.invert(name, moments.row, self.damping**0.5 / pi),
+            self.invert(name, moments.col, self.damping**0.5 * pi),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of outer products and their counts."""
+        return {
+            "counts": {name: list(counts) for name, counts in self._counts.items()},
+            "row": {name: moments.row for name, moments in self._moments.items()},
+            "col": {name: moments.col for name, moments in self._moments.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for part in ("row", "col"):
+            load_tensors({name: getattr(m, part) for name, m in self._moments.items()}, state_entry(state, part))
+        self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
+
+
+def zero_moments(like: Tensor, rows: int, cols: int) -> Factors:
+    """Sums over gradients of nothing yet."""
+    return Factors(like.new_zeros(rows, rows), like.new_zeros(cols, cols))
+
+
+def factor_bytes(weight: Tensor) -> int:
+    """Bytes of two factors."""
+    rows, cols = matrix_shape(weight)
+    return (rows**2 + cols**2) * widened(weight.dtype).itemsize
+
+
+def add_gradient_moments(moments: Factors, grads: Tensor) -> None:
+    """Add sum_s G_s G_s^T and sum_s G_s^T G_s of gradients [m, o, i]."""
+    grads = grads.to(moments.row.dtype)
+    by_row, by_col = grads.transpose(0, 1).flatten(1), grads.flatten(0, 1)  # [o, m * i], [m * o, i]
+    moments.row.addmm_(by_row, by_row.mT)
+    moments.col.addmm_(by_col.mT, by_col)
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """A parameter as a matrix, (out, fan-in); one of one dimension is a row."""
+    cols = max(1, weight[:1].numel() if weight.dim() > 1 else weight.numel())
+    return weight.numel() // cols, cols
+
+
+def _least_cost(fisher: Factors, step: Tensor, fixed: Tensor) -> float:
+    """min 1/2 dw^T F dw over what is not fixed, F = row (x) col, from a first step; Jacobi-preconditioned."""
+    row, col = fisher
+    precision = 1 / torch.outer(row.diagonal(), col.diagonal())
+    force = row @ step @ col
+    cost = 0.5 * (step * force).sum()
+    residual = torch.where(fixed, 0, -force)
+    direction = precision * residual
+    product = (residual * direction).sum()
+    for _ in range(JOINT_STEPS):
+        if product <= 0:
+            break
+        curved = row @ direction @ col
+        length = product / (direction * curved).sum()
+        gain = 0.5 * length * product
+        cost -= gain
+        if gain <= JOINT_TOLERANCE * cost:
+            break
+        residual -= length * torch.where(fixed, 0, curved)
+        scaled = precision * residual
+        product, before = (residual * scaled).sum(), product
+        direction = scaled + product / before * direction
+    return float(cost)
