@@ -1,6 +1,6 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping]
+    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping fishleg models]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
 from fishleg_ext.compensation import exact_update
+from fishleg_ext.curvature import FishLeg, Kronecker, make_curvature
 from fishleg_ext.observe import recalibrate_batchnorm
 
 WEIGHTS = r"re:(conv\d|linear)\.weight$"
@@ -68,6 +69,30 @@ IN_ROUNDS = (
 )
 LAYERWISE_SPARSITIES = (0.8, 0.85, 0.9, 0.95)
 LAYERWISE_DAMPING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# One change at a time from FishLeg's defaults.
+FISHLEG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "defaults": ({}, {}),
+    **{f"damping {damping:.0e}": ({"damping": damping}, {}) for damping in (1e-7, 1e-5, 1e-4)},
+    **{f"{passes} passes": ({"passes": passes}, {}) for passes in (1, 3)},
+    **{f"batches of {size}": ({"batch_size": size}, {}) for size in (64, 256)},
+    "structure kronecker": ({"structure": "kronecker"}, {}),
+    "labels of the data": ({}, {"labels": "data"}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "magnitude": {"curvature": "identity"},
+    "diagonal": {"curvature": "diagonal", "labels": "model"},
+    "block, simultaneous": {"saliency": "simultaneous", "damping": 1e-3},
+    "M-FAC": {"curvature": "low_rank"},
+    "block, labels of the data": {"curvature": "block"},
+    "block": {"curvature": "block", "labels": "model"},
+    "K-FAC": {"curvature": "kronecker"},
+    "Kronecker factors of gradients": {"curvature": Kronecker(factors="gradients")},
+    "layerwise (OBC)": {"curvature": "layerwise"},
+    "counts by block, then layerwise": {"curvature": "layerwise", "allocation": "block"},
+    "counts by FishLeg, then layerwise": {"curvature": "layerwise", "allocation": "fishleg"},
+    "FishLeg": {"curvature": "fishleg"},
+}
+MODELS_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 ROUNDS = 8
 ROUNDS_DAMPING = (1e-5, 1e-4)
 FINAL_SPARSITY = 0.95
@@ -177,9 +202,14 @@ class Bench:
         *,
         held_out: bool = False,
         last_only: bool = False,
+        estimate_once: bool = False,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Prune the dense network to one sparsity after another and measure it after each, or after the last."""
+        """Prune the dense network to one sparsity after another and measure it after each, or after the last.
+
+        With estimate_once all of them by the curvature of the dense network, which for exact elimination is the same as
+        each of them from the dense network.
+        """
         num_grads = self.arguments.num_grads
         data = self.cifar.training_batches(draw * num_grads, num_grads)
         model = copy.deepcopy(self.dense).eval()
@@ -190,7 +220,8 @@ class Bench:
         for sparsity in sparsities:
             reset_peak_memory()
             start = time.perf_counter()
-            pruner.estimate(data, F.cross_entropy)
+            if sparsity == sparsities[0] or not estimate_once:
+                pruner.estimate(data, F.cross_entropy)
             if mover is not None:
                 moving = Pruner(model, **shared, **mover)
                 moving.estimate(data, F.cross_entropy)
@@ -291,6 +322,52 @@ class Bench:
         names = [f"{s:.0%}{how}" for s in LAYERWISE_SPARSITIES[::2] for how in ("", ", recalibrated")]
         print(tabulate(rows, ["", "damping", *names], floatfmt=("", ".0e", *[".2f"] * 4), tablefmt="github"))
 
+    def fishleg(self) -> None:
+        """FishLeg's defaults, judged on training images that no estimate has seen."""
+        rows = []
+        for name, (model, options) in FISHLEG.items():
+            runs = [
+                self.prune(
+                    f"FishLeg, {name}, held out",
+                    list(LAYERWISE_SPARSITIES),
+                    draw,
+                    held_out=True,
+                    estimate_once=True,
+                    curvature=FishLeg(**model),
+                    **options,
+                )
+                for draw in range(self.arguments.draws)
+            ]
+            accuracies = [np.mean([r["accuracy"] for r in records]) for records in zip(*runs, strict=True)]
+            rows.append([name, *accuracies, np.mean(accuracies), runs[0][0]["stages"]["observation"]])
+            print(tabulate(rows[-1:], tablefmt="plain", floatfmt=".2f"), flush=True)
+            self.write()
+        print(f"\naccuracy on held-out training images, %, mean of {self.arguments.draws} draws; seconds of learning")
+        columns = ["", *(f"{s:.0%}" for s in LAYERWISE_SPARSITIES), "mean", "s"]
+        print(tabulate(rows, columns, floatfmt=".2f", tablefmt="github"))
+
+    def models(self) -> None:
+        """Every curvature model at every sparsity in one shot, all with the same images."""
+        rows = []
+        for name, options in MODELS.items():
+            default = make_curvature(options.get("curvature", "block")).default_saliency
+            exact = options.get("saliency", default) == "exact"
+            runs = []
+            for draw in range(self.arguments.draws):
+                records = []
+                for sparsities in [list(MODELS_SPARSITIES)] if exact else [[s] for s in MODELS_SPARSITIES]:
+                    records += self.prune(f"{name}, side by side", sparsities, draw, estimate_once=True, **options)
+                runs.append(records)
+                self.write()
+            row: list[Any] = [name]
+            for records in zip(*runs, strict=True):
+                accuracies = [r["accuracy"] for r in records]
+                row.append(f"{np.mean(accuracies):.1f} ± {np.std(accuracies):.1f}")
+            rows.append(row)
+            print(tabulate(rows[-1:], tablefmt="plain"), flush=True)
+        print(f"\ntest accuracy, %, mean and standard deviation of {self.arguments.draws} draws")
+        print(tabulate(rows, ["", *(f"{s:.0%}" for s in MODELS_SPARSITIES)], tablefmt="github"))
+
     def write(self) -> None:
         """All records so far, as JSON."""
         report = self.machine | {"num_grads": self.arguments.num_grads, "runs": self.records}
@@ -322,11 +399,13 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
-    parts = ("one", "rounds", "table", "layerwise", "damping")
+    parts = ("one", "rounds", "table", "layerwise", "damping", "fishleg", "models")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")
-    parser.add_argument("--draws", type=int, default=1, help="samples of gradients for one and rounds")
+    parser.add_argument(
+        "--draws", type=int, default=1, help="samples of gradients, for one, rounds, fishleg and models"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after")
     prune.add_argument(
-        "--curvature", default="block", help="identity, diagonal, block (default), low_rank or layerwise"
+        "--curvature",
+        default="block",
+        help="identity, diagonal, block (default), low_rank, layerwise, kronecker or fishleg",
     )
     prune.add_argument("--allocation", help="another curvature, that says how many weights each layer loses")
     prune.add_argument("--saliency", choices=("exact", "simultaneous", "fixed_order"))

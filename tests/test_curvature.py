@@ -24,9 +24,11 @@ MODELS = {
     "block": lambda: BlockFisher(4, DAMPING),
     "low_rank": lambda: LowRankFisher(4, DAMPING),
     "layerwise": lambda: Layerwise(DAMPING),
-    "kronecker": lambda: Kronecker(DAMPING),
-    "kronecker, gradients": lambda: Kronecker(DAMPING, factors="gradients"),
+    "kronecker": lambda: Kronecker(DAMPING, structure="kronecker"),
+    "kronecker, gradients": lambda: Kronecker(DAMPING, factors="gradients", structure="kronecker"),
+    "kronecker, rows": lambda: Kronecker(DAMPING, structure="rows"),
     "fishleg": lambda: FishLeg(DAMPING, batch_size=12, structure="kronecker"),
+    "fishleg, rows": lambda: FishLeg(DAMPING, batch_size=12, structure="rows"),
     "fishleg, block": lambda: FishLeg(DAMPING, structure={"a": "block", "b": "block", "c": "diagonal"}, block_size=4),
 }
 
@@ -69,10 +71,11 @@ def dense_fisher(kind, gradients):
         return torch.block_diag(
             *(torch.kron(torch.eye(s[0], dtype=torch.float64), damped[n]) for n, s in SHAPES.items())
         )
-    if kind == "kronecker":
+    if kind in ("kronecker", "kronecker, rows"):
         moment = lambda x: x.mT @ x / len(x)
+        rows = (lambda x: x) if kind == "kronecker" else (lambda x: x.diagonal().diag())
         xs = [matrices(gradients, n) for n in SHAPES]
-        return torch.block_diag(*(kronecker_fisher(moment(x[..., 0]), moment(x[:, 0]), DAMPING) for x in xs))
+        return torch.block_diag(*(kronecker_fisher(rows(moment(x[..., 0])), moment(x[:, 0]), DAMPING) for x in xs))
     if kind == "kronecker, gradients":
         parts = []
         for n in SHAPES:
@@ -80,7 +83,7 @@ def dense_fisher(kind, gradients):
             row, col = (x @ x.mT).mean(0), (x.mT @ x).mean(0)
             parts.append(kronecker_fisher(row, col / row.trace(), DAMPING))
         return torch.block_diag(*parts)
-    if kind == "fishleg":  # whose factors have tests of their own
+    if kind in ("fishleg", "fishleg, rows"):  # whose factors have tests of their own
         learned = estimated(kind, gradients)
         factors = [learned.factors(n) for n in SHAPES]
         return torch.block_diag(*(torch.linalg.inv(torch.kron(*f)) for f in factors))
@@ -230,6 +233,7 @@ def test_names_and_arguments():
         lambda: Layerwise(inputs="pruned"),
         lambda: Kronecker(0.0),
         lambda: Kronecker(factors="inputs"),
+        lambda: Kronecker(structure="block"),
         lambda: FishLeg(0.0),
         lambda: FishLeg(passes=0),
         lambda: FishLeg(structure="dense"),

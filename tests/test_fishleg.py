@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
-from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg
+from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker
 from fishleg_ext.observe import Observation, observe
 from tests.oracles import batches
 
@@ -39,9 +39,9 @@ def gradients():
     return {name: torch.cat(g) for name, g in seen.items()}
 
 
-def learned(gradients, damping, passes=2, batch_size=16, chunk=16, **options):
+def learned(gradients, damping, passes=2, batch_size=16, chunk=16, structure="kronecker", **options):
     """All batches learned, `passes` times."""
-    curvature = FishLeg(damping, passes, batch_size, **options)
+    curvature = FishLeg(damping, passes, batch_size, structure, **options)
     curvature.start({name: g[0] for name, g in gradients.items()})
     for _ in range(passes):
         for start in range(0, len(next(iter(gradients.values()))), chunk):
@@ -81,20 +81,217 @@ def test_the_loss_that_is_told_is_the_expectation_over_probes(gradients, generat
         assert abs(samples.mean() - told[name][1]) < 4 * samples.std() / 200
 
 
-def class_optimum(grads, damping):
-    """The least auxiliary loss of a Kronecker-factored Q on these gradients: L-BFGS on the roots of its factors."""
-    curvature = learned({"w": grads}, damping, passes=20)
+def class_optimum(grads, damping, structure):
+    """The least auxiliary loss of Q = P (x) M on these gradients: L-BFGS on the roots of its factors."""
+    curvature = learned({"w": grads}, damping, passes=20, structure=structure)
     roots = [torch.linalg.cholesky(factor).contiguous().requires_grad_() for factor in curvature.factors("w")]
+    free = torch.eye(len(roots[0]), dtype=grads.dtype) if structure == "rows" else 1
     optimizer = torch.optim.LBFGS(roots, max_iter=2000, max_eval=4000, history_size=100, line_search_fn="strong_wolfe")
     scale = 1 / abs(auxiliary_loss(dense_q(curvature, "w"), dense_fisher(grads, damping)))
 
     def loss():
         optimizer.zero_grad()
-        row, col = (root @ root.mT for root in roots)
+        row, col = (root @ root.mT for root in (roots[0] * free, roots[1]))
         squares = (row @ grads @ col).square().sum() / len(grads) + damping * row.square().sum() * col.square().sum()
         value = scale * (0.5 * squares - row.trace() * col.trace())
         value.backward()
         return value
 
     optimizer.step(loss)
-    return float(loss()) / scale
+    return float(loss().detach()) / scale
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize(
+    ("structure", "layer"), [("kronecker", "0.weight"), ("rows", "0.weight"), ("rows", "2.weight")]
+)
+def test_learning_comes_near_the_optimum_of_its_class(damping, structure, layer, gradients):
+    """Of the loss on all gradients, from the closed form E[G G^T] (x) E[G^T G], at its best scale, to the optimum."""
+    grads = {"w": gradients[layer]}
+    fisher = dense_fisher(grads["w"], damping)
+    closed = Kronecker(damping, factors="gradients")
+    closed.start({"w": grads["w"][0]})
+    closed.update(Observation(len(grads["w"]), gradients=grads))
+    row, col = closed.factors("w")
+    q = torch.kron(row.diagonal().diag() if structure == "rows" else row, col)
+    start = -0.5 * float(q.trace() ** 2 / (q @ fisher @ q).trace())
+    optimum = class_optimum(grads["w"], damping, structure)
+    reached = [
+        auxiliary_loss(dense_q(learned(grads, damping, passes, structure=structure), "w"), fisher) for passes in (2, 10)
+    ]
+    assert start > reached[0] > reached[1]
+    assert -1e-6 < (reached[1] - optimum) / (start - optimum) < 0.05
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-4, 1e-2, 1.0])
+def test_learning_lowers_the_loss_where_outputs_are_dependent(damping, gradients):
+    """The gradients of a softmax layer sum to zero over its rows, so that F is singular and converges slowly."""
+    grads = {"w": gradients["2.weight"]}
+    fisher = dense_fisher(grads["w"], damping)
+    identity = auxiliary_loss(torch.eye(len(fisher), dtype=fisher.dtype) / damping, fisher)
+    least = -0.5 * float(torch.linalg.inv(fisher).trace())
+    losses = [auxiliary_loss(dense_q(learned(grads, damping, passes), "w"), fisher) for passes in (1, 2, 10)]
+    assert identity > losses[0] > losses[1] > losses[2] > least
+    assert losses[2] < 0.65 * least
+
+
+@pytest.mark.parametrize(("structure", "other"), [("block", BlockFisher(12, 1e-3)), ("diagonal", DiagonalFisher(1e-3))])
+def test_blocks_and_diagonals_are_learned_exactly(structure, other, gradients):
+    curvature = learned(gradients, 1e-3, structure=structure, block_size=12)
+    other.start({name: g[0] for name, g in gradients.items()})
+    other.update(Observation(512, gradients=gradients))
+    for name, expected in other.diag().items():
+        torch.testing.assert_close(curvature.diag()[name], expected)
+        torch.testing.assert_close(curvature.blocks(name).inverse, other.blocks(name).inverse)
+
+
+def test_gradients_wait_until_they_make_up_a_batch(gradients):
+    whole = learned(gradients, 1e-3)
+    one_by_one = learned(gradients, 1e-3, chunk=1)
+    for name in gradients:
+        torch.testing.assert_close(dense_q(one_by_one, name), dense_q(whole, name))
+    few = {name: g[:21] for name, g in gradients.items()}
+    curvature = learned(few, 1e-3, passes=1)
+    assert curvature.state_dict()["learned"]["0.weight"]["seen"] == 21
+    by_batch = learned({name: g[:16] for name, g in gradients.items()}, 1e-3, passes=1)
+    by_batch.update(Observation(5, gradients={name: g[16:21] for name, g in gradients.items()}))
+    torch.testing.assert_close(dense_q(curvature, "2.weight"), dense_q(by_batch, "2.weight"))
+
+
+@pytest.mark.parametrize("carry_over", [False, True])
+def test_an_estimate_may_begin_from_the_last_one(carry_over, gradients):
+    told = []
+    curvature = learned(gradients, 1e-3, carry_over=carry_over, monitor=lambda *call: told.append(call))
+    losses = [loss for name, _, loss in told if name == "0.weight"]
+    assert losses[0] > 0 > losses[-1]
+    curvature.start({name: g[0] for name, g in gradients.items()})
+    told.clear()
+    curvature.update(Observation(16, gradients={name: g[:16] for name, g in gradients.items()}))
+    again = next(loss for name, _, loss in told if name == "0.weight")
+    assert (again < 0.8 * losses[-1]) == carry_over
+    assert told[0][1] == 16
+
+
+def test_the_structure_of_each_parameter():
+    shapes = {"conv": (6, 4, 3, 3), "bias": (300,), "fc": (5, 40), "other": (5, 40), "wide": (2, 9000)}
+    curvature = FishLeg(structure={"other": "diagonal"})
+    curvature.start({name: torch.zeros(shape) for name, shape in shapes.items()})
+    sizes = {name: layout.block_size for name, layout in curvature.layouts.items()}
+    assert sizes == {"conv": 36, "bias": 128, "fc": 40, "other": 1, "wide": 128}
+
+
+def test_memory_is_that_of_two_factors_and_their_moments():
+    weight = torch.zeros(64, 64, 3, 3)
+    curvature = FishLeg()
+    curvature.start({"w": weight})
+    state = curvature.state_dict()["learned"]["w"]
+    held = sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, torch.Tensor))
+    assert held == 2 * (64**2 + 576**2) * 4 + 4
+    assert curvature.state_bytes("w", weight, 2048) == held - 4 + 128 * weight.numel() * 4
+
+
+def test_a_state_of_other_parameters_is_refused(gradients):
+    curvature = learned(gradients, 1e-3, structure={"2.weight": "block"})
+    state = curvature.state_dict()
+    with pytest.raises(ValueError, match="expected curvature of"):
+        learned(gradients, 1e-3).load_state_dict(state)
+    other = learned({name: g[:, :, :3] for name, g in gradients.items()}, 1e-3, structure={"2.weight": "block"})
+    with pytest.raises(ValueError, match="shape"):
+        other.load_state_dict(state)
+
+
+def test_what_is_not_finite_is_named():
+    curvature = FishLeg(batch_size=2)
+    curvature.start({"w": torch.zeros(2, 3)})
+    with pytest.raises(CurvatureError, match="w: its Kronecker factors cannot be inverted"):
+        curvature.update(Observation(2, gradients={"w": torch.full((2, 2, 3), torch.nan)}))
+
+
+# pruning with Kronecker-factored curvature
+
+
+@pytest.fixture
+def problem(generator):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 3),
+    )
+    x = torch.randn(256, 2, 4, 4, generator=generator)
+    y = (x.flatten(1) @ torch.randn(32, 3, generator=generator)).argmax(1)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net.eval(), x, y
+
+
+@pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])
+def test_pruning_is_better_than_by_magnitude(curvature, problem):
+    net, x, y = problem
+    losses = {}
+    for kind in (curvature, "identity"):
+        model = copy.deepcopy(net)
+        result = prune(model, batches(x, y), sparsity=0.5, curvature=kind, num_grads=256, progress=False)
+        assert result.predicted_loss_increase > 0
+        assert sum(int((~mask).sum()) for mask in result.masks.values()) == round(0.5 * (144 + 288 + 96))
+        for name, mask in result.masks.items():
+            assert (dict(model.named_parameters())[name][~mask] == 0).all()
+        losses[kind] = float(F.cross_entropy(model(x), y).detach())
+    assert losses[curvature] < losses["identity"]
+
+
+@pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])
+def test_pruning_on_after_one_estimate_is_pruning_at_once(curvature, problem):
+    """Elimination deals with the dead first, so that the inverse need not know them."""
+    net, x, y = problem
+    results = []
+    for steps in ([0.5], [0.2, 0.35, 0.5]):
+        model = copy.deepcopy(net).double()
+        pruner = Pruner(model, curvature=curvature, num_grads=256, progress=False)
+        pruner.estimate(batches(x.double(), y), F.cross_entropy)
+        for sparsity in steps:
+            result = pruner.prune_to(sparsity)
+        results.append((result.masks, dict(model.named_parameters())))
+    for name, mask in results[0][0].items():
+        assert torch.equal(mask, results[1][0][name])
+        torch.testing.assert_close(results[0][1][name], results[1][1][name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])
+def test_rounds_and_a_saved_estimate(curvature, problem, tmp_path):
+    net, x, y = problem
+    options = {"curvature": curvature, "num_grads": 256, "progress": False}
+    models = [copy.deepcopy(net), copy.deepcopy(net)]
+    pruners = [Pruner(model, **options) for model in models]
+    for sparsity in (0.3, 0.6):
+        pruners[0].estimate(batches(x, y), F.cross_entropy)
+        torch.save(pruners[0].state_dict(), tmp_path / "state.pt")
+        pruners[1].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        results = [pruner.prune_to(sparsity) for pruner in pruners]
+        for name, mask in results[0].masks.items():
+            assert torch.equal(mask, results[1].masks[name])
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_data_that_can_be_read_once_cannot_be_learned_from_twice(problem):
+    net, x, y = problem
+    with pytest.raises(ValueError, match="read again, as FishLeg learns in 2 passes"):
+        prune(net, iter(batches(x, y)), sparsity=0.5, curvature="fishleg", progress=False)
+    once = FishLeg(passes=1)
+    prune(net, iter(batches(x, y)), sparsity=0.5, curvature=once, num_grads=256, progress=False)
+
+
+def test_a_layer_without_gradients_is_named(problem):
+    net, x, y = problem
+    net.unused = nn.Linear(2, 2)
+    data = batches(x, y)
+    net.forward = nn.Sequential(*list(net)[:-1]).forward
+    with pytest.raises(CurvatureError, match="unused.weight: its layer was not called"):
+        prune(net, data, sparsity=0.5, curvature="kronecker", num_grads=256, progress=False)

@@ -23,7 +23,7 @@ from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 
-STRUCTURES = ("kronecker", "block", "diagonal")
+STRUCTURES = ("rows", "kronecker", "block", "diagonal")
 # Larger factors are not made unless asked for: one of 8,192 takes 256 MiB in float32.
 LARGEST_FACTOR = 8192
 LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
@@ -45,6 +45,7 @@ class LearnedFactors:
 
     Attributes:
         damping: gamma.
+        diagonal_row: whether P is kept diagonal, so that only the diagonal of E[G M^2 G^T] matters.
         row, col: P and M divided by their traces.
         row_moment, col_moment: weighted means of G M^2 G^T, [o, o], and of G^T P^2 G, [i, i].
         trace: tr Q.
@@ -52,6 +53,7 @@ class LearnedFactors:
     """
 
     damping: float
+    diagonal_row: bool
     row: Tensor
     col: Tensor
     row_moment: Tensor
@@ -60,11 +62,11 @@ class LearnedFactors:
     seen: int = 0
 
     @classmethod
-    def start(cls, damping: float, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
+    def start(cls, damping: float, diagonal_row: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
         """Q = I / damping, the inverse of no gradients."""
         row, col = (torch.eye(n, dtype=like.dtype, device=like.device) / max(1, n) for n in (rows, cols))
         trace = like.new_tensor(rows * cols / damping)
-        return cls(damping, row, col, torch.zeros_like(row), torch.zeros_like(col), trace)
+        return cls(damping, diagonal_row, row, col, torch.zeros_like(row), torch.zeros_like(col), trace)
 
     def learn(self, grads: Tensor, invert: Callable[[Tensor, float], Tensor]) -> Tensor:
         """Improve both factors by a batch.
@@ -85,7 +87,8 @@ class LearnedFactors:
         best = invert(self.col_moment, self.damping * float(self.row.square().sum()))
         self.col = best / best.trace()
         by_row = (grads @ self.col).transpose(0, 1).flatten(1)  # [o, m * i]
-        self.row_moment.lerp_(by_row @ by_row.mT / len(grads), weight)
+        moment = by_row @ by_row.mT / len(grads)
+        self.row_moment.lerp_(moment.diagonal().diag() if self.diagonal_row else moment, weight)
         best = invert(self.row_moment, self.damping * float(self.col.square().sum()))
         self.trace, self.row = best.trace(), best / best.trace()
         return loss
@@ -110,14 +113,23 @@ class FishLeg(KroneckerInverse):
     Q = P (x) M each batch of gradients improves both factors in closed form, by turns (see `LearnedFactors`): there is
     no step size to choose. Over blocks and over diagonal matrices the minimum is the inverse of F's own blocks.
 
+    Structures of Q for a parameter [o, i] = [out, fan-in]:
+
+    - "rows": diag(p) (x) M. Rows share M up to a factor and do not make up for each other, as in exact elimination,
+      which compensates within a row: what that needs is the inverse of F's blocks.
+    - "kronecker": P (x) M, as in the papers. Where rows can move together for nothing, as those of a softmax layer can,
+      the loss is least for a P that turns to this direction, in which M tells little of a row's weights apart.
+    - "block": blocks of block_size consecutive weights.
+    - "diagonal".
+
     With labels sampled from the model, the default, F is the true Fisher matrix.
 
     Args:
         damping: gamma, > 0, in the units of a squared gradient.
         passes: over the data, each of num_grads gradients, with labels of its own where these are sampled.
         batch_size: gradients from which P and M are improved once.
-        structure: of Q: "kronecker", "block", "diagonal", or a dict name -> structure of some parameters. Else it is
-            "kronecker" for matrices and convolutions whose factors are at most 8,192 wide, "block" for others.
+        structure: of all parameters, or a dict name -> structure of some. Else it is "rows" for matrices and
+            convolutions whose factors are at most 8,192 wide, and "block" for others.
         block_size: weights in a block, of "block".
         carry_over: begin each estimate but the first from the last one's P and M.
         monitor: called with (parameter, gradients so far, auxiliary loss on the last of them before they were learned
@@ -148,6 +160,11 @@ class FishLeg(KroneckerInverse):
         self._learned: dict[str, LearnedFactors] = {}
         self._others: dict[str, Curvature] = {}  # of the parameters that are not Kronecker-factored
 
+    @property
+    def block_diagonal(self) -> bool:  # type: ignore[override]
+        """Unless rows make up for each other."""
+        return not any(not learned.diagonal_row for learned in self._learned.values())
+
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """That of the parameter's structure."""
         other = self._other(name, weight)
@@ -164,7 +181,8 @@ class FishLeg(KroneckerInverse):
                 other.start({name: weight})
                 self._others[name] = other
                 continue
-            fresh = LearnedFactors.start(self.damping, self._like[name], *self._shape(name))
+            apart = self._structure(name, weight) == "rows"
+            fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
             if name in before and before[name].row.shape == fresh.row.shape:
                 fresh.row, fresh.col, fresh.trace = before[name].row, before[name].col, before[name].trace
             self._learned[name] = fresh
@@ -183,9 +201,10 @@ class FishLeg(KroneckerInverse):
         for name in self._learned:
             grads = observation.gradients[name].reshape(-1, *self._shape(name))
             # A copy: the observer's tensor may be written again before the batch is full.
-            self._waiting[name].append(grads.to(self._like[name].dtype, copy=True))
-            if sum(map(len, self._waiting[name])) >= self.batch_size:
-                self._learn(name)
+            for part in grads.to(self._like[name].dtype, copy=True).split(self.batch_size):
+                self._waiting[name].append(part)
+                if sum(map(len, self._waiting[name])) >= self.batch_size:
+                    self._learn(name)
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two products of matrices, or what the parameter's structure takes."""
@@ -254,11 +273,14 @@ class FishLeg(KroneckerInverse):
         if self.monitor is not None:
             self.monitor(name, self._learned[name].seen, float(loss))
 
-    def _other(self, name: str, weight: Tensor) -> Optional[Curvature]:
-        """A model of this parameter alone, unless it is Kronecker-factored."""
+    def _structure(self, name: str, weight: Tensor) -> str:
         given = self.structure.get(name) if isinstance(self.structure, Mapping) else self.structure
         fits = weight.dim() > 1 and max(matrix_shape(weight)) <= LARGEST_FACTOR
-        structure = given or ("kronecker" if fits else "block")
+        return given or ("rows" if fits else "block")
+
+    def _other(self, name: str, weight: Tensor) -> Optional[Curvature]:
+        """A model of this parameter alone, unless it has factors."""
+        structure = self._structure(name, weight)
         if structure == "diagonal":
             return DiagonalFisher(self.damping)
         return BlockFisher(self.block_size, self.damping) if structure == "block" else None

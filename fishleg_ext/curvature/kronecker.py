@@ -35,11 +35,10 @@ class Factors(NamedTuple):
 class KroneckerInverse(Curvature):
     """F^-1 x = P x M for each parameter, seen as a matrix x of [o, i] = [out, fan-in]; no entries between parameters.
 
-    All rows share M, so that row r is a block of the inverse P_rr M: one elimination kernel for all rows, whose costs
-    are divided by P_rr. Rows are compensated separately.
+    All rows share M, so that row r is a block P_rr M of the inverse: one elimination kernel for all rows, whose costs
+    are divided by P_rr. Rows are compensated separately, which is exact where P is diagonal.
     """
 
-    block_diagonal: ClassVar[bool] = False
     masked: ClassVar[bool] = False
     default_labels: ClassVar[str] = "model"
 
@@ -125,17 +124,28 @@ class Kronecker(KroneckerInverse):
 
     pi = sqrt(mean diag A / mean diag S) damps both factors by the same share.
 
+    Structures: "rows" keeps the diagonal of S alone, so that rows do not make up for each other, as in exact
+    elimination, which compensates within a row; "kronecker" keeps all of it.
+
     Args:
         damping: in the units of a squared gradient, > 0.
         factors: "layers" or "gradients".
+        structure: "rows" or "kronecker".
     """
 
-    def __init__(self, damping: float = 1e-6, factors: str = "layers") -> None:
+    def __init__(self, damping: float = 1e-6, factors: str = "layers", structure: str = "rows") -> None:
         super().__init__()
         self.damping = checked_damping(damping, positive=True)
         if factors not in ("layers", "gradients"):
             raise ValueError(f"expected factors to be 'layers' or 'gradients', got {factors!r}")
-        self.kind = factors
+        if structure not in ("rows", "kronecker"):
+            raise ValueError(f"expected structure to be 'rows' or 'kronecker', got {structure!r}")
+        self.kind, self.structure = factors, structure
+
+    @property
+    def block_diagonal(self) -> bool:  # type: ignore[override]
+        """With rows apart."""
+        return self.structure == "rows"
 
     @property
     def observes(self) -> frozenset[str]:  # type: ignore[override]
@@ -175,6 +185,8 @@ class Kronecker(KroneckerInverse):
         moments = Factors(*(m / n for m, n in zip(self._moments[name], self._counts[name], strict=True)))
         if self.kind == "gradients":
             moments = Factors(moments.row, moments.col / (float(moments.row.trace()) or 1.0))
+        if self.structure == "rows":
+            moments = Factors(moments.row.diagonal().diag(), moments.col)
         # Damped by the same share each: a factor that is all zero has no scale.
         row, col = (float(moment.diagonal().mean()) or 1.0 for moment in moments)
         pi = (col / row) ** 0.5
