@@ -9,7 +9,7 @@ help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: .venv/installed  ## Train a small network, prune it by six methods, print the table, draw the curves
+demo: .venv/installed  ## Train a small network, prune it by seven methods, print the table, draw the curves
 	$(BIN)/fishleg-ext demo
 
 .PHONY: test

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only-report", action="store_true", help="measure nothing; tables of the results there are")
     bench.set_defaults(run=_bench)
 
-    demo = commands.add_parser("demo", help="train a small network, prune it by six methods, draw the curves")
+    demo = commands.add_parser("demo", help="train a small network, prune it by seven methods, draw the curves")
     demo.add_argument("--out", type=Path, default=Path("demo-results"), help="folder of the results")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)

@@ -1,4 +1,4 @@
-"""Prunes a small convolutional network on scikit-learn's handwritten digits by six methods, and draws the curves.
+"""Prunes a small convolutional network on scikit-learn's handwritten digits by seven methods, and draws the curves.
 
 1,797 images of 8 x 8 pixels, a quarter of them held out for the accuracies shown.
 """
@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "WoodFisher (block, simultaneous)": {"curvature": "block", "saliency": "simultaneous"},
     "M-FAC (low rank)": {"curvature": "low_rank"},
     "exact greedy": {"curvature": "block", "saliency": "exact"},
+    "FishLeg": {"curvature": "fishleg", "num_grads": 1024},
     "exact greedy, 4 rounds": {"curvature": "block", "saliency": "exact", "recomputations": 4},
 }
 
@@ -149,7 +150,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     sparsities = [100 * s for s in results["sparsities"]]
     axes.axhline(results["dense_accuracy"], color="0.6", linestyle=":", label="dense")
-    for (method, values), marker in zip(results["accuracies"].items(), "os^vDP", strict=True):
+    for (method, values), marker in zip(results["accuracies"].items(), "os^vDXP", strict=True):
         axes.plot(sparsities, values, marker=marker, markersize=5, label=method)
     axes.set(
         xlabel="sparsity, %",

@@ -459,23 +459,26 @@ def prune(
         sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero, of all
             n weights or, with scope="layer", of each parameter's.
         curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
-            "layerwise" (OBC), or a `fishleg_ext.curvature.Curvature`.
+            "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a `fishleg_ext.curvature.Curvature`.
         saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
-            (SparseGPT: column after column; not with scope="global"). None is the curvature's default: exact for block
-            and layerwise, simultaneous for the others.
+            (SparseGPT: column after column; not with scope="global"). None is the curvature's default: simultaneous for
+            identity, diagonal and low_rank, exact for the others.
         scope: "global" (one threshold for all parameters), "layer" (the same sparsity in each), or a dict
             name -> sparsity; parameters not in it stay dense. None is the curvature's default: "layer" for layerwise,
             "global" for the others.
         pattern: "unstructured"; "n:m" and "blockN" are not in this version yet.
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
             None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
-        num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024.
+        num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024, for fishleg
+            2,048 in each of its two passes.
         grad_batch_size: samples in each gradient.
         recomputations: rounds of estimating and pruning; the density falls geometrically.
         block_size: weights in a block of the Fisher matrix.
-        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5. For layerwise a share of the
-            mean of the diagonal, 1e-4.
-        labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher).
+        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5, for kronecker and fishleg 1e-6.
+            For layerwise a share of the mean of the diagonal, 1e-4.
+        labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher; the classes of
+            cross_entropy by importance, so that networks that are sure of their answers give as much as others). None
+            is the curvature's default: "model" for kronecker and fishleg, "data" for the others.
         likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
             None with cross_entropy.
         recalibrate_batchnorm: afterwards recompute running statistics on all of the data.

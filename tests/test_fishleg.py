@@ -280,6 +280,21 @@ def test_rounds_and_a_saved_estimate(curvature, problem, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])
+def test_a_bound_on_memory_changes_nothing(curvature, problem):
+    net, x, y = problem
+    results = []
+    for max_memory in (None, 600_000):
+        model = copy.deepcopy(net)
+        pruner = Pruner(model, curvature=curvature, num_grads=256, max_memory=max_memory, progress=False)
+        pruner.estimate(batches(x, y), F.cross_entropy)
+        groups = len(pruner._estimate.groups)
+        results.append(pruner.prune_to(0.5).masks)
+    assert groups > 1 or curvature == "kronecker"
+    for name, mask in results[0].items():
+        assert torch.equal(mask, results[1][name])
+
+
 def test_data_that_can_be_read_once_cannot_be_learned_from_twice(problem):
     net, x, y = problem
     with pytest.raises(ValueError, match="read again, as FishLeg learns in 2 passes"):

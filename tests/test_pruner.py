@@ -577,9 +577,6 @@ def test_what_comes_later_says_so(net, data):
     for pattern in ("2:4", "4:8", "block4"):
         with pytest.raises(NotImplementedError, match=pattern):
             prune(net, data, sparsity=0.5, pattern=pattern)
-    for curvature in ("kronecker", "fishleg"):
-        with pytest.raises(NotImplementedError, match=curvature):
-            prune(net, data, sparsity=0.5, curvature=curvature)
 
 
 # bad input
