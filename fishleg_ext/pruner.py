@@ -470,7 +470,7 @@ def prune(
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
             None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
         num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024, for fishleg
-            2,048 in each of its two passes.
+            2,048.
         grad_batch_size: samples in each gradient.
         recomputations: rounds of estimating and pruning; the density falls geometrically.
         block_size: weights in a block of the Fisher matrix.

@@ -141,8 +141,8 @@ class FishLeg(KroneckerInverse):
     def __init__(
         self,
         damping: float = 1e-6,
-        passes: int = 2,
-        batch_size: int = 128,
+        passes: int = 1,
+        batch_size: int = 64,
         structure: Union[str, Mapping[str, str], None] = None,
         block_size: int = 128,
         carry_over: bool = False,
