@@ -30,6 +30,11 @@ class LabelSampler:
         Returns:
             targets for all samples, and a factor for all gradients or [count] of them.
         """
+        if self._draw in SAMPLERS.values() and not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"expected a tensor of outputs, got a {type(outputs).__name__}; "
+                "give likelihood= as a function (outputs, generator) -> targets"
+            )
         if self._draw is _categorical and samples == count and outputs.dim() == 2:
             return _informative_classes(outputs, generator)
         targets = self._draw(outputs, generator)

@@ -320,17 +320,12 @@ class _GradientSource:
                 raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
         self.any_nonzero = self.any_nonzero or any(bool(value.any()) for value in values.values())
         for name, value in values.items():
-            _scale(value, scale)
+            if 0 in value.stride():  # a gradient that is zero for all may be expanded
+                values[name] = value = value.clone()
+            value *= scale.view(-1, *[1] * (value.dim() - 1)) if isinstance(scale, Tensor) else scale
             if name in self.masks:
                 value *= self.masks[name]
         return values
-
-
-def _scale(values: Tensor, scale: Union[float, Tensor]) -> Tensor:
-    """In place, all values, or [N, ...] of them by [N]."""
-    if isinstance(scale, Tensor):
-        return values.mul_(scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1)))
-    return values if scale == 1 else values.mul_(scale)
 
 
 class _LayerSource:
@@ -376,22 +371,26 @@ class _LayerSource:
         self.outputs = []
         with torch.enable_grad():
             outputs = call(self.model, weights, inputs)
+            reached, self.outputs = self.outputs, []
+            if not reached:
+                return
             scale: Union[float, Tensor] = 1.0
             if self.draw is not None:
                 targets, scale = self.draw(pytree.tree_map(torch.detach, outputs), samples, samples)
-            loss = scalar_loss(self.loss_fn, outputs, targets) * samples  # a sum, so that each sample's is its own
-        edges = [edge for _, edge in self.outputs]
-        gradients = torch.autograd.grad(loss, edges, allow_unused=True)
-        for (name, _), gradient in zip(self.outputs, gradients, strict=True):
+            # One by one: the mean over several may weigh them by their targets.
+            one = lambda i: pytree.tree_map(lambda x: x[i : i + 1], (outputs, targets))
+            losses = torch.stack([scalar_loss(self.loss_fn, *one(i)) for i in range(samples)])
+            loss = (losses * scale).sum()
+        gradients = torch.autograd.grad(loss, [edge for _, edge in reached], allow_unused=True)
+        for (name, _), gradient in zip(reached, gradients, strict=True):
             if gradient is not None:
-                self._observe(name, "output_gradients", _scale(gradient.clone(), scale), output_rows)
-        self.outputs = []
+                self._observe(name, "output_gradients", gradient, output_rows)
 
     def _hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         x = args[0].detach()
         if "inputs" in self.observer.observes:
             self._observe(name, "inputs", x, input_rows)
-        if self.backward:
+        if self.backward and output.requires_grad:
             # Not the tensor itself: an operation in place may make it another one.
             self.outputs.append((name, torch.autograd.graph.get_gradient_edge(output)))
 

@@ -147,9 +147,10 @@ def test_blocks_and_diagonals_are_learned_exactly(structure, other, gradients):
 
 def test_gradients_wait_until_they_make_up_a_batch(gradients):
     whole = learned(gradients, 1e-3)
-    one_by_one = learned(gradients, 1e-3, chunk=1)
-    for name in gradients:
-        torch.testing.assert_close(dense_q(one_by_one, name), dense_q(whole, name))
+    for chunk in (1, 7, 12, 40):
+        cut = learned(gradients, 1e-3, chunk=chunk)
+        for name in gradients:
+            torch.testing.assert_close(dense_q(cut, name), dense_q(whole, name))
     few = {name: g[:21] for name, g in gradients.items()}
     curvature = learned(few, 1e-3, passes=1)
     assert curvature.state_dict()["learned"]["0.weight"]["seen"] == 21
@@ -191,11 +192,14 @@ def test_memory_is_that_of_two_factors_and_their_moments():
 
 
 def test_a_state_of_other_parameters_is_refused(gradients):
-    curvature = learned(gradients, 1e-3, structure={"2.weight": "block"})
+    curvature = learned(gradients, 1e-3, structure={"0.weight": "kronecker", "2.weight": "block"})
     state = curvature.state_dict()
     with pytest.raises(ValueError, match="expected curvature of"):
         learned(gradients, 1e-3).load_state_dict(state)
-    other = learned({name: g[:, :, :3] for name, g in gradients.items()}, 1e-3, structure={"2.weight": "block"})
+    with pytest.raises(ValueError, match="with rows apart, or not"):
+        learned(gradients, 1e-3, structure={"2.weight": "block"}).load_state_dict(state)
+    narrow = {name: g[:, :, :3] for name, g in gradients.items()}
+    other = learned(narrow, 1e-3, structure={"0.weight": "kronecker", "2.weight": "block"})
     with pytest.raises(ValueError, match="shape"):
         other.load_state_dict(state)
 
@@ -304,10 +308,22 @@ def test_data_that_can_be_read_once_cannot_be_learned_from_twice(problem):
     prune(net, iter(batches(x, y)), curvature="fishleg", **options)
 
 
-def test_a_layer_without_gradients_is_named(problem):
+@pytest.mark.parametrize("params", [None, "unused.weight"])
+def test_a_layer_without_gradients_is_named(params, problem):
     net, x, y = problem
     net.unused = nn.Linear(2, 2)
     data = batches(x, y)
     net.forward = nn.Sequential(*list(net)[:-1]).forward
+    options = {"sparsity": 0.5, "num_grads": 256, "progress": False, "params": params}
     with pytest.raises(CurvatureError, match="unused.weight: its layer was not called"):
-        prune(net, data, sparsity=0.5, curvature="kronecker", num_grads=256, progress=False)
+        prune(net, data, curvature="kronecker", **options)
+    if params is None:
+        assert not prune(net, data, curvature="fishleg", **options).masks["unused.weight"].any()
+
+
+def test_factors_of_another_kind_are_refused():
+    states = {kind: Kronecker(factors=kind) for kind in ("layers", "gradients")}
+    for curvature in states.values():
+        curvature.start({"w": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match="state of Kronecker.factors='layers'"):
+        states["layers"].load_state_dict(states["gradients"].state_dict())

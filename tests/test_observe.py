@@ -390,6 +390,51 @@ def test_output_gradients_and_inputs_make_up_the_gradients(labels, net, samples)
     assert not net[0]._forward_hooks
 
 
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_output_gradients_belong_to_their_samples_wherever_these_lie(labels, generator):
+    """In a layer of sequences first, and with a loss whose mean weighs samples by their classes."""
+
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 5, bias=False)
+
+        def forward(self, x):
+            return self.inner(x.transpose(0, 1)).sum(0)
+
+    torch.manual_seed(0)
+    model = SequenceFirst()
+    data = [(torch.randn(8, 8, 3, generator=generator), torch.randint(0, 5, (8,), generator=generator))]
+    loss_fn = nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 1.0, 2.0, 9.0]))
+    plain, recorder = Recorder(), Recorder(frozenset({"inputs", "output_gradients"}))
+    weights = {"inner.weight": model.inner.weight}
+    for observer in (plain, recorder):
+        observe(model, data, loss_fn, observer, weights, num_grads=8, labels=labels)
+    inputs, gradients = recorder.inputs("inner.weight"), recorder.output_gradients("inner.weight")
+    products = torch.einsum("tso,tsi->soi", gradients.view(8, 8, 5), inputs.view(8, 8, 3))
+    torch.testing.assert_close(products, plain.gradients("inner.weight"), rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_runs_without_gradients_has_none(net, samples):
+    class Frozen(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    net[5] = Frozen(64, 3)
+    model = nn.Sequential(net, nn.Linear(3, 3))
+    weights = {n: p for n, p in model.named_parameters() if n in ("0.5.weight", "1.weight")}
+    recorder = Recorder(frozenset({"inputs", "output_gradients"}))
+    observe(model, [samples], F.cross_entropy, recorder, weights, num_grads=21)
+    assert len(recorder.inputs("0.5.weight")) == 21
+    assert {name for o in recorder.seen for name in o.output_gradients} == {"1.weight"}
+
+
+def test_named_likelihoods_want_a_tensor(generator):
+    with pytest.raises(TypeError, match="expected a tensor of outputs, got a dict"):
+        drawn_by(F.cross_entropy, "categorical", {"logits": torch.zeros(1, 3)}, generator)
+
+
 def test_inputs_of_other_layers_are_refused(generator):
     model = nn.Embedding(3, 2)
     with pytest.raises(NotImplementedError, match="Embedding"):

@@ -131,7 +131,7 @@ class FishLeg(KroneckerInverse):
         structure: of all parameters, or a dict name -> structure of some. Else it is "rows" for matrices and
             convolutions whose factors are at most 8,192 wide, and "block" for others.
         block_size: weights in a block, of "block".
-        carry_over: begin each estimate but the first from the last one's P and M.
+        carry_over: begin each estimate but the first from the last one's P and M, where max_memory does not split it.
         monitor: called with (parameter, gradients so far, auxiliary loss on the last of them before they were learned
             from).
     """
@@ -163,7 +163,8 @@ class FishLeg(KroneckerInverse):
     @property
     def block_diagonal(self) -> bool:  # type: ignore[override]
         """Unless rows make up for each other."""
-        return not any(not learned.diagonal_row for learned in self._learned.values())
+        given = self.structure.values() if isinstance(self.structure, Mapping) else [self.structure]
+        return "kronecker" not in given
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """That of the parameter's structure."""
@@ -184,7 +185,8 @@ class FishLeg(KroneckerInverse):
             apart = self._structure(name, weight) == "rows"
             fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
             if name in before and before[name].row.shape == fresh.row.shape:
-                fresh.row, fresh.col, fresh.trace = before[name].row, before[name].col, before[name].trace
+                for part in ("row", "col", "trace"):
+                    setattr(fresh, part, getattr(before[name], part).clone())
             self._learned[name] = fresh
             self._waiting[name] = []
 
@@ -199,11 +201,13 @@ class FishLeg(KroneckerInverse):
         for name, other in self._others.items():
             other.update(Observation(observation.count, gradients={name: observation.gradients[name]}))
         for name in self._learned:
-            grads = observation.gradients[name].reshape(-1, *self._shape(name))
-            # A copy: the observer's tensor may be written again before the batch is full.
-            for part in grads.to(self._like[name].dtype, copy=True).split(self.batch_size):
-                self._waiting[name].append(part)
-                if sum(map(len, self._waiting[name])) >= self.batch_size:
+            grads, waiting = observation.gradients[name].reshape(-1, *self._shape(name)), self._waiting[name]
+            while len(grads):
+                room = self.batch_size - sum(map(len, waiting))
+                # A copy: the observer's tensor may be written again before the batch is full.
+                waiting.append(grads[:room].to(self._like[name].dtype, copy=True))
+                grads = grads[room:]
+                if sum(map(len, waiting)) == self.batch_size:
                     self._learn(name)
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,7 +250,7 @@ class FishLeg(KroneckerInverse):
             self.factors(name)
         return {
             "learned": {
-                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen")}
+                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen", "diagonal_row")}
                 for name, learned in self._learned.items()
             },
             "others": {name: other.state_dict() for name, other in self._others.items()},
@@ -255,6 +259,9 @@ class FishLeg(KroneckerInverse):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         learned, others = state_entry(state, "learned"), state_entry(state, "others")
+        for name, theirs in learned.items():
+            if name in self._learned and state_entry(theirs, "diagonal_row") != self._learned[name].diagonal_row:
+                raise ValueError(f"expected the state of {name} with rows apart, or not, as here; got the other")
         for part in LEARNED_TENSORS:
             own = {name: getattr(mine, part) for name, mine in self._learned.items()}
             load_tensors(own, {name: state_entry(theirs, part) for name, theirs in learned.items()})
@@ -268,8 +275,8 @@ class FishLeg(KroneckerInverse):
     def _learn(self, name: str) -> None:
         """From the gradients that wait."""
         grads = torch.cat(self._waiting[name])
-        self._waiting[name] = []
         loss = self._learned[name].learn(grads, functools.partial(self.invert, name))
+        self._waiting[name].clear()
         if self.monitor is not None:
             self.monitor(name, self._learned[name].seen, float(loss))
 

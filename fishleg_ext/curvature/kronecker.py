@@ -198,6 +198,7 @@ class Kronecker(KroneckerInverse):
     def state_dict(self) -> dict[str, Any]:
         """Sums of outer products and their counts."""
         return {
+            "factors": self.kind,
             "counts": {name: list(counts) for name, counts in self._counts.items()},
             "row": {name: moments.row for name, moments in self._moments.items()},
             "col": {name: moments.col for name, moments in self._moments.items()},
@@ -205,6 +206,8 @@ class Kronecker(KroneckerInverse):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        if (kind := state_entry(state, "factors")) != self.kind:
+            raise ValueError(f"expected the state of Kronecker(factors={self.kind!r}), got that of {kind!r}")
         for part in ("row", "col"):
             load_tensors({name: getattr(m, part) for name, m in self._moments.items()}, state_entry(state, part))
         self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
