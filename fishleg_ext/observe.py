@@ -322,7 +322,10 @@ class _GradientSource:
         for name, value in values.items():
             if 0 in value.stride():  # a gradient that is zero for all may be expanded
                 values[name] = value = value.clone()
-            value *= scale.view(-1, *[1] * (value.dim() - 1)) if isinstance(scale, Tensor) else scale
+            if isinstance(scale, Tensor):
+                value *= scale.view(-1, *[1] * (value.dim() - 1))
+            elif scale != 1:
+                value *= scale
             if name in self.masks:
                 value *= self.masks[name]
         return values

@@ -13,12 +13,7 @@ from fishleg_ext.arguments import checked_count, checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
-from fishleg_ext.curvature.kronecker import (
-    Factors,
-    KroneckerInverse,
-    factor_bytes,
-    matrix_shape,
-)
+from fishleg_ext.curvature.kronecker import Factors, KroneckerInverse, factor_bytes, matrix_shape
 from fishleg_ext.dtypes import widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation

@@ -155,7 +155,9 @@ class Kronecker(KroneckerInverse):
     def start(self, weights: Mapping[str, Tensor]) -> None:
         """Zero moments."""
         super().start(weights)
-        self._moments = {name: zero_moments(self._like[name], *self._shape(name)) for name in weights}
+        self._moments = {
+            name: Factors(*(like.new_zeros(n, n) for n in self._shape(name))) for name, like in self._like.items()
+        }
         self._counts = {name: [0, 0] for name in weights}  # of what went into S and A
 
     def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
@@ -165,7 +167,9 @@ class Kronecker(KroneckerInverse):
     def update(self, observation: Observation) -> None:
         """Add second moments."""
         for name, grads in observation.gradients.items():
-            add_gradient_moments(self._moments[name], grads.reshape(len(grads), *self._shape(name)))
+            matrices = grads.reshape(len(grads), *self._shape(name))
+            for moment, outer in zip(self._moments[name], (matrices.mT, matrices), strict=True):
+                ops.block_gram_(moment[None], outer.reshape(-1, 1, len(moment)))
             self._counts[name] = [count + observation.count for count in self._counts[name]]
         for name, rows in observation.output_gradients.items():
             ops.block_gram_(self._moments[name].row[None], rows[:, None])
@@ -213,23 +217,10 @@ class Kronecker(KroneckerInverse):
         self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
 
 
-def zero_moments(like: Tensor, rows: int, cols: int) -> Factors:
-    """Sums over gradients of nothing yet."""
-    return Factors(like.new_zeros(rows, rows), like.new_zeros(cols, cols))
-
-
 def factor_bytes(weight: Tensor) -> int:
     """Bytes of two factors."""
     rows, cols = matrix_shape(weight)
     return (rows**2 + cols**2) * widened(weight.dtype).itemsize
-
-
-def add_gradient_moments(moments: Factors, grads: Tensor) -> None:
-    """Add sum_s G_s G_s^T and sum_s G_s^T G_s of gradients [m, o, i]."""
-    grads = grads.to(moments.row.dtype)
-    by_row, by_col = grads.transpose(0, 1).flatten(1), grads.flatten(0, 1)  # [o, m * i], [m * o, i]
-    moments.row.addmm_(by_row, by_row.mT)
-    moments.col.addmm_(by_col.mT, by_col)
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
