@@ -222,6 +222,11 @@ def _kron_mul(new: Inputs) -> Iterator[Case]:
     for *batch, o, i in [(1, 1), (3, 7), (33, 50), (2, 3, 16, 9), (0, 3, 4)]:
         factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
         yield Case(f"shape={[*batch, o, i]}", (new.normal(*batch, o, i), *factors, new.positive(o, i)), {}, 10.0)
+    for shape in [(33, 50), (2, 16, 9)]:
+        row, col = new.positive(shape[-2]), new.spd(1, shape[-1], 1e2)[0]
+        yield Case(f"rows apart, shape={[*shape]}", (new.normal(*shape), row, col, new.positive(*shape[-2:])), {}, 10.0)
+        yield Case(f"rows apart, not scaled, shape={[*shape]}", (new.normal(*shape), row, col), {}, 10.0)
+    yield Case("not scaled", (new.normal(7, 5), new.spd(1, 7, 1e2)[0], new.spd(1, 5, 1e2)[0]), {}, 10.0)
     views = (new.normal(1, 4, 3).mT.expand(5, 3, 4), new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0])
     yield Case("views", (*views, new.positive(4, 3).mT), {}, 10.0)
 
@@ -230,6 +235,7 @@ def _kron_diag(new: Inputs) -> Iterator[Case]:
     for o, i in [(1, 1), (3, 7), (33, 50), (0, 4)]:
         factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
         yield Case(f"shape={[o, i]}", (*factors, new.positive(o, i)))
+    yield Case("rows apart, not scaled", (new.positive(3), new.spd(1, 4, 10.0)[0]))
     yield Case("views", (new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0], new.positive(4, 3).mT))
 
 

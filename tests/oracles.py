@@ -1,5 +1,7 @@
 """Slow and plain float64 versions of what the library computes."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ def naive_elimination(weight: Tensor, inverse: Tensor, alive: Tensor) -> tuple[l
         order.append(q)
         costs.append(cost[q])
     return order, costs
+
+
+def kronecker_matrix(row: Tensor, col: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+    """diag(scale) (row (x) col) diag(scale), dense; a row factor of one dimension is a diagonal."""
+    dense = torch.kron(row if row.dim() == 2 else row.diag(), col)
+    return dense if scale is None else scale.reshape(-1, 1) * dense * scale.flatten()
 
 
 def batches(inputs: Tensor, targets: Tensor, size: int = 16) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from fishleg_ext.curvature import (
     make_curvature,
 )
 from fishleg_ext.observe import Observation, input_rows
+from tests.oracles import kronecker_matrix
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
 DAMPING = 0.05
@@ -86,7 +87,7 @@ def dense_fisher(kind, gradients):
     if kind in ("fishleg", "fishleg, rows"):  # whose factors have tests of their own
         learned = estimated(kind, gradients)
         factors = [learned.factors(n) for n in SHAPES]
-        return torch.block_diag(*(torch.linalg.inv(torch.kron(*f)) for f in factors))
+        return torch.block_diag(*(torch.linalg.inv(kronecker_matrix(*f)) for f in factors))
     if kind == "identity":
         return eye
     if kind == "diagonal":

@@ -47,8 +47,13 @@ CALLS = {
     "kron_mul": [
         ((WEIGHT.expand(2, 3, 4), torch.eye(3), torch.eye(4), WEIGHT), {}),
         ((WEIGHT.mT, torch.eye(4), torch.eye(3), WEIGHT.mT), {}),
+        ((WEIGHT, torch.ones(3), torch.eye(4)), {}),
     ],
-    "kron_diag": [((torch.eye(3), torch.eye(4), WEIGHT), {}), ((torch.eye(4), torch.eye(3), WEIGHT.mT), {})],
+    "kron_diag": [
+        ((torch.eye(3), torch.eye(4), WEIGHT), {}),
+        ((torch.eye(4), torch.eye(3), WEIGHT.mT), {}),
+        ((torch.ones(3), torch.eye(4)), {}),
+    ],
     "keep_mask": [(([WEIGHT, torch.ones(5)], 7), {}), (([], 0), {})],
     "nm_mask": [((WEIGHT, 2, 4), {}), ((WEIGHT, 1, 3, 0), {}), ((WEIGHT.mT, 2, 4, 0), {})],
     "pack_mask": [((MASK,), {}), ((MASK.mT,), {})],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fishleg_ext import ops
+from tests.oracles import kronecker_matrix
 
 
 def factors(o, i, dtype, generator):
@@ -16,11 +17,16 @@ def factors(o, i, dtype, generator):
 @pytest.mark.parametrize("o, i", [(3, 5), (1, 1), (7, 2), (0, 3)])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_product_with_the_dense_matrix(o, i, lead, dtype, generator):
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_product_with_the_dense_matrix(o, i, lead, dtype, apart, scaled, generator):
     row, col, scale = factors(o, i, dtype, generator)
     x = torch.randn(*lead, o, i, dtype=torch.float64, generator=generator).to(dtype)
-    s = scale.double().flatten()
-    dense = s[:, None] * torch.kron(row.double(), col.double()) * s
+    if apart:
+        row = row.diagonal()
+    if not scaled:
+        scale = None
+    dense = kronecker_matrix(row.double(), col.double(), None if scale is None else scale.double())
     expected = (x.double().reshape(*lead, o * i) @ dense).reshape(x.shape)
     got = ops.kron_mul(x, row, col, scale)
     assert got.dtype == dtype
@@ -55,6 +61,12 @@ def test_refuses_bad_input():
     eye, scale = torch.eye(3), torch.ones(3, 3)
     with pytest.raises(ValueError, match=r"row_factor of shape \[o, o\] = \[3, 3\], got \[2, 2\]"):
         ops.kron_diag(torch.eye(2), eye, scale)
+    with pytest.raises(ValueError, match=r"row_factor of shape \[o\] = \[3\], got \[2\]"):
+        ops.kron_mul(scale, torch.ones(2), eye, scale)
+    with pytest.raises(ValueError, match=r"expected row_factor of shape \[o, o\] or \[o\], got \[1, 3, 3\]"):
+        ops.kron_mul(scale, eye[None], eye)
+    with pytest.raises(ValueError, match=r"row_factor of shape \[o, o\] = \[2, 2\], got \[2, 3\]"):
+        ops.kron_diag(eye[:2], eye)
     with pytest.raises(ValueError, match=r"col_factor of shape \[i, i\] = \[3, 3\], got \[2, 2\]"):
         ops.kron_diag(eye, torch.eye(2), scale)
     with pytest.raises(ValueError, match=r"expected x of shape \[..., o, i\] = \[..., 3, 3\], got \[3, 2\]"):

@@ -8,13 +8,20 @@ from typing import Any, ClassVar, Optional, Union
 import torch
 from torch import Tensor
 
-from fishleg_ext import ops
 from fishleg_ext.arguments import checked_count, checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
-from fishleg_ext.curvature.kronecker import Factors, KroneckerInverse, factor_bytes, matrix_shape
-from fishleg_ext.dtypes import widened
+from fishleg_ext.curvature.kronecker import (
+    Factors,
+    KroneckerInverse,
+    add_moment_,
+    diagonal_of,
+    factor_bytes,
+    matrix_shape,
+    zero_moment,
+)
+from fishleg_ext.dtypes import ieee_products, widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 
@@ -40,62 +47,84 @@ class LearnedFactors:
 
     Attributes:
         damping: gamma.
-        diagonal_row: whether P is kept diagonal, so that only the diagonal of E[G M^2 G^T] matters.
-        row, col: P and M divided by their traces.
-        row_moment, col_moment: weighted means of G M^2 G^T, [o, o], and of G^T P^2 G, [i, i].
+        row, col: P and M divided by their traces; P as a vector, its diagonal, where rows are apart.
+        row_moment, col_moment: weighted means of G M^2 G^T, or of its diagonal, and of G^T P^2 G.
         trace: tr Q.
         seen: gradients so far.
+        carried: how many of these are of an earlier estimate, until the first batch after it.
     """
 
     damping: float
-    diagonal_row: bool
     row: Tensor
     col: Tensor
     row_moment: Tensor
     col_moment: Tensor
     trace: Tensor
     seen: int = 0
+    carried: int = 0
 
     @classmethod
-    def start(cls, damping: float, diagonal_row: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
+    def start(cls, damping: float, apart: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
         """Q = I / damping, the inverse of no gradients."""
-        row, col = (torch.eye(n, dtype=like.dtype, device=like.device) / max(1, n) for n in (rows, cols))
-        trace = like.new_tensor(rows * cols / damping)
-        return cls(damping, diagonal_row, row, col, torch.zeros_like(row), torch.zeros_like(col), trace)
+        row = like.new_ones(rows) if apart else torch.eye(rows, dtype=like.dtype, device=like.device)
+        col = torch.eye(cols, dtype=like.dtype, device=like.device)
+        moments = zero_moment(like, rows, apart), zero_moment(like, cols)
+        return cls(damping, row / max(1, rows), col / max(1, cols), *moments, like.new_tensor(rows * cols / damping))
 
+    def carry_over(self, before: "LearnedFactors", most: int) -> None:
+        """Begin from what was learned before, as if from so many gradients at most.
+
+        A network that has changed has gradients of another size: the first batch says by how much.
+        """
+        for part in LEARNED_TENSORS:
+            getattr(self, part).copy_(getattr(before, part))
+        self.seen = self.carried = min(most, before.seen)
+
+    @ieee_products()
     def learn(self, grads: Tensor, invert: Callable[[Tensor, float], Tensor]) -> Tensor:
         """Improve both factors by a batch.
 
         Args:
             grads: [m, o, i].
-            invert: (matrix, damping) -> (matrix + damping I)^-1.
+            invert: (matrix or diagonal as a vector, damping) -> (matrix + damping I)^-1.
 
         Returns:
             the auxiliary loss on this batch before anything was learned from it.
         """
         self.seen += len(grads)
         weight = 2 * len(grads) / (self.seen + len(grads))  # of the t-th batch in the mean: t
-        by_col = (self.row @ grads).flatten(0, 1)  # [m * o, i]
-        moment = by_col.mT @ by_col / len(grads)
+        by_col = self.row[:, None] * grads if self.row.dim() == 1 else self.row @ grads
+        moment = torch.zeros_like(self.col_moment)
+        add_moment_(moment, by_col.flatten(0, 1), 1 / len(grads))
         loss = self._loss(moment)
-        self.col_moment.lerp_(moment, weight)
+        self._take(self.col_moment, moment, weight)
         best = invert(self.col_moment, self.damping * float(self.row.square().sum()))
         self.col = best / best.trace()
-        by_row = (grads @ self.col).transpose(0, 1).flatten(1)  # [o, m * i]
-        moment = by_row @ by_row.mT / len(grads)
-        self.row_moment.lerp_(moment.diagonal().diag() if self.diagonal_row else moment, weight)
+        moment = torch.zeros_like(self.row_moment)
+        add_moment_(moment, (grads @ self.col).mT.reshape(-1, len(moment)), 1 / len(grads))
+        self._take(self.row_moment, moment, weight)
+        self.carried = 0
         best = invert(self.row_moment, self.damping * float(self.col.square().sum()))
-        self.trace, self.row = best.trace(), best / best.trace()
+        self.trace = diagonal_of(best).sum()
+        self.row = best / self.trace
         return loss
 
     def factors(self) -> Factors:
         """P and M."""
         return Factors(self.row * self.trace, self.col)
 
+    def _take(self, mean: Tensor, moment: Tensor, weight: float) -> None:
+        """A batch's moment into the mean, whose scale is that of the batch if it is of an earlier estimate."""
+        if self.carried and (before := diagonal_of(mean).sum()) > 0:
+            mean *= diagonal_of(moment).sum() / before
+        mean.lerp_(moment, weight)
+
     def _loss(self, moment: Tensor) -> Tensor:
         """The auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M)."""
         squared = (self.col @ moment * self.col).sum()
         squared += self.damping * self.row.square().sum() * self.col.square().sum()
+        if self.carried:  # at the best scale, tr Q = 1 / squared
+            self.trace = 1 / squared
         return 0.5 * self.trace**2 * squared - self.trace
 
 
@@ -126,7 +155,8 @@ class FishLeg(KroneckerInverse):
         structure: of all parameters, or a dict name -> structure of some. Else it is "rows" for matrices and
             convolutions whose factors are at most 8,192 wide, and "block" for others.
         block_size: weights in a block, of "block".
-        carry_over: begin each estimate but the first from the last one's P and M, where max_memory does not split it.
+        carry_over: how many gradients the last estimate counts for, at most, in the next one, which begins from it; 0
+            forgets it, as does an estimate that max_memory splits.
         monitor: called with (parameter, gradients so far, auxiliary loss on the last of them before they were learned
             from).
     """
@@ -140,7 +170,7 @@ class FishLeg(KroneckerInverse):
         batch_size: int = 64,
         structure: Union[str, Mapping[str, str], None] = None,
         block_size: int = 128,
-        carry_over: bool = False,
+        carry_over: int = 0,
         monitor: Optional[Monitor] = None,
     ) -> None:
         super().__init__()
@@ -148,10 +178,11 @@ class FishLeg(KroneckerInverse):
         self.passes = checked_count("passes", passes)
         self.batch_size = checked_count("batch_size", batch_size)
         self.block_size = checked_count("block_size", block_size)
+        self.carry_over = checked_count("carry_over", carry_over) if carry_over else 0
         for wanted in structure.values() if isinstance(structure, Mapping) else [structure or "block"]:
             if wanted not in STRUCTURES:
                 raise ValueError(f"expected structure to be one of {', '.join(STRUCTURES)}, got {wanted!r}")
-        self.structure, self.carry_over, self.monitor = structure, carry_over, monitor
+        self.structure, self.monitor = structure, monitor
         self._learned: dict[str, LearnedFactors] = {}
         self._others: dict[str, Curvature] = {}  # of the parameters that are not Kronecker-factored
 
@@ -180,8 +211,7 @@ class FishLeg(KroneckerInverse):
             apart = self._structure(name, weight) == "rows"
             fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
             if name in before and before[name].row.shape == fresh.row.shape:
-                for part in ("row", "col", "trace"):
-                    setattr(fresh, part, getattr(before[name], part).clone())
+                fresh.carry_over(before[name], self.carry_over)
             self._learned[name] = fresh
             self._waiting[name] = []
 
@@ -189,7 +219,8 @@ class FishLeg(KroneckerInverse):
         """Two factors and their moments, and the gradients of a batch."""
         if (other := self._other(name, weight)) is not None:
             return other.state_bytes(name, weight, num_grads)
-        return 2 * factor_bytes(weight) + self.batch_size * weight.numel() * widened(weight.dtype).itemsize
+        apart = self._structure(name, weight) == "rows"
+        return 2 * factor_bytes(weight, apart) + self.batch_size * weight.numel() * widened(weight.dtype).itemsize
 
     def update(self, observation: Observation) -> None:
         """Learn from every batch_size gradients."""
@@ -215,8 +246,7 @@ class FishLeg(KroneckerInverse):
 
     def diag(self) -> dict[str, Tensor]:
         """Of Q."""
-        result = {name: ops.kron_diag(*self.factors(name), self._ones(name)) for name in self._learned}
-        result = {name: diagonal.reshape(self.layouts[name].shape) for name, diagonal in result.items()}
+        result = super().diag()
         for other in self._others.values():
             result |= other.diag()
         return result
@@ -245,7 +275,7 @@ class FishLeg(KroneckerInverse):
             self.factors(name)
         return {
             "learned": {
-                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen", "diagonal_row")}
+                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen", "carried")}
                 for name, learned in self._learned.items()
             },
             "others": {name: other.state_dict() for name, other in self._others.items()},
@@ -254,14 +284,11 @@ class FishLeg(KroneckerInverse):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         learned, others = state_entry(state, "learned"), state_entry(state, "others")
-        for name, theirs in learned.items():
-            if name in self._learned and state_entry(theirs, "diagonal_row") != self._learned[name].diagonal_row:
-                raise ValueError(f"expected the state of {name} with rows apart, or not, as here; got the other")
         for part in LEARNED_TENSORS:
             own = {name: getattr(mine, part) for name, mine in self._learned.items()}
             load_tensors(own, {name: state_entry(theirs, part) for name, theirs in learned.items()})
         for name, mine in self._learned.items():
-            mine.seen = int(learned[name]["seen"])
+            mine.seen, mine.carried = (int(learned[name][part]) for part in ("seen", "carried"))
         if others.keys() != self._others.keys():
             raise ValueError(f"expected curvature of {', '.join(self._others)}, got that of {', '.join(others)}")
         for name, other in self._others.items():
@@ -274,6 +301,9 @@ class FishLeg(KroneckerInverse):
         self._waiting[name].clear()
         if self.monitor is not None:
             self.monitor(name, self._learned[name].seen, float(loss))
+
+    def _factored(self) -> list[str]:
+        return list(self._learned)
 
     def _structure(self, name: str, weight: Tensor) -> str:
         given = self.structure.get(name) if isinstance(self.structure, Mapping) else self.structure

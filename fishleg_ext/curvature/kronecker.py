@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.arguments import checked_damping
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
-from fishleg_ext.dtypes import widened
+from fishleg_ext.dtypes import ieee_products, widened
 from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 from fishleg_ext.progress import progress_bar
@@ -21,22 +21,25 @@ JOINT_TOLERANCE = 1e-8
 
 
 class Factors(NamedTuple):
-    """The factors of one parameter's Q = P (x) M, both symmetric positive definite.
+    """The factors of one parameter's Q = diag(scale) (P (x) M) diag(scale), both symmetric positive definite.
 
     Attributes:
-        row: P, [o, o].
+        row: P, [o, o], or its diagonal, [o], where it has no other entries.
         col: M, [i, i].
+        scale: [o, i]. None is 1.
     """
 
     row: Tensor
     col: Tensor
+    scale: Optional[Tensor] = None
 
 
 class KroneckerInverse(Curvature):
-    """F^-1 x = P x M for each parameter, seen as a matrix x of [o, i] = [out, fan-in]; no entries between parameters.
+    """F^-1 x = scale * (P (scale * x) M) for each parameter, seen as a matrix x of [o, i] = [out, fan-in].
 
-    All rows share M, so that row r is a block P_rr M of the inverse: one elimination kernel for all rows, whose costs
-    are divided by P_rr. Rows are compensated separately, which is exact where P is diagonal.
+    There are no entries between parameters. All rows share M, so that row r is a block D_r P_rr M D_r of the inverse,
+    D_r = diag(scale_r): one elimination kernel for all rows, of weights divided by the scale and with costs divided by
+    P_rr. Rows are compensated separately, which is exact where P is diagonal.
     """
 
     masked: ClassVar[bool] = False
@@ -53,48 +56,59 @@ class KroneckerInverse(Curvature):
 
     @abstractmethod
     def factors(self, name: str) -> Factors:
-        """P and M of one parameter."""
+        """P, M and scale of one parameter."""
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two products of matrices."""
         result = {}
         for name, x in progress_bar(v.items(), what="products", show=self.progress):
             matrix = x.reshape(self._shape(name))
-            result[name] = ops.kron_mul(matrix, *self.factors(name), self._ones(name)).reshape(x.shape)
+            result[name] = ops.kron_mul(matrix, *self.factors(name)).reshape(x.shape)
         return result
 
     def diag(self) -> dict[str, Tensor]:
-        """diag P outer diag M."""
+        """scale^2 * (diag P outer diag M)."""
         return {
-            name: ops.kron_diag(*self.factors(name), self._ones(name)).reshape(layout.shape)
-            for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress)
+            name: ops.kron_diag(*self.factors(name)).reshape(self.layouts[name].shape)
+            for name in progress_bar(self._factored(), what="diagonal", show=self.progress)
         }
 
     def blocks(self, name: str) -> Blocks:
         """M for all rows, and 1 / P_rr for their costs."""
-        row, col = self.factors(name)
-        return Blocks(col[None], cost_scale=1 / row.diagonal()[:, None])
+        row, col, scale = self.factors(name)
+        return Blocks(col[None], scale, 1 / diagonal_of(row)[:, None])
 
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """1/2 dw^T F dw of the best step that zeroes P, F = P^-1 (x) M^-1.
+        """1/2 dw^T F dw of the best step that zeroes P, where dw / scale has the Fisher matrix P^-1 (x) M^-1.
 
-        By conjugate gradients from the best step of each row alone, so never more than that costs.
+        Where rows make up for each other by conjugate gradients from the best step of each row alone, so never more
+        than that costs.
         """
         total = 0.0
         for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
-            col = self.factors(name).col.double()
-            fisher = Factors(*(self.invert(name, factor.double(), 0.0) for factor in self.factors(name)))
+            row, col, scale = self.factors(name)
+            row, col = row.double(), col.double()
             matrix, gone = (x.reshape(self._shape(name)) for x in (weight.double(), pruned[name]))
+            matrix = Blocks(col[None], scale).scaled(matrix)
             step = ops.obs_compensate(matrix, col[None], gone) - matrix
-            total += _least_cost(fisher, step, gone)
+            col = self.invert(name, col, 0.0)
+            if row.dim() == 1:
+                total += 0.5 * float((step @ col * step / row[:, None]).sum())
+            else:
+                total += _least_cost(Factors(self.invert(name, row, 0.0), col), step, gone)
         return total
 
     def invert(self, name: str, matrix: Tensor, damping: float) -> Tensor:
-        """(matrix + damping I)^-1, in float64 inside.
+        """(matrix + damping I)^-1, in float64 inside; of a vector, that of the diagonal matrix, as a vector.
 
         Raises:
             CurvatureError: it has no inverse even with much more damping.
         """
+        if matrix.dim() == 1:
+            inverse = 1 / (matrix + damping)
+            if not inverse.isfinite().all():
+                raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
+            return inverse
         inverse, info = ops.block_inverse(matrix.double()[None], damping)
         if (info < 0).any():
             raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
@@ -102,13 +116,13 @@ class KroneckerInverse(Curvature):
             self.damping_raised[name] = 1
         return inverse[0].to(matrix.dtype)
 
+    def _factored(self) -> list[str]:
+        """The parameters that have factors."""
+        return list(self.layouts)
+
     def _shape(self, name: str) -> tuple[int, int]:
         """Of the parameter as a matrix, (o, i)."""
         return self.layouts[name].num_blocks, self.layouts[name].block_size
-
-    def _ones(self, name: str) -> Tensor:
-        """A scale that changes nothing, [o, i], without memory of its own."""
-        return self._like[name].new_ones(()).expand(self._shape(name))
 
 
 class Kronecker(KroneckerInverse):
@@ -156,27 +170,30 @@ class Kronecker(KroneckerInverse):
         """Zero moments."""
         super().start(weights)
         self._moments = {
-            name: Factors(*(like.new_zeros(n, n) for n in self._shape(name))) for name, like in self._like.items()
+            name: Factors(zero_moment(like, rows, self.block_diagonal), zero_moment(like, cols))
+            for name, like in self._like.items()
+            for rows, cols in [self._shape(name)]
         }
         self._counts = {name: [0, 0] for name in weights}  # of what went into S and A
 
     def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """S and A."""
-        return factor_bytes(weight)
+        return factor_bytes(weight, self.block_diagonal)
 
     def update(self, observation: Observation) -> None:
         """Add second moments."""
         for name, grads in observation.gradients.items():
             matrices = grads.reshape(len(grads), *self._shape(name))
-            for moment, outer in zip(self._moments[name], (matrices.mT, matrices), strict=True):
-                ops.block_gram_(moment[None], outer.reshape(-1, 1, len(moment)))
+            row, col, _ = self._moments[name]
+            add_moment_(row, matrices.mT.reshape(-1, len(row)))
+            add_moment_(col, matrices.reshape(-1, len(col)))
             self._counts[name] = [count + observation.count for count in self._counts[name]]
         for name, rows in observation.output_gradients.items():
-            ops.block_gram_(self._moments[name].row[None], rows[:, None])
+            add_moment_(self._moments[name].row, rows)
             self._counts[name][0] += len(rows)
         for name, rows in observation.inputs.items():
             groups = len(rows) if rows.dim() == 3 else 1
-            ops.block_gram_(self._moments[name].col[None], rows.reshape(-1, 1, rows.shape[-1]), 1 / groups)
+            add_moment_(self._moments[name].col, rows.reshape(-1, rows.shape[-1]), 1 / groups)
             self._counts[name][1] += observation.count
 
     def factors(self, name: str) -> Factors:
@@ -186,18 +203,14 @@ class Kronecker(KroneckerInverse):
                 f"{name}: its layer was not called while the data was read, or the loss does not depend on it; "
                 "leave it out of params"
             )
-        moments = Factors(*(m / n for m, n in zip(self._moments[name], self._counts[name], strict=True)))
+        sums = self._moments[name]
+        row, col = (moment / count for moment, count in zip(sums[:2], self._counts[name], strict=True))
         if self.kind == "gradients":
-            moments = Factors(moments.row, moments.col / (float(moments.row.trace()) or 1.0))
-        if self.structure == "rows":
-            moments = Factors(moments.row.diagonal().diag(), moments.col)
+            col /= float(diagonal_of(row).sum()) or 1.0
         # Damped by the same share each: a factor that is all zero has no scale.
-        row, col = (float(moment.diagonal().mean()) or 1.0 for moment in moments)
-        pi = (col / row) ** 0.5
-        return Factors(
-            self.invert(name, moments.row, self.damping**0.5 / pi),
-            self.invert(name, moments.col, self.damping**0.5 * pi),
-        )
+        pi = ((float(diagonal_of(col).mean()) or 1.0) / (float(diagonal_of(row).mean()) or 1.0)) ** 0.5
+        damping = self.damping**0.5
+        return Factors(self.invert(name, row, damping / pi), self.invert(name, col, damping * pi))
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of outer products and their counts."""
@@ -217,10 +230,30 @@ class Kronecker(KroneckerInverse):
         self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
 
 
-def factor_bytes(weight: Tensor) -> int:
-    """Bytes of two factors."""
+def factor_bytes(weight: Tensor, apart: bool) -> int:
+    """Bytes of two factors, that of rows diagonal if they are apart."""
     rows, cols = matrix_shape(weight)
-    return (rows**2 + cols**2) * widened(weight.dtype).itemsize
+    return ((rows if apart else rows**2) + cols**2) * widened(weight.dtype).itemsize
+
+
+def zero_moment(like: Tensor, size: int, diagonal: bool = False) -> Tensor:
+    """No second moment yet: [size, size], or its diagonal."""
+    return like.new_zeros((size,) if diagonal else (size, size))
+
+
+def add_moment_(moment: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
+    """moment += alpha * sum over rows x [n, size] of x x^T, or of its diagonal where the moment is a vector."""
+    if moment.dim() == 1:
+        moment.add_(rows.to(moment.dtype).square().sum(0), alpha=alpha)
+    else:
+        rows = rows.to(moment.dtype)
+        with ieee_products():
+            moment.addmm_(rows.mT, rows, alpha=alpha)
+
+
+def diagonal_of(factor: Tensor) -> Tensor:
+    """Of a matrix, or of a diagonal one that is kept as a vector."""
+    return factor.diagonal() if factor.dim() == 2 else factor
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
@@ -231,7 +264,7 @@ def matrix_shape(weight: Tensor) -> tuple[int, int]:
 
 def _least_cost(fisher: Factors, step: Tensor, fixed: Tensor) -> float:
     """min 1/2 dw^T F dw over what is not fixed, F = row (x) col, from a first step; Jacobi-preconditioned."""
-    row, col = fisher
+    row, col, _ = fisher
     precision = 1 / torch.outer(row.diagonal(), col.diagonal())
     force = row @ step @ col
     cost = 0.5 * (step * force).sum()

@@ -1,20 +1,31 @@
 """Products with a Kronecker-factored inverse, Q = diag(scale) (P x M) diag(scale)."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from fishleg_ext.dtypes import widened
 
 
-def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Tensor:
+def dtype_of(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor]) -> torch.dtype:
+    """Of products and diagonals."""
+    return widened(row_factor.dtype, col_factor.dtype, *([] if scale is None else [scale.dtype]))
+
+
+def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
     """Two matrix products between two scalings."""
-    dtype = widened(row_factor.dtype, col_factor.dtype, scale.dtype)
-    scale = scale.to(dtype)
-    return (scale * (row_factor.to(dtype) @ (scale * x.to(dtype)) @ col_factor.to(dtype))).contiguous()
+    dtype = dtype_of(row_factor, col_factor, scale)
+    row, x = row_factor.to(dtype), x.to(dtype)
+    if scale is not None:
+        x = scale.to(dtype) * x
+    product = (row @ x if row.dim() == 2 else row[:, None] * x) @ col_factor.to(dtype)
+    return (product if scale is None else scale.to(dtype) * product).contiguous()
 
 
-def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor) -> Tensor:
+def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
     """An outer product of two diagonals, scaled twice."""
-    dtype = widened(row_factor.dtype, col_factor.dtype, scale.dtype)
-    diagonal = torch.outer(row_factor.diagonal().to(dtype), col_factor.diagonal().to(dtype))
-    return (scale.to(dtype).square() * diagonal).contiguous()
+    dtype = dtype_of(row_factor, col_factor, scale)
+    row = row_factor.diagonal() if row_factor.dim() == 2 else row_factor
+    diagonal = torch.outer(row.to(dtype), col_factor.diagonal().to(dtype))
+    return diagonal if scale is None else (scale.to(dtype).square() * diagonal).contiguous()
