@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
 from fishleg_ext.compensation import exact_update
-from fishleg_ext.curvature import FishLeg, Kronecker, make_curvature
+from fishleg_ext.curvature import FishLeg, Kronecker
 from fishleg_ext.observe import recalibrate_batchnorm
 
 WEIGHTS = r"re:(conv\d|linear)\.weight$"
@@ -209,15 +209,10 @@ class Bench:
         *,
         held_out: bool = False,
         last_only: bool = False,
-        estimate_once: bool = False,
         recalibrated: bool = True,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Prune the dense network to one sparsity after another and measure it after each, or after the last.
-
-        With estimate_once all of them by the curvature of the dense network, which for exact elimination is the same as
-        each of them from the dense network.
-        """
+        """Prune the dense network to one sparsity after another and measure it after each, or after the last."""
         num_grads = self.arguments.num_grads
         data = self.cifar.training_batches(draw * num_grads, num_grads)
         model = copy.deepcopy(self.dense).eval()
@@ -228,8 +223,7 @@ class Bench:
         for sparsity in sparsities:
             reset_peak_memory()
             start = time.perf_counter()
-            if sparsity == sparsities[0] or not estimate_once:
-                pruner.estimate(data, F.cross_entropy)
+            pruner.estimate(data, F.cross_entropy)
             if mover is not None:
                 moving = Pruner(model, **shared, **mover)
                 moving.estimate(data, F.cross_entropy)
@@ -244,10 +238,33 @@ class Bench:
                 continue
             record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model, held_out)}
             if recalibrated:
-                copied = copy.deepcopy(model)
-                recalibrate_batchnorm(copied, data)
+                recalibrate_batchnorm(copied := copy.deepcopy(model), data)
                 record["accuracy_recalibrated"] = self.cifar.accuracy(copied, held_out)
             records.append(record)
+        self.records += records
+        return records
+
+    def one_shots(
+        self, name: str, sparsities: Iterable[float], draw: int, *, held_out: bool = False, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Prune the dense network to each sparsity, all by one estimate of its curvature, and measure it."""
+        num_grads = self.arguments.num_grads
+        options |= {"params": WEIGHTS, "num_grads": num_grads, "progress": self.arguments.progress}
+        reset_peak_memory()
+        start = time.perf_counter()
+        pruner = Pruner(copy.deepcopy(self.dense).eval(), **options)
+        pruner.estimate(self.cifar.training_batches(draw * num_grads, num_grads), F.cross_entropy)
+        estimating, state = time.perf_counter() - start, pruner.state_dict()
+        records = []
+        for sparsity in sparsities:
+            start = time.perf_counter()
+            pruner = Pruner(model := copy.deepcopy(self.dense).eval(), **options)
+            pruner.load_state_dict(state)
+            result = pruner.prune_to(sparsity)
+            record = self._record(name, draw, result, estimating + time.perf_counter() - start)
+            records.append(
+                record | {"seconds_estimating": estimating, "accuracy": self.cifar.accuracy(model, held_out)}
+            )
         self.records += records
         return records
 
@@ -337,20 +354,18 @@ class Bench:
         rows = []
         for name, (model, options) in self._chosen(FISHLEG):
             runs = [
-                self.prune(
+                self.one_shots(
                     f"FishLeg, {name}, held out",
-                    list(FISHLEG_SPARSITIES),
+                    FISHLEG_SPARSITIES,
                     draw,
                     held_out=True,
-                    estimate_once=True,
-                    recalibrated=False,
                     curvature=FishLeg(**model),
                     **options,
                 )
                 for draw in range(self.arguments.draws)
             ]
             accuracies = [np.mean([r["accuracy"] for r in records]) for records in zip(*runs, strict=True)]
-            rows.append([name, *accuracies, np.mean(accuracies), runs[0][0]["stages"]["observation"]])
+            rows.append([name, *accuracies, np.mean(accuracies), runs[0][0]["seconds_estimating"]])
             print(tabulate(rows[-1:], tablefmt="plain", floatfmt=".2f"), flush=True)
             self.write()
         print(f"\naccuracy on held-out training images, %, mean of {self.arguments.draws} draws; seconds of learning")
@@ -361,16 +376,9 @@ class Bench:
         """Every curvature model at every sparsity in one shot, all with the same images."""
         rows = []
         for name, options in self._chosen(MODELS):
-            default = make_curvature(options.get("curvature", "block")).default_saliency
-            exact = options.get("saliency", default) == "exact"
             runs = []
             for draw in range(self.arguments.draws):
-                records = []
-                for sparsities in [list(MODELS_SPARSITIES)] if exact else [[s] for s in MODELS_SPARSITIES]:
-                    records += self.prune(
-                        f"{name}, side by side", sparsities, draw, estimate_once=True, recalibrated=False, **options
-                    )
-                runs.append(records)
+                runs.append(self.one_shots(f"{name}, side by side", MODELS_SPARSITIES, draw, **options))
                 self.write()
             row: list[Any] = [name]
             for records in zip(*runs, strict=True):
