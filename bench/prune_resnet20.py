@@ -1,6 +1,6 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping fishleg models]
+    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping fishleg models carried]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
@@ -16,7 +16,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "FishLeg": {"curvature": "fishleg"},
 }
 MODELS_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+# Of rounds, images after the first and what is made of them.
+CARRIED: dict[str, tuple[int, Callable[[int], dict[str, Any]]]] = {
+    "anew": (2048, lambda _: {"curvature": FishLeg()}),
+    "carried over": (2048, lambda n: {"curvature": FishLeg(carry_over=n)}),
+    "anew, 256 after the first": (256, lambda _: {"curvature": FishLeg()}),
+    "carried over, 256 after the first": (256, lambda n: {"curvature": FishLeg(carry_over=n)}),
+    "counts by FishLeg, then layerwise": (
+        2048,
+        lambda n: {"curvature": "layerwise", "allocation": FishLeg(carry_over=n)},
+    ),
+}
+CARRIED_ROUNDS = 4  # measured, the last ones
+HELD_OUT_AFTER = (1, 3, 5)  # rounds
+HELD_OUT_AT = (64, 128, 256, 512, 1024, 2048)
 ROUNDS = 8
 ROUNDS_DAMPING = (1e-5, 1e-4)
 FINAL_SPARSITY = 0.95
@@ -389,6 +404,52 @@ class Bench:
         print(f"\ntest accuracy, %, mean and standard deviation of {self.arguments.draws} draws")
         print(tabulate(rows, ["", *(f"{s:.0%}" for s in MODELS_SPARSITIES)], tablefmt="github"))
 
+    def carried(self) -> None:
+        """FishLeg in rounds, anew in each or from the last one's inverse."""
+        steps = [1 - (1 - FINAL_SPARSITY) ** (k / ROUNDS) for k in range(1, ROUNDS + 1)]
+        rows = []
+        for name, (images, options) in self._chosen(CARRIED):
+            runs = []
+            for draw in range(self.arguments.draws):
+                runs.append(self._rounds(f"FishLeg, {ROUNDS} rounds, {name}", steps, draw, images, options))
+                self.write()
+            for key, what in (("accuracy", ""), ("accuracy_recalibrated", ", BatchNorm recalibrated")):
+                row: list[Any] = [name + what]
+                for records in zip(*runs, strict=True):
+                    accuracies = [r[key] for r in records]
+                    row.append(f"{np.mean(accuracies):.1f} ± {np.std(accuracies):.1f}")
+                rows.append(row)
+            print(tabulate(rows[-2:], tablefmt="plain"), flush=True)
+        print(f"\ntest accuracy, %, mean and standard deviation of {self.arguments.draws} draws")
+        columns = ["", *(f"{s:.1%}" for s in steps[-CARRIED_ROUNDS:])]
+        print(tabulate(rows, columns, tablefmt="github"))
+
+    def _rounds(
+        self, name: str, steps: list[float], draw: int, images: int, make: Callable[[int], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """All rounds of one run, the last ones measured; later estimates have fewer images."""
+        num_grads = self.arguments.num_grads
+        data = self.cifar.training_batches(draw * num_grads, num_grads)
+        later = self.cifar.training_batches(draw * num_grads, min(images, num_grads))
+        model = copy.deepcopy(self.dense).eval()
+        options = make(num_grads) | {"params": WEIGHTS, "num_grads": num_grads, "progress": self.arguments.progress}
+        pruner = Pruner(model, **options)
+        records = []
+        for number, sparsity in enumerate(steps):
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="the data ended")
+                pruner.estimate(later if number else data, F.cross_entropy)
+            result = pruner.prune_to(sparsity)
+            record = self._record(name, draw, result, time.perf_counter() - start)
+            if number >= len(steps) - CARRIED_ROUNDS:
+                recalibrate_batchnorm(copied := copy.deepcopy(model), data)
+                record["accuracy"] = self.cifar.accuracy(model)
+                record["accuracy_recalibrated"] = self.cifar.accuracy(copied)
+                records.append(record)
+                self.records.append(record)
+        return records
+
     def _chosen(self, methods: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         return ((name, method) for name, method in methods.items() if re.search(self.arguments.only, name))
 
@@ -423,15 +484,13 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
-    parts = ("one", "rounds", "table", "layerwise", "damping", "fishleg", "models")
+    parts = ("one", "rounds", "table", "layerwise", "damping", "fishleg", "models", "carried")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")
-    parser.add_argument(
-        "--draws", type=int, default=1, help="samples of gradients, for one, rounds, fishleg and models"
-    )
+    parser.add_argument("--draws", type=int, default=1, help="samples of gradients; not for table, layerwise, damping")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
-    parser.add_argument("--only", default="", help="expression for the names of methods in fishleg and models")
+    parser.add_argument("--only", default="", help="expression for the names of methods in fishleg, models, carried")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()
     bench = Bench(arguments)

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 LossFunction = Callable[[Any, Any], Tensor]
 Likelihood = Union[str, Callable[[Any, torch.Generator], Any]]
+LossHessian = Callable[[Tensor, Tensor], Tensor]
 
 
 class LabelSampler:
@@ -64,14 +65,33 @@ def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Optional[Likel
         return None
     if callable(likelihood):
         return LabelSampler(likelihood, lambda targets, samples: samples)
-    if likelihood is None:
-        if loss_fn is not nn.functional.cross_entropy and not isinstance(loss_fn, nn.CrossEntropyLoss):
-            raise ValueError(
-                "expected likelihood= with labels='model' and another loss than cross_entropy: "
-                "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
-            )
-        likelihood = "categorical"
-    return LabelSampler(SAMPLERS[likelihood], lambda targets, samples: targets.numel())
+    return LabelSampler(SAMPLERS[_named(loss_fn, likelihood)], lambda targets, samples: targets.numel())
+
+
+def loss_hessian(loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> LossHessian:
+    """(outputs, v) -> H v, H the second derivative by the outputs of the mean negative log-likelihood.
+
+    Raises:
+        ValueError: the likelihood is a function or unknown, or cannot be told.
+    """
+    if callable(likelihood) or not (likelihood is None or likelihood in HESSIANS):
+        raise ValueError(
+            f"expected likelihood to be one of {', '.join(HESSIANS)} for products with the Fisher matrix, "
+            f"got {likelihood!r}"
+        )
+    return HESSIANS[_named(loss_fn, likelihood)]
+
+
+def _named(loss_fn: LossFunction, likelihood: Optional[str]) -> str:
+    """The likelihood given, or that of the loss."""
+    if likelihood is not None:
+        return likelihood
+    if loss_fn is not nn.functional.cross_entropy and not isinstance(loss_fn, nn.CrossEntropyLoss):
+        raise ValueError(
+            "expected likelihood= with labels='model' and another loss than cross_entropy: "
+            "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
+        )
+    return "categorical"
 
 
 def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,4 +137,24 @@ def _finite(outputs: Tensor) -> Tensor:
     return outputs
 
 
+def _categorical_hessian(logits: Tensor, v: Tensor) -> Tensor:
+    """diag(p) - p p^T, for classes in dimension 1."""
+    p = logits.softmax(1)
+    return p * (v - (p * v).sum(1, keepdim=True)) * (logits.shape[1] / logits.numel())
+
+
+def _gaussian_hessian(mean: Tensor, v: Tensor) -> Tensor:
+    return 2 * v / mean.numel()
+
+
+def _bernoulli_hessian(logits: Tensor, v: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    return p * (1 - p) * v / logits.numel()
+
+
+HESSIANS: dict[str, LossHessian] = {
+    "categorical": _categorical_hessian,
+    "gaussian": _gaussian_hessian,
+    "bernoulli": _bernoulli_hessian,
+}
 SAMPLERS = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}

@@ -14,10 +14,10 @@ from typing import Any, Optional, Protocol, Union
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from fishleg_ext.labels import Likelihood, LossFunction, label_sampler
+from fishleg_ext.labels import Likelihood, LossFunction, LossHessian, label_sampler, loss_hessian
 from fishleg_ext.progress import progress_bar
 
 # Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples.
@@ -27,6 +27,8 @@ CHUNK_SAMPLES = 64
 COPIES = 3
 BATCHNORM_SAMPLES = 128
 
+# v by parameter name -> F v.
+FisherProduct = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # (outputs, samples, count) -> targets and what to scale gradients by, as of `LabelSampler.draw`.
 DrawLabels = Callable[[Any, int, int], tuple[Any, Union[float, Tensor]]]
 
@@ -42,12 +44,15 @@ class Observation:
             A convolution with g groups has [g, rows, fan_in]. The layers come one at a time.
         output_gradients: name -> [rows, fan_out], of each sample's loss by the layer's outputs, a row for each sample
             and position. The layers come one at a time.
+        fisher_product: multiplies by the whole network's Fisher matrix, the mean over the samples of this chunk without
+            sampled labels: the generalised Gauss-Newton matrix.
     """
 
     count: int
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     output_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    fisher_product: Optional[FisherProduct] = None
 
 
 class Observer(Protocol):
@@ -55,7 +60,7 @@ class Observer(Protocol):
 
     @property
     def observes(self) -> frozenset[str]:
-        """Either "gradients", or any of "inputs" and "output_gradients"."""
+        """Either "gradients", perhaps with "fisher_products", or any of "inputs" and "output_gradients"."""
 
     def update(self, observation: Observation) -> None:
         """Take in one chunk."""
@@ -103,11 +108,13 @@ def observe(
         TypeError: data that does not yield pairs of batches of tensors.
     """
     wanted = observer.observes
-    if not wanted or not (wanted <= {"gradients"} or wanted <= {"inputs", "output_gradients"}):
+    known = [{"gradients"}, {"gradients", "fisher_products"}, {"inputs"}, {"output_gradients"}]
+    if wanted not in [*known, {"inputs", "output_gradients"}]:
         raise ValueError(
-            "expected a curvature model to observe gradients, or inputs and output_gradients, "
-            f"got {', '.join(sorted(wanted)) or 'nothing'}"
+            "expected a curvature model to observe gradients and perhaps fisher_products, or inputs and "
+            f"output_gradients, got {', '.join(sorted(wanted)) or 'nothing'}"
         )
+    hessian = loss_hessian(loss_fn, likelihood) if "fisher_products" in wanted else None
     device = next(iter(weights.values())).device
     needs_labels = wanted != {"inputs"}
     sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
@@ -132,7 +139,8 @@ def observe(
                     count = 1  # fewer samples in all than one gradient is to have
                 if count:
                     gradients = source.gradients(inputs, targets, samples, count)
-                    observer.update(Observation(count, gradients=gradients))
+                    product = source.fisher_product(inputs, samples, hessian) if hessian else None
+                    observer.update(Observation(count, gradients=gradients, fisher_product=product))
                     del gradients  # before the next chunk's are computed
                 used += count
                 bar.update(count)
@@ -273,6 +281,18 @@ class _GradientSource:
         values = self._compute(pytree.tree_map(group, inputs), pytree.tree_map(group, targets), count)
         return self._masked(values, scale)
 
+    def fisher_product(self, inputs: Any, samples: int, hessian: LossHessian) -> FisherProduct:
+        """J^T H J v, J the outputs' derivative by the weights and H the loss's second one by the outputs."""
+        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
+        function = lambda weights: call(self.model, weights, inputs)
+
+        def multiply(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            tangents = {name: v.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in self.weights.items()}
+            outputs, tangent = jvp(function, (self.weights,), (tangents,))[:2]
+            return vjp(function, self.weights)[1](hessian(outputs, tangent))[0]
+
+        return multiply
+
     def _compute(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
         """Gradients of inputs and targets [count, group, ...]."""
         if self.vectorized is False:
@@ -403,7 +423,8 @@ class _LayerSource:
         module = self.layers[name]
         per_sample = rows(module, x[:1]).numel() * x.element_size()
         for part in x.split(max(1, self.chunk_bytes // max(1, per_sample))):
-            self.observer.update(Observation(len(part), **{what: {name: rows(module, part)}}))
+            observed: dict[str, Any] = {what: {name: rows(module, part)}}
+            self.observer.update(Observation(len(part), **observed))
 
 
 def output_rows(module: nn.Module, x: Tensor) -> Tensor:

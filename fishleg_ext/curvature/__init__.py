@@ -3,6 +3,7 @@
 from typing import Any, Optional, Union
 
 from fishleg_ext.arguments import checked_damping
+from fishleg_ext.curvature.adam import Adam
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
@@ -13,6 +14,7 @@ from fishleg_ext.curvature.layerwise import Layerwise
 from fishleg_ext.curvature.low_rank import LowRankFisher
 
 __all__ = [
+    "Adam",
     "BlockFisher",
     "Blocks",
     "Curvature",

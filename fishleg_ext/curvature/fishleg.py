@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.arguments import checked_count, checked_damping
+from fishleg_ext.curvature.adam import Adam, AdamFactors
 from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
@@ -23,7 +24,7 @@ from fishleg_ext.curvature.kronecker import (
 )
 from fishleg_ext.dtypes import ieee_products, widened
 from fishleg_ext.layout import BlockLayout
-from fishleg_ext.observe import Observation
+from fishleg_ext.observe import FisherProduct, Observation
 
 STRUCTURES = ("rows", "kronecker", "block", "diagonal")
 # Larger factors are not made unless asked for: one of 8,192 takes 256 MiB in float32.
@@ -157,8 +158,9 @@ class FishLeg(KroneckerInverse):
         block_size: weights in a block, of "block".
         carry_over: how many gradients the last estimate counts for, at most, in the next one, which begins from it; 0
             forgets it, as does an estimate that max_memory splits.
+        adam: descend the loss by Adam, as the papers do, instead of learning by turns: for comparison.
         monitor: called with (parameter, gradients so far, auxiliary loss on the last of them before they were learned
-            from).
+            from), such as a `LossCurves`.
     """
 
     default_num_grads: ClassVar[int] = 2048
@@ -171,6 +173,7 @@ class FishLeg(KroneckerInverse):
         structure: Union[str, Mapping[str, str], None] = None,
         block_size: int = 128,
         carry_over: int = 0,
+        adam: Optional[Adam] = None,
         monitor: Optional[Monitor] = None,
     ) -> None:
         super().__init__()
@@ -182,9 +185,16 @@ class FishLeg(KroneckerInverse):
         for wanted in structure.values() if isinstance(structure, Mapping) else [structure or "block"]:
             if wanted not in STRUCTURES:
                 raise ValueError(f"expected structure to be one of {', '.join(STRUCTURES)}, got {wanted!r}")
-        self.structure, self.monitor = structure, monitor
+        self.structure, self.adam, self.monitor = structure, adam, monitor
         self._learned: dict[str, LearnedFactors] = {}
+        self._descended: dict[str, AdamFactors] = {}  # of those that are warmed up
         self._others: dict[str, Curvature] = {}  # of the parameters that are not Kronecker-factored
+
+    @property
+    def observes(self) -> frozenset[str]:  # type: ignore[override]
+        """Gradients, and Fisher-vector products for those who descend by them."""
+        together = self.adam is not None and self.adam.products == "gauss_newton"
+        return frozenset({"gradients", "fisher_products"} if together else {"gradients"})
 
     @property
     def block_diagonal(self) -> bool:  # type: ignore[override]
@@ -201,7 +211,7 @@ class FishLeg(KroneckerInverse):
         """Q = I / damping, or what was learned before."""
         super().start(weights)
         before = self._learned if self.carry_over else {}
-        self._learned, self._others = {}, {}
+        self._learned, self._descended, self._others = {}, {}, {}
         self._waiting: dict[str, list[Tensor]] = {}  # gradients that do not make up a batch yet
         for name, weight in weights.items():
             if (other := self._other(name, weight)) is not None:
@@ -235,6 +245,8 @@ class FishLeg(KroneckerInverse):
                 grads = grads[room:]
                 if sum(map(len, waiting)) == self.batch_size:
                     self._learn(name)
+        if observation.fisher_product is not None and self._descended:
+            self._descend_together(observation.fisher_product)
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two products of matrices, or what the parameter's structure takes."""
@@ -267,10 +279,11 @@ class FishLeg(KroneckerInverse):
         """P and M as learned from all gradients so far."""
         if self._waiting[name]:
             self._learn(name)
-        return self._learned[name].factors()
+        learned = self._descended[name] if name in self._descended else self._learned[name]
+        return learned.factors()
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors, their moments and how many gradients went into them."""
+        """Factors, their moments and how many gradients went into them; with Adam its state, too."""
         for name in self._learned:
             self.factors(name)
         return {
@@ -278,17 +291,23 @@ class FishLeg(KroneckerInverse):
                 name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen", "carried")}
                 for name, learned in self._learned.items()
             },
+            "descended": {name: descended.state_dict() for name, descended in self._descended.items()},
             "others": {name: other.state_dict() for name, other in self._others.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        learned, others = state_entry(state, "learned"), state_entry(state, "others")
+        learned, descended, others = (state_entry(state, part) for part in ("learned", "descended", "others"))
+        if descended and self.adam is None:
+            raise ValueError("expected the state of FishLeg without adam, got one with it")
         for part in LEARNED_TENSORS:
             own = {name: getattr(mine, part) for name, mine in self._learned.items()}
             load_tensors(own, {name: state_entry(theirs, part) for name, theirs in learned.items()})
         for name, mine in self._learned.items():
             mine.seen, mine.carried = (int(learned[name][part]) for part in ("seen", "carried"))
+        for name, theirs in descended.items():
+            self._descended[name] = self._begin_descent(name)
+            self._descended[name].load_state_dict(theirs)
         if others.keys() != self._others.keys():
             raise ValueError(f"expected curvature of {', '.join(self._others)}, got that of {', '.join(others)}")
         for name, other in self._others.items():
@@ -296,11 +315,33 @@ class FishLeg(KroneckerInverse):
 
     def _learn(self, name: str) -> None:
         """From the gradients that wait."""
-        grads = torch.cat(self._waiting[name])
-        loss = self._learned[name].learn(grads, functools.partial(self.invert, name))
+        grads, learned = torch.cat(self._waiting[name]), self._learned[name]
         self._waiting[name].clear()
+        if self.adam is None or learned.seen < self.adam.warm_up:
+            loss = learned.learn(grads, functools.partial(self.invert, name))
+        else:
+            if name not in self._descended:
+                self._descended[name] = self._begin_descent(name)
+            learned.seen += len(grads)
+            loss = self._descended[name].learn(grads)
         if self.monitor is not None:
-            self.monitor(name, self._learned[name].seen, float(loss))
+            self.monitor(name, learned.seen, float(loss))
+
+    def _begin_descent(self, name: str) -> AdamFactors:
+        assert self.adam is not None
+        seed = list(self.layouts).index(name)
+        return AdamFactors(self.adam, self.damping, self._learned[name].factors(), seed)
+
+    def _descend_together(self, fisher_product: FisherProduct) -> None:
+        """A step of all parameters that are warmed up, with probes through the whole network."""
+        probes = {name: descended.probe() for name, descended in self._descended.items()}
+        products = [
+            fisher_product({name: v[i].reshape(self.layouts[name].shape) for name, (_, v) in probes.items()})
+            for i in range(len(next(iter(probes.values()))[0]))
+        ]
+        for name, (u, v) in probes.items():
+            fisher_v = torch.stack([product[name].reshape(self._shape(name)) for product in products])
+            self._descended[name].follow(u, v, fisher_v)
 
     def _factored(self) -> list[str]:
         return list(self._learned)

@@ -1,0 +1,190 @@
+"""Adam on the roots of Q, as in the papers of FishLeg: for comparison with factors learned by turns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.arguments import checked_count
+from fishleg_ext.curvature.kronecker import Factors
+from fishleg_ext.dtypes import ieee_products
+from fishleg_ext.reference.kron import kron_diag, kron_mul
+
+LOSSES = ("auxiliary", "log_determinant")
+PROBES = ("gaussian", "gradients")
+PRODUCTS = ("gradients", "gauss_newton")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """How FishLeg descends, instead of learning by turns: Adam on lambda = (scale, R, L).
+
+    Q = diag(scale) (R^T R (x) L L^T) diag(scale), positive semidefinite whatever the roots are. Without probes a batch
+    of gradients g gives the exact expectation of the loss over u. With probes a step is that of the papers: v = Q u,
+    the residual r = F v + damping v - u, s = Q r (or r itself), both as constants, and a step down the gradient of
+    <s, Q u> / |v| |u|. Garcia et al., FishLeg, ICLR 2023; McGowan et al., FishLeg Surgeon, arXiv 2412.02328.
+
+    Attributes:
+        learning_rate: relative to the root mean square of each of scale, R and L at the start; falls linearly to 0.
+        steps: after which nothing changes any more; a batch is a step.
+        warm_up: gradients that are learned by turns first.
+        loss: "auxiliary", or "log_determinant": 1/2 tr(Q (F + damping I)) - 1/2 log det Q, which has the same minimum
+            where Q can be the inverse; without probes alone.
+        probes: None, "gaussian" (u ~ N(0, I)) or "gradients" (u from the batch).
+        num_probes: in a step.
+        preconditioned: s = Q r; else s = r, whose steps are larger where Q is small.
+        products: F v of the probes by "gradients", mean g (g^T v) over the batch, each parameter by itself; or by
+            "gauss_newton", exact products with the whole network's Fisher matrix on the inputs of a chunk, for which
+            the likelihood must be a named one.
+
+    Raises:
+        ValueError: a value is unknown, or two do not go together.
+    """
+
+    learning_rate: float = 0.02
+    steps: int = 100
+    warm_up: int = 512
+    loss: str = "auxiliary"
+    probes: Optional[str] = None
+    num_probes: int = 1
+    preconditioned: bool = True
+    products: str = "gradients"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("loss", LOSSES), ("products", PRODUCTS), ("probes", (None, *PROBES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"expected {name} to be one of {', '.join(map(str, allowed))}, got {self.__dict__[name]!r}"
+                )
+        for name in ("steps", "warm_up", "num_probes"):
+            checked_count(name, getattr(self, name))
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"expected learning_rate > 0, got {self.learning_rate}")
+        if self.probes is not None and self.loss != "auxiliary":
+            raise ValueError(f"expected loss='auxiliary' with probes, got {self.loss!r}")
+        if self.products == "gauss_newton" and self.probes != "gaussian":
+            raise ValueError(f"expected probes='gaussian' with Gauss-Newton products, got {self.probes!r}")
+
+
+class AdamFactors:
+    """Q of one parameter [o, i], descended.
+
+    Args:
+        options: how.
+        damping: gamma.
+        start: Q at first, positive definite.
+        seed: of the probes.
+    """
+
+    def __init__(self, options: Adam, damping: float, start: Factors, seed: int) -> None:
+        self.options, self.damping, self.taken = options, damping, 0
+        row, col, _ = start
+        self.row = row.sqrt() if row.dim() == 1 else _root(row).mT.contiguous()
+        self.col = _root(col)
+        self.scale = row.new_ones(len(row), len(col))
+        self._generator = torch.Generator(row.device).manual_seed(seed)
+        self._optimizer = torch.optim.Adam(
+            [{"params": [x], "lr": float(options.learning_rate * x.square().mean().sqrt())} for x in self._roots()]
+        )
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    def factors(self) -> Factors:
+        """P = R^T R, M = L L^T and the scale."""
+        row = self.row.square() if self.row.dim() == 1 else self.row.mT @ self.row
+        return Factors(row, self.col @ self.col.mT, self.scale)
+
+    def learn(self, grads: Tensor) -> Tensor:
+        """A step by a batch of gradients [m, o, i]; returns the loss on them before it, without probes."""
+        with torch.enable_grad(), ieee_products():
+            loss = self._loss(grads)
+            if self.options.probes is None:
+                self._step(loss)
+            elif self.options.products == "gradients":
+                u, v = self.probe(grads)
+                coefficients = torch.einsum("soi,noi->ns", grads, v) / len(grads)
+                self.follow(u, v, torch.einsum("soi,ns->noi", grads, coefficients))
+        return loss.detach()
+
+    def probe(self, grads: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """Probes u, of these gradients if they are not to be Gaussian, and v = Q u, both [num_probes, o, i]."""
+        count = self.options.num_probes
+        if self.options.probes == "gradients" and grads is not None:
+            u = grads[:count]
+        else:
+            u = torch.randn(
+                count, *self.scale.shape, generator=self._generator, dtype=self.scale.dtype, device=self.scale.device
+            )
+        with torch.no_grad():
+            return u, kron_mul(u, *self.factors())
+
+    def follow(self, u: Tensor, v: Tensor, fisher_v: Tensor) -> None:
+        """A step by probes u, v = Q u and F v, [n, o, i] each."""
+        with torch.no_grad():
+            residual = fisher_v + self.damping * v - u
+            s = kron_mul(residual, *self.factors()) if self.options.preconditioned else residual
+            norms = u.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)
+            s = s / torch.where(norms > 0, norms, 1)[:, None, None]
+        with torch.enable_grad(), ieee_products():
+            self._step((s * kron_mul(u, *self._tracked())).sum() / len(u))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Roots, Adam's moments, steps and the generator of probes."""
+        return {
+            "roots": [x.detach() for x in self._roots()],
+            "optimizer": self._optimizer.state_dict(),
+            "rates": self._rates,
+            "taken": self.taken,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for own, theirs in zip(self._roots(), state["roots"], strict=True):
+            own.copy_(theirs)
+        self._optimizer.load_state_dict(dict(state["optimizer"]))
+        self._rates, self.taken = list(state["rates"]), int(state["taken"])
+        self._generator.set_state(state["generator"])
+
+    def _roots(self) -> list[Tensor]:
+        return [self.row, self.col, self.scale]
+
+    def _tracked(self) -> Factors:
+        """The factors, for autograd."""
+        for root in self._roots():
+            root.requires_grad_()
+        return self.factors()
+
+    def _loss(self, grads: Tensor) -> Tensor:
+        """The exact expectation over u, on this batch."""
+        factors = self._tracked()
+        row, col, scale = factors.row, factors.col, self.scale
+        trace = kron_diag(*factors).sum()
+        product = kron_mul(grads, *factors)
+        if self.options.loss == "log_determinant":
+            expected = (grads * product).sum() / len(grads) + self.damping * trace
+            row_log = row.log().sum() if row.dim() == 1 else torch.linalg.slogdet(row).logabsdet
+            log_det = len(col) * row_log + len(row) * torch.linalg.slogdet(col).logabsdet
+            return 0.5 * (expected - log_det) - scale.abs().log().sum()
+        squares = scale.square()
+        by_row = row.square()[:, None] * squares if row.dim() == 1 else row.square() @ squares
+        norm = (squares * (by_row @ col.square())).sum()
+        return 0.5 * (product.square().sum() / len(grads) + self.damping * norm) - trace
+
+    def _step(self, loss: Tensor) -> None:
+        self._optimizer.zero_grad()
+        loss.backward()
+        left = max(0.0, 1 - self.taken / self.options.steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * left
+        self._optimizer.step()
+        self.taken += 1
+        for root in self._roots():
+            root.requires_grad_(False)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """L with L L^T = matrix, also where rounding has made it indefinite."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return (vectors * values.clamp(min=0).sqrt()).to(matrix.dtype)
