@@ -1,6 +1,6 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one rounds table layerwise damping fishleg models carried]
+    python bench/prune_resnet20.py --data DIR [--parts one table models ...]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from fishleg_ext import Pruner, PruneResult
 from fishleg_ext.compensation import exact_update
 from fishleg_ext.curvature import FishLeg, Kronecker
-from fishleg_ext.observe import recalibrate_batchnorm
+from fishleg_ext.curvature.kronecker import Factors
+from fishleg_ext.observe import Observation, observe, recalibrate_batchnorm
 
 WEIGHTS = r"re:(conv\d|linear)\.weight$"
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -197,6 +198,53 @@ def peak_memory() -> float:
     """MiB of resident memory at its highest since `reset_peak_memory`."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+class Learners:
+    """FishLegs that learn from the same gradients, and what they have learned after some of them."""
+
+    observes = frozenset({"gradients"})
+
+    def __init__(self, learners: dict[str, FishLeg], weights: dict[str, nn.Parameter]) -> None:
+        self.learners, self.names, self.seen = learners, list(weights), 0
+        self.snapshots: dict[tuple[str, int], dict[str, Factors]] = {}
+        for learner in learners.values():
+            learner.start({name: weight.detach() for name, weight in weights.items()})
+
+    def update(self, observation: Observation) -> None:
+        """Learn from a chunk."""
+        self.seen += observation.count
+        for name, learner in self.learners.items():
+            learner.update(observation)
+            if self.seen in HELD_OUT_AT:
+                self.snapshots[name, self.seen] = {n: learner.factors(n) for n in self.names}
+
+
+class HeldOut:
+    """E|Q g|^2 of several Q."""
+
+    observes = frozenset({"gradients"})
+
+    def __init__(self, inverses: dict[Any, dict[str, Factors]]) -> None:
+        self.inverses, self.count = inverses, 0
+        self.squares = dict.fromkeys(inverses, 0.0)
+
+    def update(self, observation: Observation) -> None:
+        """Add a chunk."""
+        self.count += observation.count
+        for key, inverse in self.inverses.items():
+            for name, (row, col, _) in inverse.items():
+                grads = observation.gradients[name].reshape(-1, len(row), len(col))
+                self.squares[key] += float((row[:, None] * (grads @ col)).square().sum(dtype=torch.float64))
+
+    def losses(self, damping: float) -> dict[Any, float]:
+        """The auxiliary loss of each, all parameters added up; of rows apart."""
+        losses = {}
+        for key, inverse in self.inverses.items():
+            norm = sum(float(row.square().sum() * col.square().sum()) for row, col, _ in inverse.values())
+            trace = sum(float(row.sum() * col.trace()) for row, col, _ in inverse.values())
+            losses[key] = 0.5 * (self.squares[key] / self.count + damping * norm) - trace
+        return losses
 
 
 class Bench:
@@ -424,6 +472,39 @@ class Bench:
         columns = ["", *(f"{s:.1%}" for s in steps[-CARRIED_ROUNDS:])]
         print(tabulate(rows, columns, tablefmt="github"))
 
+    def refinement(self) -> None:
+        """The auxiliary loss on gradients of other images, by how many the inverse was learned from after a round.
+
+        Anew, and from the last round's inverse.
+        """
+        num_grads = self.arguments.num_grads
+        steps = [1 - (1 - FINAL_SPARSITY) ** (k / ROUNDS) for k in range(1, ROUNDS + 1)]
+        data, others = (self.cifar.training_batches(start, n) for start, n in ((0, num_grads), (40000, 1024)))
+        model = copy.deepcopy(self.dense).eval()
+        pruner = Pruner(model, curvature=FishLeg(carry_over=num_grads), params=WEIGHTS, num_grads=num_grads)
+        rows = []
+        for number, sparsity in enumerate(steps[: max(HELD_OUT_AFTER)], 1):
+            pruner.estimate(data, F.cross_entropy)
+            pruner.prune_to(sparsity)
+            if number not in HELD_OUT_AFTER:
+                continue
+            learners = Learners({"anew": FishLeg(), "carried over": copy.deepcopy(pruner.curvature)}, pruner.weights)
+            how = {"num_grads": num_grads, "labels": "model"}
+            observe(model, data, F.cross_entropy, learners, pruner.weights, **how)
+            held_out = HeldOut(learners.snapshots)
+            observe(model, others, F.cross_entropy, held_out, pruner.weights, num_grads=1024, labels="model", seed=1)
+            losses = held_out.losses(FishLeg().damping)
+            counts = [count for count in HELD_OUT_AT if count <= num_grads]
+            for count in counts:
+                loss = {name: losses[name, count] for name in ("anew", "carried over")}
+                rows.append([number, f"{sparsity:.1%}", count, *loss.values()])
+                self.records.append({"method": "refinement", "round": number, "gradients": count} | loss)
+            print(tabulate(rows[-len(counts) :], tablefmt="plain", floatfmt=".3g"), flush=True)
+            self.write()
+        print("\nauxiliary loss on gradients of 1,024 other images, summed over parameters")
+        columns = ["round", "pruned", "gradients", "anew", "carried over"]
+        print(tabulate(rows, columns, tablefmt="github", floatfmt=".3g"))
+
     def _rounds(
         self, name: str, steps: list[float], draw: int, images: int, make: Callable[[int], dict[str, Any]]
     ) -> list[dict[str, Any]]:
@@ -484,7 +565,7 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and cifar10/")
-    parts = ("one", "rounds", "table", "layerwise", "damping", "fishleg", "models", "carried")
+    parts = ("one", "rounds", "table", "layerwise", "damping", "fishleg", "models", "carried", "refinement")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")

@@ -1,5 +1,6 @@
 """Adam on the roots of Q, as in the papers of FishLeg: for comparison with factors learned by turns."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -143,7 +144,7 @@ class AdamFactors:
         """The inverse of `state_dict`."""
         for own, theirs in zip(self._roots(), state["roots"], strict=True):
             own.copy_(theirs)
-        self._optimizer.load_state_dict(dict(state["optimizer"]))
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._rates, self.taken = list(state["rates"]), int(state["taken"])
         self._generator.set_state(state["generator"])
 
