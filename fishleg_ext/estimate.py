@@ -74,6 +74,7 @@ class Estimate:
         self.max_memory = None if max_memory is None else max_memory // sharing
         self.seed, self.progress, self._timed, self._stage = seed, progress, timed, stage
         curvature.progress = progress
+        curvature.check(weights)
         self.groups = self._split()
         self.held: list[str] = []
         self.used_grads = 0

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
-from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker
+from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker, LossCurves
 from fishleg_ext.observe import Observation, observe
 from tests.oracles import batches, kronecker_matrix
 
@@ -210,6 +210,26 @@ def test_the_structure_of_each_parameter():
     curvature.start({name: torch.zeros(shape) for name, shape in shapes.items()})
     sizes = {name: layout.block_size for name, layout in curvature.layouts.items()}
     assert sizes == {"conv": 36, "bias": 128, "fc": 40, "other": 1, "wide": 128}
+
+
+def test_structures_of_parameters_that_there_are_not_are_refused(problem):
+    net, _, _ = problem
+    with pytest.raises(ValueError, match="structure names 5.wieght, not among the parameters 0.weight, 2.weight"):
+        Pruner(net, curvature=FishLeg(structure={"5.wieght": "diagonal"}))
+
+
+def test_curves_of_the_last_estimate_are_drawn(gradients, tmp_path):
+    curves = LossCurves()
+    curvature = learned(gradients, 1e-3, passes=1, monitor=curves)
+    assert {name: len(losses) for name, losses in curves.losses.items()} == dict.fromkeys(gradients, 32)
+    assert [seen for seen, _ in curves.losses["0.weight"]] == list(range(16, 513, 16))
+    curvature.start({name: g[0] for name, g in gradients.items()})
+    curvature.update(Observation(32, gradients={name: g[:32] for name, g in gradients.items()}))
+    curves.plot(tmp_path / "loss.svg")
+    drawn = (tmp_path / "loss.svg").read_text()
+    assert "<svg" in drawn
+    with pytest.raises(ValueError, match="expected losses to draw, got none"):
+        LossCurves().plot(tmp_path / "none.svg")
 
 
 def test_memory_is_that_of_two_factors_and_their_moments():

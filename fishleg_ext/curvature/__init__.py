@@ -6,6 +6,7 @@ from fishleg_ext.arguments import checked_damping
 from fishleg_ext.curvature.adam import Adam
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
+from fishleg_ext.curvature.curves import LossCurves
 from fishleg_ext.curvature.diagonal import DiagonalFisher
 from fishleg_ext.curvature.fishleg import FishLeg
 from fishleg_ext.curvature.identity import Identity
@@ -24,6 +25,7 @@ __all__ = [
     "Identity",
     "Kronecker",
     "Layerwise",
+    "LossCurves",
     "LowRankFisher",
     "make_curvature",
 ]

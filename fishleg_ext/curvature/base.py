@@ -1,7 +1,7 @@
 """What every curvature model can do."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
@@ -74,6 +74,9 @@ class Curvature(ABC):
         self.passes = 1
         self.damping_raised: dict[str, int] = {}
         self.layouts: dict[str, BlockLayout] = {}
+
+    def check(self, names: Collection[str]) -> None:  # noqa: B027
+        """Raise ValueError where settings do not fit these parameters, which are all that `start` will ever name."""
 
     @abstractmethod
     def layout(self, name: str, weight: Tensor) -> BlockLayout:

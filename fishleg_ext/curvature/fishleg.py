@@ -1,7 +1,7 @@
 """The learned inverse Fisher matrix of FishLeg."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
@@ -201,6 +201,13 @@ class FishLeg(KroneckerInverse):
         """Unless rows make up for each other."""
         given = self.structure.values() if isinstance(self.structure, Mapping) else [self.structure]
         return "kronecker" not in given
+
+    def check(self, names: Collection[str]) -> None:
+        """Structures are those of parameters that there are."""
+        if isinstance(self.structure, Mapping) and (unknown := self.structure.keys() - set(names)):
+            raise ValueError(
+                f"structure names {', '.join(map(str, unknown))}, not among the parameters {', '.join(names)}"
+            )
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """That of the parameter's structure."""
