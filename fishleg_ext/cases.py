@@ -231,6 +231,17 @@ def _kron_mul(new: Inputs) -> Iterator[Case]:
     yield Case("views", (*views, new.positive(4, 3).mT), {}, 10.0)
 
 
+def _foreach_kron_mul(new: Inputs) -> Iterator[Case]:
+    shapes = [(33, 50), (2, 16, 8), (1, 1), (0, 4), (4, 65)]
+    rows = [new.spd(1, shape[-2], 1e2)[0] for shape in shapes]
+    cols = [new.spd(1, shape[-1], 1e2)[0] for shape in shapes]
+    x, scales = [new.normal(*shape) for shape in shapes], [new.positive(*shape[-2:]) for shape in shapes]
+    yield Case("several", (x, rows, cols, scales), {}, 10.0)
+    some_apart = [row.diagonal() if index % 2 else row for index, row in enumerate(rows)]
+    yield Case("some rows apart, some not scaled", (x, some_apart, cols, [*scales[:2], None, None, None]), {}, 10.0)
+    yield Case("none", ([], [], [], []))
+
+
 def _kron_diag(new: Inputs) -> Iterator[Case]:
     for o, i in [(1, 1), (3, 7), (33, 50), (0, 4)]:
         factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
@@ -304,6 +315,7 @@ CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "obs_eliminate": _obs_eliminate,
     "obs_compensate": _obs_compensate,
     "kron_mul": _kron_mul,
+    "foreach_kron_mul": _foreach_kron_mul,
     "kron_diag": _kron_diag,
     "keep_mask": _keep_mask,
     "nm_mask": _nm_mask,

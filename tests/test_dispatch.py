@@ -49,6 +49,11 @@ CALLS = {
         ((WEIGHT.mT, torch.eye(4), torch.eye(3), WEIGHT.mT), {}),
         ((WEIGHT, torch.ones(3), torch.eye(4)), {}),
     ],
+    "foreach_kron_mul": [
+        (([WEIGHT, WEIGHT.mT], [torch.ones(3), torch.eye(4)], [torch.eye(4), torch.eye(3)], [None, None]), {}),
+        (([WEIGHT], [torch.eye(3)], [torch.eye(4)], [WEIGHT]), {}),
+        (([], [], [], []), {}),
+    ],
     "kron_diag": [
         ((torch.eye(3), torch.eye(4), WEIGHT), {}),
         ((torch.eye(4), torch.eye(3), WEIGHT.mT), {}),

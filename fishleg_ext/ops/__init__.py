@@ -3,7 +3,7 @@
 from fishleg_ext.ops.block_fisher import block_gram_, block_inverse, woodbury_update_
 from fishleg_ext.ops.diag_fisher import fisher_diag_update_
 from fishleg_ext.ops.dispatch import use_impl
-from fishleg_ext.ops.kron import kron_diag, kron_mul
+from fishleg_ext.ops.kron import foreach_kron_mul, kron_diag, kron_mul
 from fishleg_ext.ops.masks import apply_masks_, pack_mask, unpack_mask
 from fishleg_ext.ops.obs import obs_compensate, obs_eliminate, obs_score
 from fishleg_ext.ops.select import keep_mask, nm_mask
@@ -13,6 +13,7 @@ __all__ = [
     "block_gram_",
     "block_inverse",
     "fisher_diag_update_",
+    "foreach_kron_mul",
     "keep_mask",
     "kron_diag",
     "kron_mul",

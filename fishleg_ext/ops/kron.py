@@ -32,7 +32,7 @@ def _fake_kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Opt
     return x.new_empty(x.shape, dtype=reference.dtype_of(row_factor, col_factor, scale))
 
 
-@op(reference=reference.kron_mul, fake=_fake_kron_mul)
+@op(reference=reference.kron_mul, fake=_fake_kron_mul, kernels=("triton",))
 def kron_mul(
     x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -53,10 +53,54 @@ def kron_mul(
         TypeError: a tensor is not dense and floating point.
         ValueError: shapes or devices do not fit.
     """
+    _check_product(x, row_factor, col_factor, scale)
+
+
+def _check_product(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor]) -> None:
     rows, cols = _check_factors(row_factor, col_factor, scale)
     checks.dense_floating(row_factor=row_factor, x=x)
     if x.shape[-2:] != (rows, cols):
         raise ValueError(f"expected x of shape [..., o, i] = [..., {rows}, {cols}], got {list(x.shape)}")
+
+
+def _fake_foreach_kron_mul(
+    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Optional[Tensor]]
+) -> list[Tensor]:
+    return [_fake_kron_mul(*one) for one in zip(x, row_factor, col_factor, scale, strict=True)]
+
+
+@op(reference=reference.foreach_kron_mul, fake=_fake_foreach_kron_mul, kernels=("triton",))
+def foreach_kron_mul(
+    x: list[Tensor],
+    row_factor: list[Tensor],
+    col_factor: list[Tensor],
+    scale: list[Optional[Tensor]],
+    *,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """`kron_mul` of many parameters at once: on a GPU, small layers share a launch.
+
+    Args:
+        x: each [..., o, i], floating point; sizes may differ.
+        row_factor: of each, [o, o] or [o].
+        col_factor: of each, [i, i].
+        scale: of each, [o, i]; None is 1.
+
+    Returns:
+        Q x of each, as `kron_mul` gives it.
+
+    Raises:
+        TypeError: a tensor is not dense and floating point.
+        ValueError: lengths, shapes or devices do not fit; the message says of which.
+    """
+    checks.same_length("x", x, "row_factor", row_factor)
+    checks.same_length("x", x, "col_factor", col_factor)
+    checks.same_length("x", x, "scale", scale)
+    for index, one in enumerate(zip(x, row_factor, col_factor, scale, strict=True)):
+        try:
+            _check_product(*one)
+        except (TypeError, ValueError) as error:  # noqa: PERF203
+            raise type(error)(f"of parameter {index}: {error}") from None
 
 
 def _fake_kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:

@@ -23,6 +23,13 @@ def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[
     return (product if scale is None else scale.to(dtype) * product).contiguous()
 
 
+def foreach_kron_mul(
+    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Optional[Tensor]]
+) -> list[Tensor]:
+    """One after the other."""
+    return [kron_mul(*one) for one in zip(x, row_factor, col_factor, scale, strict=True)]
+
+
 def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
     """An outer product of two diagonals, scaled twice."""
     dtype = dtype_of(row_factor, col_factor, scale)
