@@ -239,6 +239,8 @@ def _foreach_kron_mul(new: Inputs) -> Iterator[Case]:
     yield Case("several", (x, rows, cols, scales), {}, 10.0)
     some_apart = [row.diagonal() if index % 2 else row for index, row in enumerate(rows)]
     yield Case("some rows apart, some not scaled", (x, some_apart, cols, [*scales[:2], None, None, None]), {}, 10.0)
+    halves = [row.bfloat16().diagonal() for row in rows], [col.bfloat16() for col in cols]
+    yield Case("narrow factors", (x, *halves, scales), {}, 10.0)
     yield Case("none", ([], [], [], []))
 
 

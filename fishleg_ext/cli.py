@@ -173,7 +173,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if not any(row.cases for row in rows):
         print("\nnothing was checked")
         return 1
-    unseen = sorted({f"{row.impl} of {row.op}" for row in rows if not row.cases})
+    unseen = sorted({f"{row.impl} of {row.op} {row.dtype}".rstrip() for row in rows if not row.cases})
     print(f"\nall that ran is within its budget{'; not run: ' if unseen else ''}{', '.join(unseen)}")
     return 0
 

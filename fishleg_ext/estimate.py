@@ -192,10 +192,12 @@ class Estimate:
         return groups
 
     def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
-        """State of these parameters, the inverse of the largest and its workspace, and some gradients."""
-        held = [self.curvature.state_bytes(name, self._parameters[name], self.num_grads) for name in names]
+        """State of these parameters, the largest workspace that one of them needs, and some gradients."""
+        weights = [(name, self._parameters[name], self.num_grads) for name in names]
+        held = sum(self.curvature.state_bytes(*weight) for weight in weights)
+        workspace = max(self.curvature.workspace_bytes(*weight) for weight in weights)
         gradients = gradient_bytes(self._parameters[name] for name in names) if self.curvature.observes else 0
-        return sum(held) + 2 * max(held) + num_gradients * gradients
+        return held + workspace + num_gradients * gradients
 
     def _chunk_bytes(self, names: list[str]) -> int:
         """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""

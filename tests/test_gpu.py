@@ -221,3 +221,29 @@ def test_pruning_on_the_gpu(generator):
         assert all(not weights[name][~mask].any() for name, mask in results[device].masks.items())
     agree = sum(int((results["cpu"].masks[n] == results["cuda"].masks[n].cpu()).sum()) for n in results["cpu"].masks)
     assert agree > 0.98 * 690
+
+
+def test_products_of_many_layers_while_a_graph_is_captured(generator):
+    """The reference, which a graph can replay, in place of a table that holds the addresses of one call."""
+    x = [torch.randn(shape, generator=generator).cuda() for shape in [(8, 12), (3, 5)]]
+    rows = [torch.rand(len(one), generator=generator).cuda() for one in x]
+    cols = [torch.eye(one.shape[1]).cuda() * 2 for one in x]
+    graph, results = captured(lambda: ops.foreach_kron_mul(x, rows, cols, [None, None]))
+    for one in x:
+        one.fill_(3)
+    graph.replay()
+    for result, row in zip(results, rows, strict=True):
+        torch.testing.assert_close(result, 6 * row[:, None].expand_as(result))
+
+
+def test_products_of_many_layers_never_wait_for_the_gpu(generator):
+    x = [torch.randn(shape, generator=generator).cuda() for shape in [(8, 12), (3, 5)]]
+    arguments = x, [torch.ones(len(one)).cuda() for one in x], [torch.eye(one.shape[1]).cuda() for one in x], [None] * 2
+    ops.foreach_kron_mul(*arguments, impl="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = ops.foreach_kron_mul(*arguments, impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for result, one in zip(results, x, strict=True):
+        torch.testing.assert_close(result, one)

@@ -91,6 +91,10 @@ class Curvature(ABC):
     def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """Bytes held for this weight while observations stream in."""
 
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
+        """Bytes needed for a while, beside the state, to learn from an observation or to invert this weight's part."""
+        return 2 * self.state_bytes(name, weight, num_grads)
+
     @abstractmethod
     def update(self, observation: Observation) -> None:
         """Take in one observation."""

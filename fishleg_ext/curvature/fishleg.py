@@ -19,6 +19,7 @@ from fishleg_ext.curvature.kronecker import (
     add_moment_,
     diagonal_of,
     factor_bytes,
+    inversion_bytes,
     matrix_shape,
     zero_moment,
 )
@@ -238,6 +239,14 @@ class FishLeg(KroneckerInverse):
             return other.state_bytes(name, weight, num_grads)
         apart = self._structure(name, weight) == "rows"
         return 2 * factor_bytes(weight, apart) + self.batch_size * weight.numel() * widened(weight.dtype).itemsize
+
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
+        """A batch four times over, and the inversion of the larger factor; with Adam what autograd holds as well."""
+        if (other := self._other(name, weight)) is not None:
+            return other.workspace_bytes(name, weight, num_grads)
+        apart = self._structure(name, weight) == "rows"
+        batch = self.batch_size * weight.numel() * widened(weight.dtype).itemsize
+        return (4 if self.adam is None else 8) * batch + factor_bytes(weight, apart) + inversion_bytes(weight, apart)
 
     def update(self, observation: Observation) -> None:
         """Learn from every batch_size gradients."""

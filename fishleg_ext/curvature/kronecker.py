@@ -180,6 +180,10 @@ class Kronecker(KroneckerInverse):
         """S and A."""
         return factor_bytes(weight, self.block_diagonal)
 
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
+        """Both factors, and the inversion of the larger."""
+        return factor_bytes(weight, self.block_diagonal) + inversion_bytes(weight, self.block_diagonal)
+
     def update(self, observation: Observation) -> None:
         """Add second moments."""
         for name, grads in observation.gradients.items():
@@ -234,6 +238,12 @@ def factor_bytes(weight: Tensor, apart: bool) -> int:
     """Bytes of two factors, that of rows diagonal if they are apart."""
     rows, cols = matrix_shape(weight)
     return ((rows if apart else rows**2) + cols**2) * widened(weight.dtype).itemsize
+
+
+def inversion_bytes(weight: Tensor, apart: bool) -> int:
+    """Bytes that the inversion of a factor takes: five matrices in float64."""
+    rows, cols = matrix_shape(weight)
+    return 5 * 8 * max(0 if apart else rows**2, cols**2)
 
 
 def zero_moment(like: Tensor, size: int, diagonal: bool = False) -> Tensor:
