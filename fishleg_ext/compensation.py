@@ -1,6 +1,7 @@
 """How the other weights move to make up for those that go."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,34 +12,50 @@ from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_update(
-    curvature: Curvature, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Single-weight updates added up, w - F^-1 (pruned * w / diag F^-1), zero where a mask is False.
 
-    Singh and Alistarh 2020; Frantar et al. 2021. Right when few or uncorrelated weights go together.
+    Singh and Alistarh 2020; Frantar et al. 2021. Right when few or uncorrelated weights go together. Biases (name of
+    the weight -> bias) move with them, by their own names.
     """
     inverse_diagonal = curvature.diag()
     pulls = {name: torch.where(masks[name], 0, weight / inverse_diagonal[name]) for name, weight in weights.items()}
-    return {
-        name: torch.where(masks[name], weights[name] - step, 0).to(weights[name].dtype)
-        for name, step in curvature.mul(pulls).items()
+    steps = curvature.mul(pulls)
+    updated = {
+        name: torch.where(masks[name], weight - steps[name], 0).to(weight.dtype) for name, weight in weights.items()
     }
+    for name, bias in biases.items():
+        if (own := curvature.biases[name]) in steps:
+            updated[own] = (bias - steps[own]).to(bias.dtype)
+    return updated
 
 
 def exact_update(
     curvature: Curvature,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The best joint update within each block for all weights that are zero afterwards; see `ops.obs_compensate`."""
+    """The best joint update within each block for all weights that are zero afterwards; see `ops.obs_compensate`.
+
+    Biases (name of the weight -> bias) that the curvature knows move with them, by their own names.
+    """
     updated = {}
     for name, weight in progress_bar(weights.items(), what="compensation", show=progress):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
-        moved = ops.obs_compensate(
-            blocks.scaled(layout.to_blocks(weight)), blocks.inverse, layout.to_blocks(~masks[name])
-        )
-        updated[name] = layout.from_blocks(blocks.unscaled(moved)).to(weight.dtype)
+        rows, gone = layout.to_blocks(weight), layout.to_blocks(~masks[name])
+        if with_bias := blocks.inverse.shape[2] > layout.block_size:
+            rows = torch.cat([rows, biases[name].to(rows.dtype)[:, None]], dim=1)
+            gone = torch.nn.functional.pad(gone, (0, 1))
+        moved = blocks.unscaled(ops.obs_compensate(blocks.scaled(rows), blocks.inverse, gone))
+        updated[name] = layout.from_blocks(moved[:, : layout.block_size]).to(weight.dtype)
+        if with_bias:
+            updated[curvature.biases[name]] = moved[:, -1].to(biases[name].dtype)
     return updated

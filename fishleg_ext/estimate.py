@@ -36,6 +36,7 @@ class Estimate:
     Args:
         model: any module.
         weights: name -> parameter of the model.
+        biases: name of a weight -> of the bias of its layer.
         curvature: what is estimated.
         num_grads, grad_batch_size, labels, likelihood, seed, progress: see `observe`; None is the curvature's default.
         max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
@@ -53,6 +54,7 @@ class Estimate:
         self,
         model: nn.Module,
         weights: Mapping[str, nn.Parameter],
+        biases: Mapping[str, str],
         curvature: Curvature,
         *,
         num_grads: Optional[int],
@@ -74,6 +76,7 @@ class Estimate:
         self.max_memory = None if max_memory is None else max_memory // sharing
         self.seed, self.progress, self._timed, self._stage = seed, progress, timed, stage
         curvature.progress = progress
+        curvature.biases = dict(biases) if curvature.takes_biases else {}
         curvature.check(weights)
         self.groups = self._split()
         self.held: list[str] = []
@@ -118,6 +121,10 @@ class Estimate:
         """Name -> the weights as they are now."""
         return {name: self._parameters[name].detach() for name in names}
 
+    def biases(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Name of the weight -> its layer's bias as it is now, of those that the curvature knows."""
+        return {name: p.detach() for name, p in self._bias_parameters(names).items()}
+
     def knows_as_dead(self, masks: Mapping[str, Tensor]) -> bool:
         """Whether the inverse is that of the weights alive under these masks."""
         if not self.curvature.masked:
@@ -150,6 +157,9 @@ class Estimate:
 
     def _observe(self, names: list[str], source: tuple[Iterable[Any], LossFunction]) -> None:
         self.held = []
+        observed = {name: self._parameters[name] for name in names}
+        if "gradients" in self.curvature.observes:
+            observed |= {self.curvature.biases[name]: bias for name, bias in self._bias_parameters(names).items()}
         with self._timed(self._stage):
             self.curvature.start(self.weights(names))
             for number in range(self.curvature.passes if self.curvature.observes else 0):
@@ -158,7 +168,7 @@ class Estimate:
                     source[0],
                     source[1],
                     self.curvature,
-                    {name: self._parameters[name] for name in names},
+                    observed,
                     masks={name: self._masks[name] for name in names} if self.curvature.masked else None,
                     num_grads=self.num_grads,
                     grad_batch_size=self.grad_batch_size,
@@ -169,6 +179,10 @@ class Estimate:
                     progress=self.progress,
                 )
         self.held = names
+
+    def _bias_parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        biases = self.curvature.biases
+        return {name: self.model.get_parameter(biases[name]) for name in names if name in biases}
 
     def _split(self) -> list[list[str]]:
         """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""

@@ -8,6 +8,7 @@ they count as free to make up for others, as any weight does whose column is yet
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def fixed_order_prune(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     num_pruned: Mapping[str, int],
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -34,10 +36,11 @@ def fixed_order_prune(
         weights: name -> tensor.
         masks: name -> bool tensor, True = alive.
         num_pruned: name -> how many weights are pruned afterwards, the dead among them.
+        biases: name of the weight -> bias, which moves with it if the curvature knows it.
         progress: show a progress bar.
 
     Returns:
-        name -> bool tensor, True = kept, and name -> moved weights, zero where pruned.
+        name -> bool tensor, True = kept, and name -> moved weights, zero where pruned, and biases, by their own names.
 
     Raises:
         CurvatureError: an inverse is not positive definite.
@@ -48,16 +51,18 @@ def fixed_order_prune(
         factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
         if failed.any():
             raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
-        rows = blocks.scaled(layout.to_blocks(weight)).to(blocks.inverse.dtype)
-        keep = _sweep(
-            rows := rows.clone(),
-            factor.mT.to(rows.dtype),
-            layout.to_blocks(masks[name]),
-            layout.is_weight(weight.device),
-            num_pruned[name],
-        )
-        kept[name] = layout.from_blocks(keep)
-        moved[name] = layout.from_blocks(blocks.unscaled(rows)).to(weight.dtype)
+        rows, size = layout.to_blocks(weight), layout.block_size
+        alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
+        if with_bias := blocks.inverse.shape[2] > size:  # the last column, which is nobody's to lose
+            rows = torch.cat([rows, biases[name].to(rows.dtype)[:, None]], dim=1)
+            alive, is_weight = (torch.nn.functional.pad(mask, (0, 1)) for mask in (alive, is_weight))
+        rows = blocks.scaled(rows).to(blocks.inverse.dtype).clone()
+        keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name])
+        rows = blocks.unscaled(rows)
+        kept[name] = layout.from_blocks(keep[:, :size])
+        moved[name] = layout.from_blocks(rows[:, :size]).to(weight.dtype)
+        if with_bias:
+            moved[curvature.biases[name]] = rows[:, -1].to(biases[name].dtype)
     return kept, moved
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Optional, Union
 
 import torch
@@ -45,6 +45,27 @@ def choose_parameters(model: nn.Module, params: Optional[ParameterChoice] = None
     for name, parameter in chosen.items():
         check_weight(name, parameter)
     return chosen
+
+
+def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Name of the weight -> of the bias of its layer, for Linear and Conv layers that have one, for themselves alone.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    >>> biases_of(net, dict(net.named_parameters()))
+    {}
+    >>> biases_of(net, {"0.weight": net[0].weight})
+    {'0.weight': '0.bias'}
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    pruned, found = {id(parameter) for parameter in weights.values()}, list[tuple[str, str]]()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and id(module.weight) in pruned:
+            bias = module.bias
+            known = bias is not None and id(bias) in names and id(bias) not in pruned
+            found.append((names[id(module.weight)], names[id(bias)] if known else ""))
+    # Not where layers share the weight or the bias, and not where some of these have none.
+    shared = [part for part in zip(*found, strict=True)] if found else [(), ()]
+    return {w: b for w, b in found if b and shared[0].count(w) == 1 and shared[1].count(b) == 1}
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from fishleg_ext.masks import Masks
 from fishleg_ext.observe import recalibrate_batchnorm, require_rereadable
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
-from fishleg_ext.parameters import ParameterChoice, check_weight, choose_parameters
+from fishleg_ext.parameters import ParameterChoice, biases_of, check_weight, choose_parameters
 from fishleg_ext.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.selection import select
 
@@ -98,6 +98,7 @@ class Pruner:
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
         self.weights = choose_parameters(model, params)
+        self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         self.history: list[dict[str, Any]] = []
         self._timed = Stopwatch()
@@ -109,6 +110,7 @@ class Pruner:
             Estimate,
             model,
             self.weights,
+            self._biases,
             num_grads=num_grads,
             grad_batch_size=checked_count("grad_batch_size", grad_batch_size),
             labels=labels,
@@ -191,7 +193,7 @@ class Pruner:
         self._check_parameters()
         masks: dict[str, Tensor] = {}
         increase = 0.0
-        with self._implementation(), torch.no_grad(), _restored_on_error(self.weights.values()):
+        with self._implementation(), torch.no_grad(), _restored_on_error(self._parameters()):
             if self._allocation is not None:
                 num_pruned = self._allocated(self._allocation, num_pruned)
             groups = self._estimate.groups
@@ -231,17 +233,18 @@ class Pruner:
         costs_add_up = self.saliency == "exact" and self.curvature.block_diagonal
         for group in reversed(groups):  # the last one is still held
             estimate.hold(group)
-            weights = estimate.weights(group)
+            weights, biases, show = estimate.weights(group), estimate.biases(group), self.progress
             with self._timed("compensation"):
                 if self.saliency == "fixed_order":
                     assert isinstance(num_pruned, Mapping)
                     alive = {name: self._masks[name] for name in group}
-                    kept, moved = fixed_order_prune(self.curvature, weights, alive, num_pruned, progress=self.progress)
+                    kept, moved = fixed_order_prune(self.curvature, weights, alive, num_pruned, biases, progress=show)
                     chosen |= kept
                 elif self.saliency == "simultaneous":
-                    moved = simultaneous_update(self.curvature, weights, {name: chosen[name] for name in group})
+                    kept = {name: chosen[name] for name in group}
+                    moved = simultaneous_update(self.curvature, weights, kept, biases)
                 else:
-                    moved = exact_update(self.curvature, weights, chosen, progress=self.progress)
+                    moved = exact_update(self.curvature, weights, chosen, biases, progress=show)
                 updated |= moved
                 if not costs_add_up:
                     increase += self.curvature.joint_cost(weights, {name: ~chosen[name] for name in group})
@@ -251,8 +254,8 @@ class Pruner:
         for name, weight in updated.items():
             if not weight.isfinite().all():
                 raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
-        for name, weight in updated.items():
-            self.weights[name].copy_(weight)
+        for name, value in updated.items():
+            self.model.get_parameter(name).copy_(value)
         masks |= chosen
         return increase
 
@@ -326,6 +329,10 @@ class Pruner:
             raise
         self._masks = masks
         self.history = copy.deepcopy(list(state["history"]))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """All that may change: weights and biases."""
+        return [*self.weights.values(), *map(self.model.get_parameter, self._biases.values())]
 
     def _estimates(self) -> list[Estimate]:
         return [self._estimate] if self._allocation is None else [self._allocation, self._estimate]
@@ -535,7 +542,7 @@ def prune(
         require_rereadable(data, f"recomputations={recomputations}")
     if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
         require_rereadable(data, "recalibrate_batchnorm=True")
-    with _restored_on_error(pruner.weights.values()):
+    with _restored_on_error(pruner._parameters()):
         for done in range(1, recomputations + 1):
             pruner.estimate(data, loss_fn)
             pruner.prune_to(_part_way(target, done / recomputations))
@@ -564,7 +571,7 @@ def _check_pattern(pattern: str) -> None:
 
 @contextlib.contextmanager
 def _restored_on_error(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The weights as they were, should anything be raised."""
+    """The parameters as they were, should anything be raised."""
     before = [(weight, weight.detach().clone()) for weight in weights]
     try:
         yield

@@ -48,9 +48,10 @@ def exact_costs(
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
         alive = layout.to_blocks(masks[name])
-        rank, cost = ops.obs_eliminate(
-            blocks.scaled(layout.to_blocks(weight)), blocks.inverse, alive, dead_first=dead_first
-        )
+        # Without its bias the inverse is that of the weights when the bias is free to move.
+        inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
+        rows = blocks.scaled(layout.to_blocks(weight))
+        rank, cost = ops.obs_eliminate(rows, inverse, alive, dead_first=dead_first)
         if blocks.cost_scale is not None:
             cost = cost * blocks.cost_scale
         costs[name] = Costs(layout, cost, alive, rank)

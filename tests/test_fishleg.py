@@ -335,7 +335,7 @@ def test_rounds_and_a_saved_estimate(curvature, problem, tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("curvature", "max_memory"), [("fishleg", 900_000), ("kronecker", 80_000)])
+@pytest.mark.parametrize(("curvature", "max_memory"), [("fishleg", 900_000), ("kronecker", 90_000)])
 def test_a_bound_on_memory_changes_nothing(curvature, max_memory, problem):
     """With labels of the data: sampled ones depend on how many are drawn at a time."""
     net, x, y = problem

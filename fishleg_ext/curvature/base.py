@@ -18,9 +18,11 @@ class CurvatureError(RuntimeError):
 class Blocks(NamedTuple):
     """The inverse of one parameter as exact elimination needs it: scale * inverse * scale, block by block.
 
+    A layer's bias is one more weight of each of its rows, the last, that moves with the others but is never lost.
+
     Attributes:
-        inverse: [K or 1, B, B].
-        weight_scale: [K, B]; weights are divided by it before elimination and multiplied after. None is 1.
+        inverse: [K or 1, B, B], or [K or 1, B + 1, B + 1] with the bias.
+        weight_scale: [K, B] or [K, B + 1]; weights are divided by it before elimination, multiplied after. None is 1.
         cost_scale: [K, 1]; costs are multiplied by it. None is 1.
     """
 
@@ -29,14 +31,15 @@ class Blocks(NamedTuple):
     cost_scale: Optional[Tensor] = None
 
     def scaled(self, weight: Tensor) -> Tensor:
-        """Weights [K, B] in the units of the inverse; 0 where the scale is 0."""
+        """Weights [K, B], or with the bias [K, B + 1], in the units of the inverse; 0 where the scale is 0."""
         if self.weight_scale is None:
             return weight
-        return torch.where(self.weight_scale != 0, weight / self.weight_scale, 0)
+        scale = self.weight_scale[:, : weight.shape[1]]
+        return torch.where(scale != 0, weight / scale, 0)
 
     def unscaled(self, weight: Tensor) -> Tensor:
         """The inverse of `scaled`."""
-        return weight if self.weight_scale is None else weight * self.weight_scale
+        return weight if self.weight_scale is None else weight * self.weight_scale[:, : weight.shape[1]]
 
 
 class Curvature(ABC):
@@ -52,6 +55,9 @@ class Curvature(ABC):
         masked: whether the inverse is that of the weights that were alive at the estimate, as masked gradients make
             it. Else gradients are not masked, the inverse is that of all weights, and elimination must deal with the
             dead first.
+        takes_biases: whether it can model a layer's bias together with the weight.
+        biases: of the weights, whose layer has one -> its name. These biases move with the weights and are never lost;
+            `update` and `mul` take them by name, beside the weights, and `mul` returns them. Set it before `start`.
         sequential: whether parameters are to be estimated and pruned one after the other.
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
         damping_raised: name -> number of blocks whose damping had to be raised to invert them.
@@ -63,6 +69,7 @@ class Curvature(ABC):
     block_diagonal: ClassVar[bool] = True
     separable: ClassVar[bool] = True
     masked: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = False
     default_saliency: ClassVar[str] = "exact"
     default_scope: ClassVar[str] = "global"
     default_labels: ClassVar[str] = "data"
@@ -73,6 +80,7 @@ class Curvature(ABC):
         self.sequential = False
         self.passes = 1
         self.damping_raised: dict[str, int] = {}
+        self.biases: dict[str, str] = {}
         self.layouts: dict[str, BlockLayout] = {}
 
     def check(self, names: Collection[str]) -> None:  # noqa: B027

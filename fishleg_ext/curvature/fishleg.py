@@ -1,6 +1,7 @@
 """The learned inverse Fisher matrix of FishLeg."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
@@ -148,6 +149,8 @@ class FishLeg(KroneckerInverse):
     - "block": blocks of block_size consecutive weights.
     - "diagonal".
 
+    A layer's bias is one more column of its weight in the first two, where `biases` names it.
+
     With labels sampled from the model, the default, F is the true Fisher matrix.
 
     Args:
@@ -237,23 +240,25 @@ class FishLeg(KroneckerInverse):
         """Two factors and their moments, and the gradients of a batch."""
         if (other := self._other(name, weight)) is not None:
             return other.state_bytes(name, weight, num_grads)
-        apart = self._structure(name, weight) == "rows"
-        return 2 * factor_bytes(weight, apart) + self.batch_size * weight.numel() * widened(weight.dtype).itemsize
+        shape, apart = self._matrix_shape(name, weight), self._structure(name, weight) == "rows"
+        batch = self.batch_size * math.prod(shape) * widened(weight.dtype).itemsize
+        return 2 * factor_bytes(shape, weight.dtype, apart) + batch
 
     def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """A batch four times over, and the inversion of the larger factor; with Adam what autograd holds as well."""
         if (other := self._other(name, weight)) is not None:
             return other.workspace_bytes(name, weight, num_grads)
-        apart = self._structure(name, weight) == "rows"
-        batch = self.batch_size * weight.numel() * widened(weight.dtype).itemsize
-        return (4 if self.adam is None else 8) * batch + factor_bytes(weight, apart) + inversion_bytes(weight, apart)
+        shape, apart = self._matrix_shape(name, weight), self._structure(name, weight) == "rows"
+        batch = self.batch_size * math.prod(shape) * widened(weight.dtype).itemsize
+        factors = factor_bytes(shape, weight.dtype, apart) + inversion_bytes(shape, apart)
+        return (4 if self.adam is None else 8) * batch + factors
 
     def update(self, observation: Observation) -> None:
         """Learn from every batch_size gradients."""
         for name, other in self._others.items():
             other.update(Observation(observation.count, gradients={name: observation.gradients[name]}))
         for name in self._learned:
-            grads, waiting = observation.gradients[name].reshape(-1, *self._shape(name)), self._waiting[name]
+            grads, waiting = self._matrix(name, observation.gradients), self._waiting[name]
             while len(grads):
                 room = self.batch_size - sum(map(len, waiting))
                 # A copy: the observer's tensor may be written again before the batch is full.
@@ -266,7 +271,7 @@ class FishLeg(KroneckerInverse):
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two products of matrices, or what the parameter's structure takes."""
-        result = super().mul({name: x for name, x in v.items() if name in self._learned})
+        result = super().mul({name: x for name, x in v.items() if name not in self._others})
         for name, other in self._others.items():
             if name in v:
                 result |= other.mul({name: v[name]})
@@ -352,15 +357,18 @@ class FishLeg(KroneckerInverse):
         """A step of all parameters that are warmed up, with probes through the whole network."""
         probes = {name: descended.probe() for name, descended in self._descended.items()}
         products = [
-            fisher_product({name: v[i].reshape(self.layouts[name].shape) for name, (_, v) in probes.items()})
+            fisher_product(dict(part for name, (_, v) in probes.items() for part in self._parts(name, v[i])))
             for i in range(len(next(iter(probes.values()))[0]))
         ]
         for name, (u, v) in probes.items():
-            fisher_v = torch.stack([product[name].reshape(self._shape(name)) for product in products])
+            fisher_v = torch.stack([self._matrix(name, product) for product in products])
             self._descended[name].follow(u, v, fisher_v)
 
     def _factored(self) -> list[str]:
         return list(self._learned)
+
+    def _has_bias(self, name: str) -> bool:
+        return super()._has_bias(name) and name not in self._others
 
     def _structure(self, name: str, weight: Tensor) -> str:
         given = self.structure.get(name) if isinstance(self.structure, Mapping) else self.structure

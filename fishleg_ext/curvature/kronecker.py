@@ -39,10 +39,11 @@ class KroneckerInverse(Curvature):
 
     There are no entries between parameters. All rows share M, so that row r is a block D_r P_rr M D_r of the inverse,
     D_r = diag(scale_r): one elimination kernel for all rows, of weights divided by the scale and with costs divided by
-    P_rr. Rows are compensated separately, which is exact where P is diagonal.
+    P_rr. Rows are compensated separately, which is exact where P is diagonal. The layer's bias is one more column.
     """
 
     masked: ClassVar[bool] = False
+    takes_biases: ClassVar[bool] = True
     default_labels: ClassVar[str] = "model"
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
@@ -60,16 +61,21 @@ class KroneckerInverse(Curvature):
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two products of matrices for each, all in one call."""
-        matrices = [x.reshape(self._shape(name)) for name, x in v.items()]
-        factors = [self.factors(name) for name in progress_bar(v, what="factors", show=self.progress)]
+        names = [name for name in v if name in self.layouts]
+        matrices = [self._matrix(name, v) for name in names]
+        factors = [self.factors(name) for name in progress_bar(names, what="factors", show=self.progress)]
         rows, cols, scales = [f.row for f in factors], [f.col for f in factors], [f.scale for f in factors]
         products = ops.foreach_kron_mul(matrices, rows, cols, scales)
-        return {name: product.reshape(x.shape) for (name, x), product in zip(v.items(), products, strict=True)}
+        return {
+            part: x for name, product in zip(names, products, strict=True) for part, x in self._parts(name, product)
+        }
 
     def diag(self) -> dict[str, Tensor]:
         """scale^2 * (diag P outer diag M)."""
         return {
-            name: ops.kron_diag(*self.factors(name)).reshape(self.layouts[name].shape)
+            name: ops.kron_diag(*self.factors(name))[:, : self.layouts[name].block_size].reshape(
+                self.layouts[name].shape
+            )
             for name in progress_bar(self._factored(), what="diagonal", show=self.progress)
         }
 
@@ -88,7 +94,7 @@ class KroneckerInverse(Curvature):
         for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
             row, col, scale = self.factors(name)
             row, col = row.double(), col.double()
-            matrix, gone = (x.reshape(self._shape(name)) for x in (weight.double(), pruned[name]))
+            matrix, gone = (self._matrix(name, {name: x}) for x in (weight.double(), pruned[name]))
             matrix = Blocks(col[None], scale).scaled(matrix)
             step = ops.obs_compensate(matrix, col[None], gone) - matrix
             col = self.invert(name, col, 0.0)
@@ -120,9 +126,33 @@ class KroneckerInverse(Curvature):
         """The parameters that have factors."""
         return list(self.layouts)
 
+    def _has_bias(self, name: str) -> bool:
+        return name in self.biases
+
+    def _matrix_shape(self, name: str, weight: Tensor) -> tuple[int, int]:
+        """The same before `start`."""
+        rows, cols = matrix_shape(weight)
+        return rows, cols + self._has_bias(name)
+
     def _shape(self, name: str) -> tuple[int, int]:
-        """Of the parameter as a matrix, (o, i)."""
-        return self.layouts[name].num_blocks, self.layouts[name].block_size
+        """Of the parameter as a matrix, (o, i), the bias among the columns."""
+        return self.layouts[name].num_blocks, self.layouts[name].block_size + self._has_bias(name)
+
+    def _matrix(self, name: str, v: Mapping[str, Tensor]) -> Tensor:
+        """The weight, or each of several, as a matrix [..., o, i] with its bias, or zeros where `v` has none for it."""
+        layout = self.layouts[name]
+        matrix = v[name].reshape(-1, layout.num_blocks, layout.block_size)
+        if self._has_bias(name):
+            bias = v.get(self.biases[name])
+            column = matrix.new_zeros(matrix.shape[:2]) if bias is None else bias.reshape(matrix.shape[:2])
+            matrix = torch.cat([matrix, column[..., None]], dim=-1)
+        return matrix if v[name].dim() > len(layout.shape) else matrix[0]
+
+    def _parts(self, name: str, matrix: Tensor) -> list[tuple[str, Tensor]]:
+        """The inverse of `_matrix`: the weight by its name, and the bias, if there is one, by its own."""
+        layout = self.layouts[name]
+        weight = name, matrix[:, : layout.block_size].reshape(layout.shape)
+        return [weight, (self.biases[name], matrix[:, -1])] if self._has_bias(name) else [weight]
 
 
 class Kronecker(KroneckerInverse):
@@ -178,16 +208,17 @@ class Kronecker(KroneckerInverse):
 
     def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """S and A."""
-        return factor_bytes(weight, self.block_diagonal)
+        return factor_bytes(self._matrix_shape(name, weight), weight.dtype, self.block_diagonal)
 
     def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """Both factors, and the inversion of the larger."""
-        return factor_bytes(weight, self.block_diagonal) + inversion_bytes(weight, self.block_diagonal)
+        shape, apart = self._matrix_shape(name, weight), self.block_diagonal
+        return factor_bytes(shape, weight.dtype, apart) + inversion_bytes(shape, apart)
 
     def update(self, observation: Observation) -> None:
         """Add second moments."""
-        for name, grads in observation.gradients.items():
-            matrices = grads.reshape(len(grads), *self._shape(name))
+        for name in self.layouts if observation.gradients else ():
+            matrices = self._matrix(name, observation.gradients)
             row, col, _ = self._moments[name]
             add_moment_(row, matrices.mT.reshape(-1, len(row)))
             add_moment_(col, matrices.reshape(-1, len(col)))
@@ -197,7 +228,10 @@ class Kronecker(KroneckerInverse):
             self._counts[name][0] += len(rows)
         for name, rows in observation.inputs.items():
             groups = len(rows) if rows.dim() == 3 else 1
-            add_moment_(self._moments[name].col, rows.reshape(-1, rows.shape[-1]), 1 / groups)
+            rows = rows.reshape(-1, rows.shape[-1])
+            if self._has_bias(name):  # it is multiplied by 1
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+            add_moment_(self._moments[name].col, rows, 1 / groups)
             self._counts[name][1] += observation.count
 
     def factors(self, name: str) -> Factors:
@@ -234,15 +268,15 @@ class Kronecker(KroneckerInverse):
         self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
 
 
-def factor_bytes(weight: Tensor, apart: bool) -> int:
-    """Bytes of two factors, that of rows diagonal if they are apart."""
-    rows, cols = matrix_shape(weight)
-    return ((rows if apart else rows**2) + cols**2) * widened(weight.dtype).itemsize
+def factor_bytes(shape: tuple[int, int], dtype: torch.dtype, apart: bool) -> int:
+    """Bytes of the two factors of a matrix, that of rows diagonal if they are apart."""
+    rows, cols = shape
+    return ((rows if apart else rows**2) + cols**2) * widened(dtype).itemsize
 
 
-def inversion_bytes(weight: Tensor, apart: bool) -> int:
+def inversion_bytes(shape: tuple[int, int], apart: bool) -> int:
     """Bytes that the inversion of a factor takes: five matrices in float64."""
-    rows, cols = matrix_shape(weight)
+    rows, cols = shape
     return 5 * 8 * max(0 if apart else rows**2, cols**2)
 
 
