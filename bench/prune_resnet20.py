@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
 from fishleg_ext.compensation import exact_update
-from fishleg_ext.curvature import FishLeg, Kronecker
+from fishleg_ext.curvature import Adam, FishLeg, Kronecker
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observe import Observation, observe, recalibrate_batchnorm
 
@@ -74,6 +74,15 @@ IN_ROUNDS = (
 )
 LAYERWISE_SPARSITIES = (0.8, 0.85, 0.9, 0.95)
 LAYERWISE_DAMPING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+ADAM: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "exact, a tenth of the rate": {"learning_rate": 0.002},
+    "log-determinant": {"loss": "log_determinant"},
+    "8 Gaussian probes": {"probes": "gaussian", "num_probes": 8},
+    "8 gradient probes": {"probes": "gradients", "num_probes": 8},
+    "8 gradient probes, not preconditioned": {"probes": "gradients", "num_probes": 8, "preconditioned": False},
+    "a Gaussian probe, Gauss-Newton products": {"probes": "gaussian", "products": "gauss_newton"},
+}
 # One change at a time from two passes in batches of 128, beside the defaults.
 TWO_PASSES = {"passes": 2, "batch_size": 128}
 FISHLEG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -84,6 +93,8 @@ FISHLEG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"batches of {size}": (TWO_PASSES | {"batch_size": size}, {}) for size in (64, 256)},
     "structure kronecker": (TWO_PASSES | {"structure": "kronecker"}, {}),
     "labels of the data": (TWO_PASSES, {"labels": "data"}),
+    # The 24 batches after the 8 that are learned by turns.
+    **{f"Adam, {name}": ({"adam": Adam(steps=24, **how)}, {}) for name, how in ADAM.items()},
 }
 FISHLEG_SPARSITIES = (0.8, 0.9, 0.95)
 MODELS: dict[str, dict[str, Any]] = {
