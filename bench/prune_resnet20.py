@@ -493,6 +493,7 @@ class Bench:
         data, others = (self.cifar.training_batches(start, n) for start, n in ((0, num_grads), (40000, 1024)))
         model = copy.deepcopy(self.dense).eval()
         pruner = Pruner(model, curvature=FishLeg(carry_over=num_grads), params=WEIGHTS, num_grads=num_grads)
+        pruner.curvature.biases = {}  # the learners observe weights alone
         rows = []
         for number, sparsity in enumerate(steps[: max(HELD_OUT_AFTER)], 1):
             pruner.estimate(data, F.cross_entropy)

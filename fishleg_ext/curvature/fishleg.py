@@ -231,7 +231,8 @@ class FishLeg(KroneckerInverse):
                 continue
             apart = self._structure(name, weight) == "rows"
             fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
-            if name in before and before[name].row.shape == fresh.row.shape:
+            shapes = [(x.row.shape, x.col.shape) for x in (fresh, before.get(name, fresh))]
+            if name in before and shapes[0] == shapes[1]:
                 fresh.carry_over(before[name], self.carry_over)
             self._learned[name] = fresh
             self._waiting[name] = []
