@@ -79,7 +79,14 @@ def loss_hessian(loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> Los
             f"expected likelihood to be one of {', '.join(HESSIANS)} for products with the Fisher matrix, "
             f"got {likelihood!r}"
         )
-    return HESSIANS[_named(loss_fn, likelihood)]
+    hessian = HESSIANS[_named(loss_fn, likelihood)]
+
+    def of_tensors(outputs: Tensor, v: Tensor) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"expected a tensor of outputs, got a {type(outputs).__name__}")
+        return hessian(outputs, v)
+
+    return of_tensors
 
 
 def _named(loss_fn: LossFunction, likelihood: Optional[str]) -> str:
@@ -88,7 +95,7 @@ def _named(loss_fn: LossFunction, likelihood: Optional[str]) -> str:
         return likelihood
     if loss_fn is not nn.functional.cross_entropy and not isinstance(loss_fn, nn.CrossEntropyLoss):
         raise ValueError(
-            "expected likelihood= with labels='model' and another loss than cross_entropy: "
+            "expected likelihood= for the true Fisher matrix (labels='model') of another loss than cross_entropy: "
             "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
         )
     return "categorical"

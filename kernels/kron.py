@@ -11,10 +11,10 @@ parameter, the addresses of its tensors and its sizes, another a row for each ti
 a GPU by themselves share a launch. Products are of three TF32 products each (tf32x3), which is float32 but for the last
 bit or two, on tensor cores.
 
-Bytes per weight, float32: scale and x are read once for each tile that needs them, o / BLOCK_M and i / BLOCK_N times,
-mostly from the L2; z is written and read, y written. FLOP per weight: 2 o + 2 i. Where a float32 matrix is wider than a
-few hundred, arithmetic is what takes the time. Invariants: sums in float32; what lies beyond an edge counts as 0;
-offsets within a matrix fit into 32 bits.
+Bytes per weight, float32: x and scale are read o / BLOCK_M times and z is read i / BLOCK_N times, where P is diagonal x
+and scale in its place, mostly from the L2; scale once more, and z and y are written. FLOP per weight: 2 o + 2 i. Where a
+matrix is wider than a few hundred, arithmetic is what takes the time. Invariants: sums in float32; what lies beyond an
+edge counts as 0; offsets within a matrix fit into 32 bits.
 """
 
 import functools
@@ -107,7 +107,9 @@ def col_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[r, n] = scale[r, n] * sum_k z[r, k] * M[k, n], r over the rows of all b; where APART, z = p * (scale * x).
+    """y[r, n] = scale[r, n] * sum_k z[r, k] * M[k, n], r over the rows of all b.
+
+    Where APART, z = scale * x and the sum is multiplied by p[r].
 
     Rows count from the first of the tile.
     """
@@ -168,6 +170,8 @@ def supports_foreach_kron_mul(
     for tensor, row, col, factor in zip(x, row_factor, col_factor, scale, strict=True):
         if (reason := wrong_device(tensor)) is not None:
             return False, reason
+        if tensor.dtype not in ELEMENTS:
+            return False, f"its Triton kernel does not read {tensor.dtype}"
         if dtype_of(row, col, factor) != torch.float32:
             return False, "its Triton kernel computes in float32"
         if max(tensor.shape[-2:]) > MOST_ROWS:
@@ -212,11 +216,19 @@ def foreach_kron_mul(
         options = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
         with launch_on(device):
             if not apart:
-                tiles = _tiles(shapes, True, device)
+                tiles = _tiles_in_use(shapes, True, device)
                 row_product_kernel[(len(tiles),)](table, tiles, ELEMENTS[dtype], scaled, aligned, **sizes, **options)
-            tiles = _tiles(shapes, False, device)
+            tiles = _tiles_in_use(shapes, False, device)
             col_product_kernel[(len(tiles),)](table, tiles, ELEMENTS[dtype], scaled, apart, aligned, **sizes, **options)
     return results
+
+
+def _tiles_in_use(shapes: tuple[tuple[int, int, int], ...], by_batch: bool, device: torch.device) -> Tensor:
+    """A table that is not given away before what the current stream has been told to do is done."""
+    tiles = _tiles(shapes, by_batch, device)
+    if device.type == "cuda":
+        tiles.record_stream(torch.cuda.current_stream(device))
+    return tiles
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
-from fishleg_ext.curvature import Adam, FishLeg
+from fishleg_ext.curvature import Adam, CurvatureError, FishLeg
 from fishleg_ext.curvature.adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observe import Observation, observe
@@ -76,11 +76,17 @@ def test_every_way_goes_down(setting, apart, grads):
     assert (after - least) < 0.5 * (before - least)
 
 
-def test_a_step_of_probes_is_down_the_gradient_of_the_loss(grads):
-    """Of many Gaussian probes: s = r without preconditioning, on the dense matrices, by autograd."""
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_step_of_probes_is_that_of_the_papers(preconditioned, grads, monkeypatch):
+    """<s, Q u> / |u| |v|, s = Q r or r a constant, on the dense matrices and by autograd: value and gradient."""
+    stepped = []
+    step = AdamFactors._step
+    monkeypatch.setattr(
+        AdamFactors, "_step", lambda self, loss: (stepped.append(float(loss.detach())), step(self, loss))
+    )
     factors = start(False)
     learner = AdamFactors(
-        Adam(probes="gaussian", num_probes=3, preconditioned=False, learning_rate=1e-6), DAMPING, factors, 0
+        Adam(probes="gaussian", num_probes=3, preconditioned=preconditioned, learning_rate=1e-6), DAMPING, factors, 0
     )
     u, v = learner.probe()
     fisher = fisher_of(grads)
@@ -89,13 +95,36 @@ def test_a_step_of_probes_is_down_the_gradient_of_the_loss(grads):
     q = kronecker_matrix(roots[0].mT @ roots[0], roots[1] @ roots[1].mT, roots[2])
     flat = u.flatten(1)
     residual = (flat @ q @ fisher - flat).detach()
+    s = residual @ q.detach() if preconditioned else residual
     norms = flat.norm(dim=1) * (flat @ q).detach().norm(dim=1)
-    ((residual * (flat @ q)).sum(1) / norms).mean().backward()
+    expected = ((s * (flat @ q)).sum(1) / norms).mean()
+    expected.backward()
     before = [x.clone() for x in (learner.row, learner.col, learner.scale)]
     learner.follow(u, v, fisher_v)
+    assert stepped == [pytest.approx(float(expected.detach()), rel=1e-9)]
     for root, old, new in zip(roots, before, (learner.row, learner.col, learner.scale), strict=True):
-        significant = root.grad.abs() > 1e-6
+        significant = root.grad.abs() > 1e-6 * root.grad.abs().max()
         assert torch.equal((new - old).sign()[significant], -root.grad.sign()[significant])
+
+
+def test_memory_is_counted(grads):
+    curvature = FishLeg(0.1, batch_size=16, adam=Adam(warm_up=16))
+    curvature.start({"w": grads[0]})
+    curvature.update(Observation(64, gradients={"w": grads[:64]}))
+    learner = curvature._descended["w"]
+    moments = [x for state in learner._optimizer.state.values() for x in state.values() if x.numel() > 1]
+    roots = [learner.row, learner.col, learner.scale]
+    held = 8 * sum(x.numel() for x in (*roots, *(root.grad for root in roots), *moments))
+    plain = FishLeg(0.1, batch_size=16).state_bytes("w", grads[0], 64)
+    assert curvature.state_bytes("w", grads[0], 64) - plain == held
+
+
+def test_what_adam_makes_infinite_is_named(grads):
+    curvature = FishLeg(0.1, batch_size=16, adam=Adam(warm_up=16))
+    curvature.start({"w": grads[0]})
+    curvature.update(Observation(16, gradients={"w": grads[:16]}))
+    with pytest.raises(CurvatureError, match="w: Adam's loss is not finite"):
+        curvature.update(Observation(16, gradients={"w": grads[:16] * torch.inf}))
 
 
 def test_nothing_changes_after_the_last_step(grads):
@@ -112,6 +141,7 @@ def test_roots_of_what_rounding_made_indefinite():
     col = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-7]])
     learner = AdamFactors(Adam(), DAMPING, Factors(torch.ones(2), col), 0)
     torch.testing.assert_close(learner.factors().col, col)
+    assert torch.linalg.slogdet(learner.col).logabsdet.isfinite()
 
 
 # Products with the Fisher matrix of a network.
@@ -179,7 +209,7 @@ def test_fisher_products_are_those_of_the_jacobians(likelihood, network, generat
 def test_fisher_products_need_a_named_likelihood(network):
     x, y = torch.zeros(2, 1, 3, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     weights = {n: p for n, p in network.named_parameters() if p.dim() > 1}
-    with pytest.raises(ValueError, match="likelihood= with labels='model' and another loss"):
+    with pytest.raises(ValueError, match="likelihood= for the true Fisher matrix"):
         observe(network, [(x, y)], F.mse_loss, Products({}), weights)
     with pytest.raises(ValueError, match="categorical, gaussian, bernoulli for products with the Fisher matrix"):
         observe(network, [(x, y)], F.mse_loss, Products({}), weights, likelihood=lambda outputs, _: outputs)
@@ -229,6 +259,31 @@ def test_pruning_by_it_is_better_than_by_magnitude_and_a_saved_estimate_prunes_a
     assert losses[0] < losses[2]
 
 
+def test_gauss_newton_steps_lower_the_loss_on_the_networks_own_fisher_matrix(problem):
+    """From little warm-up, against the dense generalised Gauss-Newton matrix of each layer."""
+    net, data = problem
+    net = net.double()
+    data = [(x.double(), y) for x, y in data]
+    weights = {name: p for name, p in net.named_parameters() if p.dim() > 1}
+    x = torch.cat([x for x, _ in data])
+    fisher = fisher_by_jacobians(net, weights, x, "categorical")
+    losses = []
+    for steps in (1, 48):
+        adam = Adam(0.02, steps, warm_up=32, probes="gaussian", num_probes=4, products="gauss_newton")
+        curvature = FishLeg(0.1, batch_size=32, adam=adam)
+        curvature.start({name: p.detach() for name, p in weights.items()})
+        for seed in range(6):
+            observe(net, data, F.cross_entropy, curvature, weights, num_grads=512, labels="model", seed=seed)
+        begin, loss = 0, 0.0
+        for name, p in weights.items():
+            part = slice(begin, begin := begin + p.numel())
+            damped = fisher[part, part] + 0.1 * torch.eye(p.numel(), dtype=p.dtype)
+            loss += auxiliary(kronecker_matrix(*curvature.factors(name)), damped)
+        losses.append(loss)
+        assert not curvature.factors("0.weight").col.requires_grad
+    assert losses[1] < losses[0] - 0.01 * abs(losses[0])
+
+
 def test_learning_goes_on_from_a_saved_state(grads):
     """Moments, steps and the generator of probes are in it."""
     adam = Adam(steps=20, warm_up=64, probes="gaussian")
@@ -264,3 +319,8 @@ def test_learning_goes_on_from_a_saved_state(grads):
 def test_settings_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Adam(**options)
+
+
+def test_it_does_not_go_with_carrying_over():
+    with pytest.raises(ValueError, match="expected carry_over=0 with adam, got 64"):
+        FishLeg(carry_over=64, adam=Adam())

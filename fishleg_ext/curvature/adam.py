@@ -29,7 +29,8 @@ class Adam:
 
     Attributes:
         learning_rate: relative to the root mean square of each of scale, R and L at the start; falls linearly to 0.
-        steps: after which nothing changes any more; a batch is a step.
+        steps: after which nothing changes any more; a batch is a step, with Gauss-Newton products each chunk that the
+            gradients of are computed at a time.
         warm_up: gradients that are learned by turns first.
         loss: "auxiliary", or "log_determinant": 1/2 tr(Q (F + damping I)) - 1/2 log det Q, which has the same minimum
             where Q can be the inverse; without probes alone.
@@ -37,8 +38,8 @@ class Adam:
         num_probes: in a step.
         preconditioned: s = Q r; else s = r, whose steps are larger where Q is small.
         products: F v of the probes by "gradients", mean g (g^T v) over the batch, each parameter by itself; or by
-            "gauss_newton", exact products with the whole network's Fisher matrix on the inputs of a chunk, for which
-            the likelihood must be a named one.
+            "gauss_newton", exact products with the Fisher matrix of all parameters that are estimated together, on the
+            inputs of a chunk, for which the likelihood must be a named one.
 
     Raises:
         ValueError: a value is unknown, or two do not go together.
@@ -91,23 +92,28 @@ class AdamFactors:
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
+    @ieee_products()
     def factors(self) -> Factors:
         """P = R^T R, M = L L^T and the scale."""
         row = self.row.square() if self.row.dim() == 1 else self.row.mT @ self.row
         return Factors(row, self.col @ self.col.mT, self.scale)
 
+    @ieee_products()
     def learn(self, grads: Tensor) -> Tensor:
-        """A step by a batch of gradients [m, o, i]; returns the loss on them before it, without probes."""
-        with torch.enable_grad(), ieee_products():
-            loss = self._loss(grads)
-            if self.options.probes is None:
+        """A step by a batch of gradients [m, o, i], but for Gauss-Newton products; returns the loss on them before."""
+        if self.options.probes is None:
+            with torch.enable_grad():
+                loss = self._loss(self._tracked(), grads)
                 self._step(loss)
-            elif self.options.products == "gradients":
-                u, v = self.probe(grads)
-                coefficients = torch.einsum("soi,noi->ns", grads, v) / len(grads)
-                self.follow(u, v, torch.einsum("soi,ns->noi", grads, coefficients))
-        return loss.detach()
+            return loss.detach()
+        loss = self._loss(self.factors(), grads)
+        if self.options.products == "gradients":
+            u, v = self.probe(grads)
+            coefficients = torch.einsum("soi,noi->ns", grads, v) / len(grads)
+            self.follow(u, v, torch.einsum("soi,ns->noi", grads, coefficients))
+        return loss
 
+    @ieee_products()
     def probe(self, grads: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """Probes u, of these gradients if they are not to be Gaussian, and v = Q u, both [num_probes, o, i]."""
         count = self.options.num_probes
@@ -120,6 +126,7 @@ class AdamFactors:
         with torch.no_grad():
             return u, kron_mul(u, *self.factors())
 
+    @ieee_products()
     def follow(self, u: Tensor, v: Tensor, fisher_v: Tensor) -> None:
         """A step by probes u, v = Q u and F v, [n, o, i] each."""
         with torch.no_grad():
@@ -127,7 +134,7 @@ class AdamFactors:
             s = kron_mul(residual, *self.factors()) if self.options.preconditioned else residual
             norms = u.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)
             s = s / torch.where(norms > 0, norms, 1)[:, None, None]
-        with torch.enable_grad(), ieee_products():
+        with torch.enable_grad():
             self._step((s * kron_mul(u, *self._tracked())).sum() / len(u))
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ class AdamFactors:
             own.copy_(theirs)
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._rates, self.taken = list(state["rates"]), int(state["taken"])
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
 
     def _roots(self) -> list[Tensor]:
         return [self.row, self.col, self.scale]
@@ -157,9 +164,8 @@ class AdamFactors:
             root.requires_grad_()
         return self.factors()
 
-    def _loss(self, grads: Tensor) -> Tensor:
+    def _loss(self, factors: Factors, grads: Tensor) -> Tensor:
         """The exact expectation over u, on this batch."""
-        factors = self._tracked()
         row, col, scale = factors.row, factors.col, self.scale
         trace = kron_diag(*factors).sum()
         product = kron_mul(grads, *factors)
@@ -174,18 +180,19 @@ class AdamFactors:
         return 0.5 * (product.square().sum() / len(grads) + self.damping * norm) - trace
 
     def _step(self, loss: Tensor) -> None:
-        self._optimizer.zero_grad()
-        loss.backward()
-        left = max(0.0, 1 - self.taken / self.options.steps)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * left
-        self._optimizer.step()
-        self.taken += 1
+        if self.taken < self.options.steps:
+            self._optimizer.zero_grad()
+            loss.backward()
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * (1 - self.taken / self.options.steps)
+            self._optimizer.step()
+            self.taken += 1
         for root in self._roots():
             root.requires_grad_(False)
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """L with L L^T = matrix, also where rounding has made it indefinite."""
+    """L with L L^T = matrix, also where rounding has made it indefinite, and then regular."""
     values, vectors = torch.linalg.eigh(matrix.double())
-    return (vectors * values.clamp(min=0).sqrt()).to(matrix.dtype)
+    least = torch.finfo(matrix.dtype).eps * values.max()
+    return (vectors * values.clamp(min=least).sqrt()).to(matrix.dtype)

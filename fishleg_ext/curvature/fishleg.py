@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishleg_ext.arguments import checked_count, checked_damping
 from fishleg_ext.curvature.adam import Adam, AdamFactors
-from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
 from fishleg_ext.curvature.kronecker import (
@@ -54,7 +54,7 @@ class LearnedFactors:
         row_moment, col_moment: weighted means of G M^2 G^T, or of its diagonal, and of G^T P^2 G.
         trace: tr Q.
         seen: gradients so far.
-        carried: how many of these are of an earlier estimate, until the first batch after it.
+        carried: how many of these count for an earlier estimate.
     """
 
     damping: float
@@ -85,28 +85,28 @@ class LearnedFactors:
 
     @ieee_products()
     def learn(self, grads: Tensor, invert: Callable[[Tensor, float], Tensor]) -> Tensor:
-        """Improve both factors by a batch.
+        """Improve both factors by a batch; the first after an earlier estimate says how large gradients are now.
 
         Args:
             grads: [m, o, i].
             invert: (matrix or diagonal as a vector, damping) -> (matrix + damping I)^-1.
 
         Returns:
-            the auxiliary loss on this batch before anything was learned from it.
+            the auxiliary loss on this batch before anything was learned from it, but the size of gradients.
         """
+        rescale = 0 < self.carried == self.seen
         self.seen += len(grads)
         weight = 2 * len(grads) / (self.seen + len(grads))  # of the t-th batch in the mean: t
         by_col = self.row[:, None] * grads if self.row.dim() == 1 else self.row @ grads
         moment = torch.zeros_like(self.col_moment)
         add_moment_(moment, by_col.flatten(0, 1), 1 / len(grads))
-        loss = self._loss(moment)
-        self._take(self.col_moment, moment, weight)
+        loss = self._loss(moment, rescale)
+        _take(self.col_moment, moment, weight, rescale)
         best = invert(self.col_moment, self.damping * float(self.row.square().sum()))
         self.col = best / best.trace()
         moment = torch.zeros_like(self.row_moment)
         add_moment_(moment, (grads @ self.col).mT.reshape(-1, len(moment)), 1 / len(grads))
-        self._take(self.row_moment, moment, weight)
-        self.carried = 0
+        _take(self.row_moment, moment, weight, rescale)
         best = invert(self.row_moment, self.damping * float(self.col.square().sum()))
         self.trace = diagonal_of(best).sum()
         self.row = best / self.trace
@@ -116,19 +116,23 @@ class LearnedFactors:
         """P and M."""
         return Factors(self.row * self.trace, self.col)
 
-    def _take(self, mean: Tensor, moment: Tensor, weight: float) -> None:
-        """A batch's moment into the mean, whose scale is that of the batch if it is of an earlier estimate."""
-        if self.carried and (before := diagonal_of(mean).sum()) > 0:
-            mean *= diagonal_of(moment).sum() / before
-        mean.lerp_(moment, weight)
+    def _loss(self, moment: Tensor, rescale: bool) -> Tensor:
+        """The auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M).
 
-    def _loss(self, moment: Tensor) -> Tensor:
-        """The auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M)."""
+        With rescale at the best scale of Q, which it has from then on.
+        """
         squared = (self.col @ moment * self.col).sum()
         squared += self.damping * self.row.square().sum() * self.col.square().sum()
-        if self.carried:  # at the best scale, tr Q = 1 / squared
+        if rescale:  # 1/2 c^2 squared - c is least for c = 1 / squared
             self.trace = 1 / squared
         return 0.5 * self.trace**2 * squared - self.trace
+
+
+def _take(mean: Tensor, moment: Tensor, weight: float, rescale: bool) -> None:
+    """A batch's moment into the mean, which may first take on its scale."""
+    if rescale and (before := diagonal_of(mean).sum()) > 0:
+        mean *= diagonal_of(moment).sum() / before
+    mean.lerp_(moment, weight)
 
 
 class FishLeg(KroneckerInverse):
@@ -162,12 +166,15 @@ class FishLeg(KroneckerInverse):
         block_size: weights in a block, of "block".
         carry_over: how many gradients the last estimate counts for, at most, in the next one, which begins from it; 0
             forgets it, as does an estimate that max_memory splits.
-        adam: descend the loss by Adam, as the papers do, instead of learning by turns: for comparison.
-        monitor: called with (parameter, gradients so far, auxiliary loss on the last of them before they were learned
-            from), such as a `LossCurves`.
+        adam: descend the loss by Adam, as the papers do, instead of learning by turns: for comparison. Not with
+            carry_over.
+        monitor: called with (parameter, gradients of this estimate so far, auxiliary loss on the last of them before
+            they were learned from; where an earlier estimate is carried over, its first loss is at the best scale of Q
+            for them), such as a `LossCurves`.
     """
 
     default_num_grads: ClassVar[int] = 2048
+    stores_factors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -185,7 +192,11 @@ class FishLeg(KroneckerInverse):
         self.passes = checked_count("passes", passes)
         self.batch_size = checked_count("batch_size", batch_size)
         self.block_size = checked_count("block_size", block_size)
-        self.carry_over = checked_count("carry_over", carry_over) if carry_over else 0
+        if isinstance(carry_over, bool) or not isinstance(carry_over, int) or carry_over < 0:
+            raise ValueError(f"expected carry_over to be a number of gradients >= 0, got {carry_over!r}")
+        if carry_over and adam is not None:
+            raise ValueError(f"expected carry_over=0 with adam, got {carry_over}")
+        self.carry_over = carry_over
         for wanted in structure.values() if isinstance(structure, Mapping) else [structure or "block"]:
             if wanted not in STRUCTURES:
                 raise ValueError(f"expected structure to be one of {', '.join(STRUCTURES)}, got {wanted!r}")
@@ -243,7 +254,10 @@ class FishLeg(KroneckerInverse):
             return other.state_bytes(name, weight, num_grads)
         shape, apart = self._matrix_shape(name, weight), self._structure(name, weight) == "rows"
         batch = self.batch_size * math.prod(shape) * widened(weight.dtype).itemsize
-        return 2 * factor_bytes(shape, weight.dtype, apart) + batch
+        factors = factor_bytes(shape, weight.dtype, apart)
+        # Adam has a root, its gradient and two moments of each factor and of the scale.
+        adam = 0 if self.adam is None else 4 * (factors + batch // self.batch_size)
+        return 2 * factors + adam + batch
 
     def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
         """A batch four times over, and the inversion of the larger factor; with Adam what autograd holds as well."""
@@ -327,6 +341,8 @@ class FishLeg(KroneckerInverse):
             load_tensors(own, {name: state_entry(theirs, part) for name, theirs in learned.items()})
         for name, mine in self._learned.items():
             mine.seen, mine.carried = (int(learned[name][part]) for part in ("seen", "carried"))
+        self._descended = {}
+        self._waiting = {name: [] for name in self._learned}
         for name, theirs in descended.items():
             self._descended[name] = self._begin_descent(name)
             self._descended[name].load_state_dict(theirs)
@@ -346,8 +362,10 @@ class FishLeg(KroneckerInverse):
                 self._descended[name] = self._begin_descent(name)
             learned.seen += len(grads)
             loss = self._descended[name].learn(grads)
+            if not loss.isfinite():
+                raise CurvatureError(f"{name}: Adam's loss is not finite; use more damping or a smaller learning_rate")
         if self.monitor is not None:
-            self.monitor(name, learned.seen, float(loss))
+            self.monitor(name, learned.seen - learned.carried, float(loss))
 
     def _begin_descent(self, name: str) -> AdamFactors:
         assert self.adam is not None

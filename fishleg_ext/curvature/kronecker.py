@@ -44,6 +44,7 @@ class KroneckerInverse(Curvature):
 
     masked: ClassVar[bool] = False
     takes_biases: ClassVar[bool] = True
+    stores_factors: ClassVar[bool] = False  # else `factors` takes an inversion, and memory for as long as they are used
     default_labels: ClassVar[str] = "model"
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
@@ -60,15 +61,17 @@ class KroneckerInverse(Curvature):
         """P, M and scale of one parameter."""
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Two products of matrices for each, all in one call."""
+        """Two products of matrices for each, in one call where factors are there anyway."""
         names = [name for name in v if name in self.layouts]
-        matrices = [self._matrix(name, v) for name in names]
-        factors = [self.factors(name) for name in progress_bar(names, what="factors", show=self.progress)]
-        rows, cols, scales = [f.row for f in factors], [f.col for f in factors], [f.scale for f in factors]
-        products = ops.foreach_kron_mul(matrices, rows, cols, scales)
-        return {
-            part: x for name, product in zip(names, products, strict=True) for part, x in self._parts(name, product)
-        }
+        groups = [names] if self.stores_factors else [[name] for name in names]
+        result: dict[str, Tensor] = {}
+        for group in progress_bar(groups, what="products", show=self.progress):
+            factors = [self.factors(name) for name in group]
+            rows, cols, scales = [f.row for f in factors], [f.col for f in factors], [f.scale for f in factors]
+            products = ops.foreach_kron_mul([self._matrix(name, v) for name in group], rows, cols, scales)
+            for name, product in zip(group, products, strict=True):
+                result |= self._parts(name, product)
+        return result
 
     def diag(self) -> dict[str, Tensor]:
         """scale^2 * (diag P outer diag M)."""
@@ -111,8 +114,8 @@ class KroneckerInverse(Curvature):
             CurvatureError: it has no inverse even with much more damping.
         """
         if matrix.dim() == 1:
-            inverse = 1 / (matrix + damping)
-            if not inverse.isfinite().all():
+            inverse = (1 / (matrix.double() + damping)).to(matrix.dtype)
+            if not (matrix.isfinite() & inverse.isfinite()).all():
                 raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
             return inverse
         inverse, info = ops.block_inverse(matrix.double()[None], damping)
@@ -254,6 +257,7 @@ class Kronecker(KroneckerInverse):
         """Sums of outer products and their counts."""
         return {
             "factors": self.kind,
+            "structure": self.structure,
             "counts": {name: list(counts) for name, counts in self._counts.items()},
             "row": {name: moments.row for name, moments in self._moments.items()},
             "col": {name: moments.col for name, moments in self._moments.items()},
@@ -263,6 +267,8 @@ class Kronecker(KroneckerInverse):
         """The inverse of `state_dict`."""
         if (kind := state_entry(state, "factors")) != self.kind:
             raise ValueError(f"expected the state of Kronecker(factors={self.kind!r}), got that of {kind!r}")
+        if (structure := state_entry(state, "structure")) != self.structure:
+            raise ValueError(f"expected the state of structure {self.structure!r}, got that of {structure!r}")
         for part in ("row", "col"):
             load_tensors({name: getattr(m, part) for name, m in self._moments.items()}, state_entry(state, part))
         self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}

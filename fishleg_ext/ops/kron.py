@@ -15,7 +15,7 @@ def _check_factors(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tenso
     if row_factor.dim() not in (1, 2):
         raise ValueError(f"expected row_factor of shape [o, o] or [o], got {list(row_factor.shape)}")
     checks.dims("col_factor", col_factor, "[i, i]")
-    rows, cols = len(row_factor), len(col_factor)
+    rows, cols = row_factor.shape[0], col_factor.shape[0]
     if scale is not None:
         checks.dense_floating(col_factor=col_factor, scale=scale)
         checks.dims("scale", scale, "[o, i]")
@@ -80,6 +80,8 @@ def foreach_kron_mul(
 ) -> list[Tensor]:
     """`kron_mul` of many parameters at once: on a GPU, small layers share a launch.
 
+    While a CUDA graph is captured the reference runs, as its kernel's tables hold the addresses of one call.
+
     Args:
         x: each [..., o, i], floating point; sizes may differ.
         row_factor: of each, [o, o] or [o].
@@ -104,7 +106,7 @@ def foreach_kron_mul(
 
 
 def _fake_kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
-    shape = len(row_factor), len(col_factor)
+    shape = row_factor.shape[0], col_factor.shape[0]
     return col_factor.new_empty(shape, dtype=reference.dtype_of(row_factor, col_factor, scale))
 
 
