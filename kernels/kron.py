@@ -12,7 +12,7 @@ a GPU by themselves share a launch. Products are of three TF32 products each (tf
 bit or two, on tensor cores.
 
 Bytes per weight, float32: x and scale are read o / BLOCK_M times and z is read i / BLOCK_N times, where P is diagonal x
-and scale in its place, mostly from the L2; scale once more, and z and y are written. FLOP per weight: 2 o + 2 i. Where a
+and scale in its place, mostly from the L2; scale once more; z and y are written. FLOP per weight: 2 o + 2 i. Where a
 matrix is wider than a few hundred, arithmetic is what takes the time. Invariants: sums in float32; what lies beyond an
 edge counts as 0; offsets within a matrix fit into 32 bits.
 """
