@@ -466,7 +466,8 @@ def prune(
         sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero, of all
             n weights or, with scope="layer", of each parameter's.
         curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
-            "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a `fishleg_ext.curvature.Curvature`.
+            "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a `fishleg_ext.curvature.Curvature`. Under "kronecker"
+            and "fishleg" the biases of the pruned layers move with the weights; no other parameters ever change.
         saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
             (SparseGPT: column after column; not with scope="global"). None is the curvature's default: simultaneous for
             identity, diagonal and low_rank, exact for the others.
