@@ -158,7 +158,8 @@ class Pruner:
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
         self._check_parameters()
-        if self.saliency == "simultaneous" and not self.curvature.masked and any(self._masks.num_pruned().values()):
+        cleared = self.curvature.masked or self.curvature.maskable
+        if self.saliency == "simultaneous" and not cleared and any(self._masks.num_pruned().values()):
             raise ValueError(
                 f"expected saliency='exact' or 'fixed_order' where weights are pruned already: single-weight scores of "
                 f"{type(self.curvature).__name__} would count on these to make up for others"

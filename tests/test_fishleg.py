@@ -325,6 +325,25 @@ def test_pruning_on_after_one_estimate_is_pruning_at_once(curvature, problem):
         torch.testing.assert_close(results[0][1][name], results[1][1][name], rtol=1e-6, atol=1e-8)
 
 
+def test_single_weight_rounds_mask_the_scale(problem):
+    """The second round is that of mask * Q * mask."""
+    net, x, y = problem
+    model = copy.deepcopy(net).double()
+    pruner = Pruner(model, curvature="fishleg", saliency="simultaneous", num_grads=256, progress=False)
+    for sparsity in (0.3, 0.5):
+        pruner.estimate(batches(x.double(), y), F.cross_entropy)
+        before, masks = {n: w.detach().clone() for n, w in pruner.weights.items()}, pruner.masks
+        result = pruner.prune_to(sparsity)
+    for name, weight in before.items():
+        row, col, _ = pruner.curvature.factors(name)
+        size = pruner.curvature.layouts[name].block_size  # without the column of the bias
+        mask = masks[name].double().flatten()
+        q = mask[:, None] * kronecker_matrix(row, col[:size, :size]) * mask
+        gone, w = (masks[name] & ~result.masks[name]).flatten(), weight.flatten()
+        expected = w - q[:, gone] @ (w / q.diagonal())[gone]
+        torch.testing.assert_close(pruner.weights[name].detach().flatten(), expected * result.masks[name].flatten())
+
+
 @pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])
 def test_rounds_and_a_saved_estimate(curvature, problem, tmp_path):
     net, x, y = problem

@@ -55,6 +55,8 @@ class Curvature(ABC):
         masked: whether the inverse is that of the weights that were alive at the estimate, as masked gradients make
             it. Else gradients are not masked, the inverse is that of all weights, and elimination must deal with the
             dead first.
+        maskable: whether, where it is not masked, the rows and columns of the dead may be cleared from the inverse for
+            single-weight scores, as FishLeg masks its scale.
         takes_biases: whether it can model a layer's bias together with the weight.
         biases: of the weights, whose layer has one -> its name. These biases move with the weights and are never lost;
             `update` and `mul` take them by name, beside the weights, and `mul` returns them. Set it before `start`.
@@ -69,6 +71,7 @@ class Curvature(ABC):
     block_diagonal: ClassVar[bool] = True
     separable: ClassVar[bool] = True
     masked: ClassVar[bool] = True
+    maskable: ClassVar[bool] = False
     takes_biases: ClassVar[bool] = False
     default_saliency: ClassVar[str] = "exact"
     default_scope: ClassVar[str] = "global"

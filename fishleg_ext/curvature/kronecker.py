@@ -43,6 +43,7 @@ class KroneckerInverse(Curvature):
     """
 
     masked: ClassVar[bool] = False
+    maskable: ClassVar[bool] = True
     takes_biases: ClassVar[bool] = True
     stores_factors: ClassVar[bool] = False  # else `factors` takes an inversion, and memory for as long as they are used
     default_labels: ClassVar[str] = "model"
