@@ -206,11 +206,18 @@ def test_how_much_the_last_estimate_counts_is_bounded(gradients):
 
 
 def test_the_structure_of_each_parameter():
-    shapes = {"conv": (6, 4, 3, 3), "bias": (300,), "fc": (5, 40), "other": (5, 40), "wide": (2, 9000)}
+    shapes = {
+        "conv": (6, 4, 3, 3),
+        "bias": (300,),
+        "fc": (5, 40),
+        "other": (5, 40),
+        "wide": (2, 9000),
+        "head": (9000, 2),
+    }
     curvature = FishLeg(structure={"other": "diagonal"})
     curvature.start({name: torch.zeros(shape) for name, shape in shapes.items()})
     sizes = {name: layout.block_size for name, layout in curvature.layouts.items()}
-    assert sizes == {"conv": 36, "bias": 128, "fc": 40, "other": 1, "wide": 128}
+    assert sizes == {"conv": 36, "bias": 128, "fc": 40, "other": 1, "wide": 128, "head": 2}
 
 
 def test_structures_of_parameters_that_there_are_not_are_refused(problem):

@@ -162,7 +162,7 @@ class FishLeg(KroneckerInverse):
         passes: over the data, each of num_grads gradients, with labels of its own where these are sampled.
         batch_size: gradients from which P and M are improved once.
         structure: of all parameters, or a dict name -> structure of some. Else it is "rows" for matrices and
-            convolutions whose factors are at most 8,192 wide, and "block" for others.
+            convolutions with a fan-in of at most 8,192, and "block" for others.
         block_size: weights in a block, of "block".
         carry_over: how many gradients the last estimate counts for, at most, in the next one, which begins from it; 0
             forgets it, as does an estimate that max_memory splits.
@@ -391,7 +391,7 @@ class FishLeg(KroneckerInverse):
 
     def _structure(self, name: str, weight: Tensor) -> str:
         given = self.structure.get(name) if isinstance(self.structure, Mapping) else self.structure
-        fits = weight.dim() > 1 and max(matrix_shape(weight)) <= LARGEST_FACTOR
+        fits = weight.dim() > 1 and matrix_shape(weight)[1] <= LARGEST_FACTOR
         return given or ("rows" if fits else "block")
 
     def _other(self, name: str, weight: Tensor) -> Optional[Curvature]:
