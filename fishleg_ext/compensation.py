@@ -52,7 +52,7 @@ def exact_update(
         blocks = curvature.blocks(name)
         rows, gone = layout.to_blocks(weight), layout.to_blocks(~masks[name])
         if with_bias := blocks.inverse.shape[2] > layout.block_size:
-            rows = torch.cat([rows, biases[name].to(rows.dtype)[:, None]], dim=1)
+            rows = torch.cat([rows, biases[name][:, None]], dim=1)  # in the wider dtype of the two
             gone = torch.nn.functional.pad(gone, (0, 1))
         moved = blocks.unscaled(ops.obs_compensate(blocks.scaled(rows), blocks.inverse, gone))
         updated[name] = layout.from_blocks(moved[:, : layout.block_size]).to(weight.dtype)

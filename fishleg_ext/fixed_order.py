@@ -54,7 +54,7 @@ def fixed_order_prune(
         rows, size = layout.to_blocks(weight), layout.block_size
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
         if with_bias := blocks.inverse.shape[2] > size:  # the last column, which is nobody's to lose
-            rows = torch.cat([rows, biases[name].to(rows.dtype)[:, None]], dim=1)
+            rows = torch.cat([rows, biases[name][:, None]], dim=1)
             alive, is_weight = (torch.nn.functional.pad(mask, (0, 1)) for mask in (alive, is_weight))
         rows = blocks.scaled(rows).to(blocks.inverse.dtype).clone()
         keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name])

@@ -208,6 +208,22 @@ def test_a_bias_that_may_move_makes_up_for_more(problem):
     assert losses[0] < losses[1]
 
 
+def test_a_bias_of_wider_dtype_keeps_its_digits(problem):
+    """Its change is that of the same network in float32 to the digits of a bfloat16 weight, not to those of its own."""
+    net, x, y = problem
+    net = nn.Sequential(net[0], net[1], net[2], net[3])
+    narrow = copy.deepcopy(net)
+    narrow[3].weight.data = narrow[3].weight.data.bfloat16()
+    narrow[3].forward = lambda x: F.linear(x, narrow[3].weight.float(), narrow[3].bias)
+    options = {"sparsity": 0.3, "params": "3.weight", "curvature": "fishleg", "num_grads": 64, "progress": False}
+    prune(narrow, batches(x, y), **options)
+    assert narrow[3].weight.dtype == torch.bfloat16
+    assert narrow[3].bias.dtype == torch.float32
+    change = narrow[3].bias - net[3].bias
+    assert change.abs().min() > 0
+    assert (narrow[3].bias != narrow[3].bias.bfloat16()).any()
+
+
 def test_biases_are_restored_if_anything_is_raised(problem):
     net, x, y = problem
     model = copy.deepcopy(net)

@@ -134,7 +134,7 @@ class KroneckerInverse(Curvature):
         return name in self.biases
 
     def _matrix_shape(self, name: str, weight: Tensor) -> tuple[int, int]:
-        """The same before `start`."""
+        """What `_shape` will be, before `start`."""
         rows, cols = matrix_shape(weight)
         return rows, cols + self._has_bias(name)
 
