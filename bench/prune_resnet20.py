@@ -283,7 +283,6 @@ class Bench:
         *,
         held_out: bool = False,
         last_only: bool = False,
-        recalibrated: bool = True,
         **options: Any,
     ) -> list[dict[str, Any]]:
         """Prune the dense network to one sparsity after another and measure it after each, or after the last."""
@@ -311,9 +310,8 @@ class Bench:
             if last_only and sparsity != sparsities[-1]:
                 continue
             record = self._record(name, draw, result, seconds) | {"accuracy": self.cifar.accuracy(model, held_out)}
-            if recalibrated:
-                recalibrate_batchnorm(copied := copy.deepcopy(model), data)
-                record["accuracy_recalibrated"] = self.cifar.accuracy(copied, held_out)
+            recalibrate_batchnorm(copied := copy.deepcopy(model), data)
+            record["accuracy_recalibrated"] = self.cifar.accuracy(copied, held_out)
             records.append(record)
         self.records += records
         return records

@@ -50,12 +50,9 @@ def exact_update(
     for name, weight in progress_bar(weights.items(), what="compensation", show=progress):
         layout = curvature.layouts[name]
         blocks = curvature.blocks(name)
-        rows, gone = layout.to_blocks(weight), layout.to_blocks(~masks[name])
-        if with_bias := blocks.inverse.shape[2] > layout.block_size:
-            rows = torch.cat([rows, biases[name][:, None]], dim=1)  # in the wider dtype of the two
-            gone = torch.nn.functional.pad(gone, (0, 1))
-        moved = blocks.unscaled(ops.obs_compensate(blocks.scaled(rows), blocks.inverse, gone))
-        updated[name] = layout.from_blocks(moved[:, : layout.block_size]).to(weight.dtype)
-        if with_bias:
-            updated[curvature.biases[name]] = moved[:, -1].to(biases[name].dtype)
+        rows, gone = blocks.rows(layout, weight, biases.get(name), layout.to_blocks(~masks[name]))
+        moved, *bias = blocks.parts(layout, ops.obs_compensate(rows, blocks.inverse, gone))
+        updated[name] = moved.to(weight.dtype)
+        if bias:
+            updated[curvature.biases[name]] = bias[0].to(biases[name].dtype)
     return updated

@@ -51,18 +51,15 @@ def fixed_order_prune(
         factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
         if failed.any():
             raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
-        rows, size = layout.to_blocks(weight), layout.block_size
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
-        if with_bias := blocks.inverse.shape[2] > size:  # the last column, which is nobody's to lose
-            rows = torch.cat([rows, biases[name][:, None]], dim=1)
-            alive, is_weight = (torch.nn.functional.pad(mask, (0, 1)) for mask in (alive, is_weight))
-        rows = blocks.scaled(rows).to(blocks.inverse.dtype).clone()
+        rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name), alive, is_weight)
+        rows = rows.to(blocks.inverse.dtype, copy=True)
         keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name])
-        rows = blocks.unscaled(rows)
-        kept[name] = layout.from_blocks(keep[:, :size])
-        moved[name] = layout.from_blocks(rows[:, :size]).to(weight.dtype)
-        if with_bias:
-            moved[curvature.biases[name]] = rows[:, -1].to(biases[name].dtype)
+        swept, *bias = blocks.parts(layout, rows)
+        kept[name] = layout.from_blocks(keep[:, : layout.block_size])
+        moved[name] = swept.to(weight.dtype)
+        if bias:
+            moved[curvature.biases[name]] = bias[0].to(biases[name].dtype)
     return kept, moved
 
 

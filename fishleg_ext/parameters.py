@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Optional, Union
 
@@ -64,8 +65,8 @@ def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str
             known = bias is not None and id(bias) in names and id(bias) not in pruned
             found.append((names[id(module.weight)], names[id(bias)] if known else ""))
     # Not where layers share the weight or the bias, and not where some of these have none.
-    shared = [part for part in zip(*found, strict=True)] if found else [(), ()]
-    return {w: b for w, b in found if b and shared[0].count(w) == 1 and shared[1].count(b) == 1}
+    layers = Counter(name for pair in found for name in pair)
+    return {weight: bias for weight, bias in found if bias and layers[weight] == layers[bias] == 1}
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

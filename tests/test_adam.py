@@ -12,7 +12,7 @@ from fishleg_ext.curvature import Adam, CurvatureError, FishLeg
 from fishleg_ext.curvature.adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observe import Observation, observe
-from tests.oracles import batches, kronecker_matrix
+from tests.oracles import batches, kronecker_matrix, trained
 
 DAMPING = 0.1
 SETTINGS = {
@@ -224,12 +224,7 @@ def problem(generator):
     net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
     x = torch.randn(512, 10, generator=generator)
     y = (x @ torch.randn(10, 3, generator=generator)).argmax(1)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    for _ in range(80):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    return net.eval(), batches(x, y, 64)
+    return trained(net, x, y), batches(x, y, 64)
 
 
 @pytest.mark.parametrize(

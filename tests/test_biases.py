@@ -14,7 +14,7 @@ from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observe import Observation, input_rows
 from fishleg_ext.parameters import biases_of
 from fishleg_ext.saliency import exact_costs
-from tests.oracles import batches, kronecker_matrix, naive_elimination
+from tests.oracles import batches, kronecker_matrix, naive_elimination, trained
 
 MODELS = {
     "fishleg": lambda: FishLeg(0.05, batch_size=16),
@@ -155,12 +155,7 @@ def problem(generator):
     net = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 3))
     x = torch.randn(256, 2, 8, generator=generator) + 1
     y = (x.flatten(1) @ torch.randn(16, 3, generator=generator)).argmax(1)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    for _ in range(80):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    return net.eval(), x, y
+    return trained(net, x, y), x, y
 
 
 def changed_biases(before, after):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker, LossCurves
 from fishleg_ext.observe import Observation, observe
-from tests.oracles import batches, kronecker_matrix
+from tests.oracles import batches, kronecker_matrix, trained
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,7 @@ def gradients():
     x = torch.randn(512, 8, dtype=torch.float64)
     y = (x[:, :4] @ torch.randn(4, 5, dtype=torch.float64)).argmax(1)
     net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).double()
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
+    net = trained(net, x, y, 60, 0.02)
     seen = {}
 
     class Recorder:
@@ -292,12 +288,7 @@ def problem(generator):
     )
     x = torch.randn(256, 2, 4, 4, generator=generator)
     y = (x.flatten(1) @ torch.randn(32, 3, generator=generator)).argmax(1)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    for _ in range(80):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    return net.eval(), x, y
+    return trained(net, x, y), x, y
 
 
 @pytest.mark.parametrize("curvature", ["fishleg", "kronecker"])

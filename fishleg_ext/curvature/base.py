@@ -30,6 +30,24 @@ class Blocks(NamedTuple):
     weight_scale: Optional[Tensor] = None
     cost_scale: Optional[Tensor] = None
 
+    def rows(self, layout: BlockLayout, weight: Tensor, bias: Optional[Tensor], *masks: Tensor) -> list[Tensor]:
+        """A parameter as [K, B] in the units of the inverse, with the bias where the inverse has it; and masks [K, B].
+
+        The bias is in no mask. Both are in the wider dtype of the two.
+        """
+        rows = layout.to_blocks(weight)
+        if self.inverse.shape[2] > layout.block_size:
+            assert bias is not None
+            rows = torch.cat([rows, bias[:, None]], dim=1)
+            masks = tuple(torch.nn.functional.pad(mask, (0, 1)) for mask in masks)
+        return [self.scaled(rows), *masks]
+
+    def parts(self, layout: BlockLayout, rows: Tensor) -> list[Tensor]:
+        """The inverse of `rows`: the parameter and, where there is one, the bias."""
+        rows = self.unscaled(rows)
+        weight = layout.from_blocks(rows[:, : layout.block_size])
+        return [weight, rows[:, -1]] if rows.shape[1] > layout.block_size else [weight]
+
     def scaled(self, weight: Tensor) -> Tensor:
         """Weights [K, B], or with the bias [K, B + 1], in the units of the inverse; 0 where the scale is 0."""
         if self.weight_scale is None:

@@ -242,9 +242,9 @@ class FishLeg(KroneckerInverse):
                 continue
             apart = self._structure(name, weight) == "rows"
             fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
-            shapes = [(x.row.shape, x.col.shape) for x in (fresh, before.get(name, fresh))]
-            if name in before and shapes[0] == shapes[1]:
-                fresh.carry_over(before[name], self.carry_over)
+            last = before.get(name)
+            if last is not None and (last.row.shape, last.col.shape) == (fresh.row.shape, fresh.col.shape):
+                fresh.carry_over(last, self.carry_over)
             self._learned[name] = fresh
             self._waiting[name] = []
 
