@@ -11,9 +11,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "block_fisher.h"
 #include "obs.h"
+#include "select.h"
 
 // Missing from a PyTorch built without CUDA, where this file must load all the same; no op is
 // called there.
@@ -149,6 +151,26 @@ void woodbury_update_out(Tensor grads, int64_t num_grads, Tensor inverse) {
   });
 }
 
+void keep_mask_out(std::vector<Tensor> scores, int64_t infinity, int64_t num_pruned,
+                   std::vector<Tensor> masks, Tensor counts, Tensor ties) {
+  std::vector<fishleg_ext::SelectTensor> tensors;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    tensors.push_back({scores[i].const_data_ptr(), write<bool>(masks[i]), scores[i].numel()});
+  }
+  const torch::stable::accelerator::DeviceGuard guard(counts.get_device_index());
+  check("keep_mask", fishleg_ext::keep_mask(
+                         tensors.data(), static_cast<int64_t>(tensors.size()),
+                         static_cast<int>(scores[0].element_size()), infinity, num_pruned,
+                         write<int64_t>(counts), write<int64_t>(ties),
+                         static_cast<int>(counts.get_device_index()), current_stream(counts)));
+}
+
+int64_t select_tiles(int64_t size) { return fishleg_ext::select_tiles(size); }
+
+int64_t select_counts(int64_t element_size) {
+  return fishleg_ext::select_counts_of(static_cast<int>(element_size));
+}
+
 int64_t largest_block(int64_t element_size) {
   return fishleg_ext::largest_block(static_cast<int>(element_size));
 }
@@ -184,6 +206,11 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cuda, library) {
   library.def(
       "block_inverse_out(Tensor gram, float damping, Tensor(a!) inverse, Tensor(b!) info) -> ()");
   library.def("woodbury_update_out(Tensor grads, int num_grads, Tensor(a!) inverse) -> ()");
+  library.def(
+      "keep_mask_out(Tensor[] scores, int infinity, int num_pruned, Tensor(a!)[] masks, "
+      "Tensor(b!) counts, Tensor(c!) ties) -> ()");
+  library.def("select_tiles(int size) -> int");
+  library.def("select_counts(int element_size) -> int");
   library.def("largest_block(int element_size) -> int");
   library.def("largest_to_eliminate(int element_size, int group) -> int");
   library.def("compute_capability(int device) -> int");
@@ -196,9 +223,12 @@ STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CUDA, library) {
   library.impl("block_gram_out", TORCH_BOX(&block_gram_out));
   library.impl("block_inverse_out", TORCH_BOX(&block_inverse_out));
   library.impl("woodbury_update_out", TORCH_BOX(&woodbury_update_out));
+  library.impl("keep_mask_out", TORCH_BOX(&keep_mask_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cuda, CompositeExplicitAutograd, library) {
+  library.impl("select_tiles", TORCH_BOX(&select_tiles));
+  library.impl("select_counts", TORCH_BOX(&select_counts));
   library.impl("largest_block", TORCH_BOX(&largest_block));
   library.impl("largest_to_eliminate", TORCH_BOX(&largest_to_eliminate));
   library.impl("compute_capability", TORCH_BOX(&compute_capability));

@@ -261,9 +261,17 @@ def _keep_mask(new: Inputs) -> Iterator[Case]:
     tied = [new.cast(torch.arange(100) % 3), new.cast(torch.arange(50) % 2).reshape(5, 10).mT]
     for count in (1, 49, 60, 100):
         yield Case(f"ties, {count} of 150", (tied, count))
+    several = [new.cast(torch.arange(30 + i) % 3 - 1) for i in range(9)]  # tensors that share the ties
+    for count in (0, 30, 150, 200, 306):
+        yield Case(f"ties over several tensors, {count} of 306", (several, count))
+    many = [new.cast(torch.randint(0, 4, (7,), generator=new.generator)) for _ in range(130)]
+    yield Case("ties over many tensors, 400 of 910", (many, 400))
+    alike = new.cast(torch.randint(0, 3, (20_000,), generator=new.generator))
+    yield Case("ties, 9000 of 20000", ([alike], 9000))
     odd = new.cast(torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, torch.nan, 1.0]))
-    for count in range(8):
+    for count in (1, 3, 4, 6):
         yield Case(f"NaN and inf, {count} of 7", ([odd], count))
+    yield Case("NaN of either sign, 1 of 3", ([new.cast(torch.tensor([torch.nan, -torch.nan, torch.inf]))], 1))
 
 
 def _nm_mask(new: Inputs) -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """Builds csrc/ kernels for the host (tests/cuda_on_host/) and runs them in the place of a private op."""
 
 import contextlib
+import os
 import re
 import shutil
 import struct
@@ -81,6 +82,13 @@ def build(driver: Path, target: Path, *, sanitize: str, csrc: Path = CSRC) -> Pa
     return target
 
 
+def execute(*command: Any) -> subprocess.CompletedProcess[str]:
+    """Run what `build` has made."""
+    # ThreadSanitizer would wait for a second before it ends, for races that threads still running might yet have.
+    environment = os.environ | {"TSAN_OPTIONS": "atexit_sleep_ms=0"}
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+
+
 def why_not() -> str | None:
     """Why nothing can be run on the host here, or None if it can."""
     from fishleg_ext import cuda
@@ -100,19 +108,18 @@ def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
 
     def run(*values: Any) -> None:
         (folder / "in").write_bytes(b"".join(map(_serialised, values)))
-        done = subprocess.run(
-            [executable, folder / "in", folder / "out"], capture_output=True, text=True, errors="replace", check=False
-        )
+        done = execute(executable, folder / "in", folder / "out")
         printed.append(done.stderr)
         if done.returncode:
             raise RuntimeError(f"{executable.name} ended with status {done.returncode}:\n{done.stderr[:3000]}")
         result = (folder / "out").read_bytes()
         for argument, value in zip(arguments, values, strict=True):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                assert value.is_contiguous()
-                size = value.numel() * value.element_size()
-                value.copy_(torch.frombuffer(bytearray(result[:size]), dtype=value.dtype).view(value.shape))
-                result = result[size:]
+                for tensor in value if isinstance(value, list) else [value]:
+                    assert tensor.is_contiguous()
+                    size = tensor.numel() * tensor.element_size()
+                    tensor.copy_(torch.frombuffer(bytearray(result[:size]), dtype=tensor.dtype).view(tensor.shape))
+                    result = result[size:]
         assert not result
 
     library = torch.library.Library("fishleg_ext_cuda", "IMPL")
@@ -124,7 +131,9 @@ def on_host(name: str, executable: Path, folder: Path) -> Iterator[list[str]]:
 
 
 def _serialised(value: Any) -> bytes:
-    """As `Arguments` of cuda_on_host/arguments.h reads it; lists of tensors are none of it yet."""
+    """As `Arguments` of cuda_on_host/arguments.h reads it."""
+    if isinstance(value, list):
+        return struct.pack("<q", len(value)) + b"".join(map(_serialised, value))
     if isinstance(value, torch.Tensor):
         places = zip(value.shape, value.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in places) if value.numel() else 0

@@ -3,9 +3,9 @@
 A kernel needs no more than a driver in cuda_on_host/ named after its private op: everything here finds it by itself.
 """
 
+import contextlib
 import itertools
 import re
-import subprocess
 
 import host
 import pytest
@@ -116,18 +116,16 @@ SMALL = 10_000  # elements of all arguments: several warps, all of a kernel's op
 
 
 def reports_of(driver, program, folder, problems):
-    """What ThreadSanitizer says of small problems, a report for each that has a race."""
+    """What ThreadSanitizer says of small problems, one after the other: a report for each that has a race."""
     op = op_of(driver)
-    reports = []
     with host.on_host(driver.stem, program, folder) as printed:
         for case in problems:
             if case.numel <= SMALL and case.condition <= 1e3:
                 try:
                     op.launcher("cuda")(*case.args, **case.kwargs)
                 except RuntimeError:
-                    reports.append(printed[-1])
-    assert len(printed) > 2
-    return reports
+                    yield printed[-1]
+        assert len(printed) > 2
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -135,7 +133,7 @@ def reports_of(driver, program, folder, problems):
 def test_kernels_are_free_of_races(driver, seed, executable, tmp_path, monkeypatch, supported):
     monkeypatch.setenv("CUDA_ON_HOST_SEED", seed)
     problems = supported(driver, torch.float32)
-    assert reports_of(driver, executable(driver, "thread"), tmp_path, problems) == []
+    assert list(reports_of(driver, executable(driver, "thread"), tmp_path, problems)) == []
 
 
 @pytest.mark.parametrize("barrier", BARRIERS, ids=str)
@@ -146,46 +144,41 @@ def test_every_barrier_is_needed(barrier, tmp_path, record_table, supported):
         (tmp_path / "csrc" / header.name).write_text(header.read_text())
     (tmp_path / "csrc" / barrier.file.name).write_text(barrier.deleted())
     kernel = barrier.kernel() or ""
-    reports = []
+    found = None
     for driver in drivers_of(barrier.file):
-        if kernel in driver.read_text() and not reports:
+        if kernel in driver.read_text() and found is None:
             program = host.build(driver, tmp_path / driver.stem, sanitize="thread", csrc=tmp_path / "csrc")
-            reports = reports_of(driver, program, tmp_path, supported(driver, torch.float32))
-    races = [race for report in reports for race in re.findall(r"SUMMARY: ThreadSanitizer: data race (.*)", report)]
-    where = re.search(r"\w+\.cuh:\d+", races[0]) if races else None
-    assert where is not None
+            with contextlib.closing(reports_of(driver, program, tmp_path, supported(driver, torch.float32))) as reports:
+                races = (re.search(r"ThreadSanitizer: data race.*?(\w+\.cuh:\d+)", report, re.S) for report in reports)
+                found = next(filter(None, races), None)
+    assert found is not None
     record_table(
         "barriers: each deleted in turn",
         barrier=barrier.name,
         place=f"{barrier.file.relative_to(host.ROOT)}:{barrier.line}",
-        reported_by=f"ThreadSanitizer: data race at {where[0]}",
-        cases=len(reports),
+        reported_by=f"ThreadSanitizer: data race at {found[1]}",
     )
 
 
 # The tool itself
 
 
-def selftest(program, name):
-    return subprocess.run([program, name], capture_output=True, text=True, errors="replace", check=False)
-
-
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 @pytest.mark.parametrize("name", ["exchange", "collective", "bounds"])
 def test_the_host_runs_kernels_as_a_gpu_does(name, sanitize, executable):
-    done = selftest(executable(host.SELFTEST, sanitize), name)
+    done = host.execute(executable(host.SELFTEST, sanitize), name)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["shared", "global"])
 def test_the_host_sees_accesses_out_of_bounds(name, executable):
-    done = selftest(executable(host.SELFTEST, "address,undefined"), name)
+    done = host.execute(executable(host.SELFTEST, "address,undefined"), name)
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert re.search(r"bounds_kernel.*selftest.cuh:\d+", done.stderr)
 
 
 def test_the_host_sees_a_barrier_that_some_never_reach(executable):
-    done = selftest(executable(host.SELFTEST, "thread"), "deadlock")
+    done = host.execute(executable(host.SELFTEST, "thread"), "deadlock")
     assert done.returncode == 3
     assert "deadlock" in done.stderr
 
@@ -195,7 +188,7 @@ def test_the_host_sees_a_deleted_barrier(barrier, tmp_path):
     (tmp_path / "selftest.cuh").write_text(barrier.deleted())
     (tmp_path / host.SELFTEST.name).write_text(host.SELFTEST.read_text())
     program = host.build(tmp_path / host.SELFTEST.name, tmp_path / "program", sanitize="thread", csrc=tmp_path)
-    assert "ThreadSanitizer: data race" in selftest(program, "exchange").stderr
+    assert "ThreadSanitizer: data race" in host.execute(program, "exchange").stderr
 
 
 # The launcher in Python

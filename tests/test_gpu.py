@@ -247,3 +247,42 @@ def test_products_of_many_layers_never_wait_for_the_gpu(generator):
         torch.cuda.set_sync_debug_mode("default")
     for result, one in zip(results, x, strict=True):
         torch.testing.assert_close(result, one)
+
+
+@pytest.fixture
+def scores(generator):
+    """Tensors of scores on the GPU, ties among them: more of them than one launch takes, and large ones."""
+    shapes = [(100_003,), (64, 65), *[(9,)] * 130]
+    return [torch.randint(0, 50, shape, generator=generator).float().cuda() for shape in shapes]
+
+
+@pytest.mark.cuda
+def test_selection_never_waits_for_the_gpu(scores):
+    expected = ops.keep_mask(scores, 50_000, impl="reference")
+    ops.keep_mask(scores, 50_000, impl="cuda")  # the library loads what it needs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks = ops.keep_mask(scores, 50_000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(mask, want) for mask, want in zip(masks, expected, strict=True))
+
+
+@pytest.mark.cuda
+def test_a_graph_of_keep_mask_replays(scores):
+    graph, masks = captured(lambda: ops.keep_mask(scores, 70_000, impl="cuda"))
+    for score in scores:
+        score.copy_(-score)
+    graph.replay()
+    expected = ops.keep_mask(scores, 70_000, impl="reference")
+    assert all(torch.equal(mask, want) for mask, want in zip(masks, expected, strict=True))
+
+
+@pytest.mark.cuda
+def test_selection_among_more_scores_than_32_bits_count():
+    if torch.cuda.mem_get_info()[0] < 2**34:
+        pytest.skip("needs 16 GiB")
+    many, few = torch.zeros(2**31 + 5, dtype=torch.float16, device="cuda"), torch.ones(3, device="cuda").half()
+    first, second = ops.keep_mask([many, few], 2**31 + 6, impl="cuda")
+    assert not first.any()
+    assert second.tolist() == [False, True, True]

@@ -12,7 +12,7 @@ def _fake_keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
     return [score.new_empty(score.shape, dtype=torch.bool) for score in scores]
 
 
-@op(reference=reference.keep_mask, fake=_fake_keep_mask)
+@op(reference=reference.keep_mask, fake=_fake_keep_mask, kernels=("cuda",))
 def keep_mask(scores: list[Tensor], num_pruned: int, *, impl: str = "auto") -> list[Tensor]:
     """Mark the `num_pruned` lowest scores of all tensors together as pruned (False).
 

@@ -7,13 +7,17 @@ from torch import Tensor
 
 
 def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
-    """One stable sort of all scores; PyTorch sorts NaN above inf."""
+    """What is below the threshold, and of what equals it the first; NaN is above inf."""
     if not scores:
         return []
     dtype = functools.reduce(torch.promote_types, (score.dtype for score in scores))
-    order = torch.cat([score.reshape(-1).to(dtype) for score in scores]).argsort(stable=True)
-    keep = torch.ones_like(order, dtype=torch.bool)
-    keep[order[:num_pruned]] = False
+    flat = torch.cat([score.reshape(-1).to(dtype) for score in scores])
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    if num_pruned:
+        threshold = flat.kthvalue(num_pruned).values
+        below = (flat < threshold) | (threshold.isnan() & ~flat.isnan())
+        tie = (flat == threshold) | (threshold.isnan() & flat.isnan())
+        keep = ~(below | (tie & (tie.cumsum(0) <= num_pruned - below.sum())))
     parts = keep.split([score.numel() for score in scores])
     return [part.reshape(score.shape).clone() for part, score in zip(parts, scores, strict=True)]
 

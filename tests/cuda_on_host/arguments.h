@@ -1,7 +1,8 @@
 // What a test hands to a kernel and takes back, through files: the arguments of a private op, one
 // after the other. An int, a bool or a float is 8 bytes; a tensor is its bytes per element, a
 // number for the kind of half precision, its number of dimensions, its sizes and strides, the
-// number of elements from its first to its last, and these.
+// number of elements from its first to its last, and these; a list of tensors is their number, and
+// these.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +61,11 @@ class Arguments {
     const int64_t bytes = result.count * result.element_size;
     result.bytes.reset(new char[bytes]);
     read(result.bytes.get(), bytes);
+    return result;
+  }
+  std::vector<Tensor> tensors() {
+    std::vector<Tensor> result(integer());
+    for (Tensor& item : result) item = tensor();
     return result;
   }
   void give_back(const Tensor& tensor) {

@@ -43,6 +43,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define __shared__ static
 // The machinery orders nothing by itself, and what it touches is no part of the kernel.
@@ -268,22 +269,17 @@ CUDA_ON_HOST_UNSEEN inline void run_block(std::mt19937& random) {
   }
 }
 
-// kernel<<<grid, threads, shared_bytes>>>(arguments...), finished when this returns.
-template <typename Kernel, typename... Arguments>
-void launch(dim3 grid, dim3 threads, size_t shared_bytes, Kernel kernel, Arguments... arguments) {
-  Block b;
-  Block::active() = &b;
-  b.grid = grid, b.shape = threads;
-  b.kernel = [=] { kernel(arguments...); };
-  const unsigned count = threads.x * threads.y * threads.z;
-  b.fibers.resize(count);
-  for (auto& objects : b.warp_objects) objects.resize(count / kWarp + 1);
+// Fibers that wait in fiber_main for a block; those of the last launch, if there are as many.
+CUDA_ON_HOST_UNSEEN inline std::vector<Fiber> take_fibers(std::vector<Fiber>& kept, size_t count) {
+  if (kept.size() == count) return std::move(kept);
+  for (Fiber& fiber : kept) {
 #if defined(__SANITIZE_THREAD__)
-  b.scheduler_tsan = __tsan_get_current_fiber();
+    __tsan_destroy_fiber(fiber.tsan);
 #endif
-  for (unsigned i = 0; i < count; ++i) {
-    Fiber& fiber = b.fibers[i];
-    fiber.index = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+    munmap(fiber.stack, kStackBytes);
+  }
+  std::vector<Fiber> fibers(count);
+  for (Fiber& fiber : fibers) {
     void* stack =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for the threads' stacks");
@@ -292,6 +288,26 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, Kernel kernel, Argumen
 #if defined(__SANITIZE_THREAD__)
     fiber.tsan = __tsan_create_fiber(0);
 #endif
+  }
+  return fibers;
+}
+
+// kernel<<<grid, threads, shared_bytes>>>(arguments...), finished when this returns.
+template <typename Kernel, typename... Arguments>
+void launch(dim3 grid, dim3 threads, size_t shared_bytes, Kernel kernel, Arguments... arguments) {
+  Block b;
+  Block::active() = &b;
+  b.grid = grid, b.shape = threads;
+  b.kernel = [=] { kernel(arguments...); };
+  const unsigned count = threads.x * threads.y * threads.z;
+  static std::vector<Fiber>& kept = *new std::vector<Fiber>;
+  b.fibers = take_fibers(kept, count);
+  for (auto& objects : b.warp_objects) objects.resize(count / kWarp + 1);
+#if defined(__SANITIZE_THREAD__)
+  b.scheduler_tsan = __tsan_get_current_fiber();
+#endif
+  for (unsigned i = 0; i < count; ++i) {
+    b.fibers[i].index = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
   }
   const char* seed = std::getenv("CUDA_ON_HOST_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);
@@ -307,12 +323,7 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, Kernel kernel, Argumen
       }
     }
   }
-  for (Fiber& fiber : b.fibers) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_destroy_fiber(fiber.tsan);
-#endif
-    munmap(fiber.stack, kStackBytes);
-  }
+  kept = std::move(b.fibers);
   Block::active() = nullptr;
 }
 
