@@ -1,14 +1,14 @@
 """Second-order pruning of neural networks: curvature models, fused ops, and one call that prunes.
 
-`prune` prunes a model, `Pruner` does it over a training run, `ops` holds the ops for code of your own. Importing this
-initialises no CUDA.
+`prune` prunes a model, `Pruner` does it over a training run, along a `schedule`; `ops` holds the ops for code of your
+own. Importing this initialises no CUDA.
 """
 
-from fishleg_ext import curvature, ops
+from fishleg_ext import curvature, ops, schedule
 from fishleg_ext.curvature import CurvatureError
 from fishleg_ext.ops import use_impl
 from fishleg_ext.pruner import Pruner, PruneResult, prune
 
 __version__ = "0.1.0"
 
-__all__ = ["CurvatureError", "PruneResult", "Pruner", "curvature", "ops", "prune", "use_impl"]
+__all__ = ["CurvatureError", "PruneResult", "Pruner", "curvature", "ops", "prune", "schedule", "use_impl"]

@@ -24,7 +24,7 @@ def checked_damping(damping: float, *, positive: bool) -> float:
 
 
 def checked_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """`sparsity` if it is in [0, 1)."""
+    """`sparsity`, or another fraction that is named, if it is in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f"expected {name} to be a number in [0, 1), got {sparsity!r}")
     if not 0 <= sparsity < 1:

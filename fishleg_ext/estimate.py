@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+class Source(NamedTuple):
+    """What an estimate is made from."""
+
+    data: Iterable[Any]
+    loss_fn: LossFunction
+    num_grads: int
+    seed: int
+
+
 class Estimate:
     """Curvature of some weights, of all at once or, where memory or the model demands it, of one group at a time.
 
@@ -38,7 +47,7 @@ class Estimate:
         weights: name -> parameter of the model.
         biases: name of a weight -> of the bias of its layer.
         curvature: what is estimated.
-        num_grads, grad_batch_size, labels, likelihood, seed, progress: see `observe`; None is the curvature's default.
+        num_grads, grad_batch_size, labels, likelihood, progress: see `observe`; None is the curvature's default.
         max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
         sharing: how many estimates are held at a time, each with an equal part of max_memory.
         timed: times the observation, as this stage.
@@ -63,7 +72,6 @@ class Estimate:
         likelihood: Optional[Likelihood],
         max_memory: Optional[int],
         sharing: int,
-        seed: int,
         progress: bool,
         timed: Stopwatch,
         stage: str,
@@ -74,14 +82,14 @@ class Estimate:
         self.labels = curvature.default_labels if labels is None else labels
         self.likelihood, self._given_memory, self._sharing = likelihood, max_memory, sharing
         self.max_memory = None if max_memory is None else max_memory // sharing
-        self.seed, self.progress, self._timed, self._stage = seed, progress, timed, stage
+        self.progress, self._timed, self._stage = progress, timed, stage
         curvature.progress = progress
         curvature.biases = dict(biases) if curvature.takes_biases else {}
         curvature.check(weights)
         self.groups = self._split()
         self.held: list[str] = []
         self.used_grads = 0
-        self._source: Optional[tuple[Iterable[Any], LossFunction]] = None
+        self._source: Optional[Source] = None
         self._masks: dict[str, Tensor] = {}
 
     @property
@@ -89,8 +97,22 @@ class Estimate:
         """Whether there is curvature, or data to estimate it on."""
         return bool(self._source or self.held)
 
-    def begin(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, masks: Mapping[str, Tensor]) -> None:
-        """Forget what was, and estimate at once what needs no second pass over the data."""
+    def begin(
+        self,
+        data: Optional[Iterable[Any]],
+        loss_fn: LossFunction,
+        masks: Mapping[str, Tensor],
+        *,
+        num_grads: Optional[int] = None,
+        seed: int = 0,
+    ) -> None:
+        """Forget what was, and estimate at once what needs no second pass over the data.
+
+        Args:
+            data, loss_fn, seed: see `observe`.
+            masks: name -> bool tensor, True = alive.
+            num_grads: fewer than usual.
+        """
         self.release()
         label_sampler(self.labels, loss_fn, self.likelihood)
         if self.curvature.observes:
@@ -101,7 +123,7 @@ class Estimate:
                 require_rereadable(data, f"{why} splits the parameters over several passes")
             if self.curvature.passes > 1:
                 require_rereadable(data, f"{type(self.curvature).__name__} learns in {self.curvature.passes} passes")
-        source = (() if data is None else data, loss_fn)
+        source = Source(() if data is None else data, loss_fn, num_grads or self.num_grads, seed)
         self._masks = dict(masks)
         if len(self.groups) == 1:
             self._observe(self.groups[0], source)
@@ -155,7 +177,7 @@ class Estimate:
         self._masks, self.held, self._source = dict(masks), list(state["held"]), None
         self.used_grads = int(state["used_grads"])
 
-    def _observe(self, names: list[str], source: tuple[Iterable[Any], LossFunction]) -> None:
+    def _observe(self, names: list[str], source: Source) -> None:
         self.held = []
         observed = {name: self._parameters[name] for name in names}
         if "gradients" in self.curvature.observes:
@@ -165,16 +187,16 @@ class Estimate:
             for number in range(self.curvature.passes if self.curvature.observes else 0):
                 self.used_grads = observe(
                     self.model,
-                    source[0],
-                    source[1],
+                    source.data,
+                    source.loss_fn,
                     self.curvature,
                     observed,
                     masks={name: self._masks[name] for name in names} if self.curvature.masked else None,
-                    num_grads=self.num_grads,
+                    num_grads=source.num_grads,
                     grad_batch_size=self.grad_batch_size,
                     labels=self.labels,
                     likelihood=self.likelihood,
-                    seed=self.seed + number,  # other labels in each pass
+                    seed=source.seed + number,  # other labels in each pass
                     chunk_bytes=self._chunk_bytes(names),
                     progress=self.progress,
                 )

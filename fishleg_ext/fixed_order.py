@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.curvature import Curvature, CurvatureError
+from fishleg_ext.patterns import UNSTRUCTURED, Pattern
 from fishleg_ext.progress import progress_bar
 
-COLUMNS = 128  # of which the cheapest are chosen together
+COLUMNS = 128  # of which, unless a pattern is about fewer, the cheapest are chosen together
 
 
 def fixed_order_prune(
@@ -26,6 +27,7 @@ def fixed_order_prune(
     masks: Mapping[str, Tensor],
     num_pruned: Mapping[str, int],
     biases: Mapping[str, Tensor] = MappingProxyType({}),
+    pattern: Pattern = UNSTRUCTURED,
     *,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -37,6 +39,7 @@ def fixed_order_prune(
         masks: name -> bool tensor, True = alive.
         num_pruned: name -> how many weights are pruned afterwards, the dead among them.
         biases: name of the weight -> bias, which moves with it if the curvature knows it.
+        pattern: of each m weights, when their columns come, the n that cost most then must stay; groups go together.
         progress: show a progress bar.
 
     Returns:
@@ -54,7 +57,7 @@ def fixed_order_prune(
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
         rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name), alive, is_weight)
         rows = rows.to(blocks.inverse.dtype, copy=True)
-        keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name])
+        keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name], layout.block_size, pattern)
         swept, *bias = blocks.parts(layout, rows)
         kept[name] = layout.from_blocks(keep[:, : layout.block_size])
         moved[name] = swept.to(weight.dtype)
@@ -63,21 +66,29 @@ def fixed_order_prune(
     return kept, moved
 
 
-def _sweep(rows: Tensor, factor: Tensor, alive: Tensor, is_weight: Tensor, num_pruned: int) -> Tensor:
-    """Prune rows [K, B], in place, by U [K or 1, B, B]; returns which are kept, bool [K, B]."""
+def _sweep(
+    rows: Tensor, factor: Tensor, alive: Tensor, is_weight: Tensor, num_pruned: int, size: int, pattern: Pattern
+) -> Tensor:
+    """Prune the first `size` columns of rows [K, B], in place, by U [K or 1, B, B]; which are kept, bool [K, B]."""
     keep = torch.ones_like(alive)
     diagonal = factor.diagonal(dim1=1, dim2=2)  # [K or 1, B]
     sizes, dead = is_weight.sum(0), (is_weight & ~alive).sum(0)  # of each column
-    for start in range(0, rows.shape[1], COLUMNS):
-        part = slice(start, min(start + COLUMNS, rows.shape[1]))
+    step = pattern.m or pattern.group * max(1, COLUMNS // pattern.group)
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
         # An equal share of what is left to prune, but at least the dead, and room for the dead that follow.
-        left, after = int(sizes[start:].sum()), int(sizes[part.stop :].sum())
+        left, after = (pattern.most_pruned(int(sizes[i:].sum())) for i in (start, part.stop))
         share = round(num_pruned * (left - after) / max(1, left))
         count = min(max(share, int(dead[part].sum()), num_pruned - after), num_pruned - int(dead[part.stop :].sum()))
-        num_pruned -= count
         score = ops.obs_score(rows[:, part], diagonal[:, part].square().expand_as(rows[:, part]))
         score = torch.where(alive[:, part], score, -torch.inf).masked_fill(~is_weight[:, part], torch.nan)
-        keep[:, part] = ops.keep_mask([score], count)[0]
+        if (stays := pattern.stays(score)) is not None:
+            score = score.masked_fill(stays, torch.nan)
+        if pattern.group > 1:
+            score = score.unflatten(1, (-1, pattern.group)).sum(2)
+        count = round(count / pattern.group)
+        num_pruned -= count * pattern.group
+        keep[:, part] = ops.keep_mask([score], count)[0].repeat_interleave(pattern.group, dim=1)
         multipliers = torch.zeros_like(rows[:, part])
         for j in range(part.start, part.stop):
             multiplier = torch.where(keep[:, j], 0, rows[:, j] / diagonal[:, j])  # [K]

@@ -1,6 +1,7 @@
 """Holds masks of parameters and keeps the pruned zeros zero. Nothing else touches them."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
-        # Of _keep, for `apply`, which comes after every optimizer step: name -> (device, order of dimensions), packed.
-        self._packed: dict[str, tuple[tuple[torch.device, list[int]], Tensor]] = {}
+        # Of _keep, for `apply`, which comes after every optimizer step: by name, device and order of dimensions.
+        self._packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
@@ -64,17 +65,23 @@ class Masks(Mapping[str, Tensor]):
         """Name -> pruned entries over entries."""
         return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
 
-    def apply(self) -> None:
-        """Zero the pruned entries of the parameters."""
+    def apply(self, state: Mapping[Any, Mapping[str, Any]] = MappingProxyType({})) -> None:
+        """Zero the pruned entries of the parameters, and of what an optimizer keeps for each of their entries.
+
+        Args:
+            state: of an optimizer: parameter -> name -> anything.
+        """
         tensors, packed = [], []
         for name, weight in self.weights.items():
-            # As it lies in memory, so that kernels take channels_last weights too.
-            order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
-            place = weight.device, order
-            if name not in self._packed or self._packed[name][0] != place:
-                self._packed[name] = place, ops.pack_mask(self[name].permute(order))
-            tensors.append(weight.detach().permute(order))
-            packed.append(self._packed[name][1])
+            kept = state.get(weight, {}).values()
+            for tensor in [weight.detach(), *(entry for entry in kept if _is_like(entry, weight))]:
+                # As it lies in memory, so that kernels take channels_last weights too.
+                order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+                place = name, tensor.device, tuple(order)
+                if place not in self._packed:
+                    self._packed[place] = ops.pack_mask(self[name].to(tensor.device).permute(order))
+                tensors.append(tensor.permute(order))
+                packed.append(self._packed[place])
         ops.apply_masks_(tensors, packed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,6 +95,11 @@ class Masks(Mapping[str, Tensor]):
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
         self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})
+
+
+def _is_like(entry: Any, weight: Tensor) -> bool:
+    """Whether it is a tensor of numbers, one for each weight."""
+    return isinstance(entry, Tensor) and entry.is_floating_point() and entry.shape == weight.shape
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from fishleg_ext.dtypes import widened
 from fishleg_ext.labels import Likelihood, LossFunction, LossHessian, label_sampler, loss_hessian
 from fishleg_ext.progress import progress_bar
 
@@ -122,7 +123,7 @@ def observe(
     draw: Optional[DrawLabels] = None if sampler is None else functools.partial(sampler.draw, generator)
     source: Optional[_GradientSource] = None
     with (
-        _running(model, device, seed),
+        running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
         if "gradients" in wanted:
@@ -172,7 +173,7 @@ def gradient_bytes(weights: Iterable[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def _running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+def running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """The model in eval mode and PyTorch's RNG seeded; both as they were afterwards."""
     training = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
@@ -472,6 +473,44 @@ def require_rereadable(data: Iterable[Any], why: str) -> None:
         )
 
 
+def mean_gradient(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFunction,
+    weights: Mapping[str, nn.Parameter],
+    *,
+    num_samples: int,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss over the first `num_samples` samples, by the name of the parameter.
+
+    Raises:
+        ValueError: no data, or gradients with NaN or inf, by parameter.
+        TypeError: data that does not yield pairs of batches of tensors.
+    """
+    device = next(iter(weights.values())).device
+    total = {name: torch.zeros_like(weight, dtype=widened(weight.dtype)) for name, weight in weights.items()}
+    used = 0
+    with running(model, device, seed), progress_bar(what="mean gradient", total=num_samples, show=progress) as bar:
+        for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_samples, device):
+            free = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            with torch.enable_grad():
+                loss = samples * scalar_loss(loss_fn, call(model, free, inputs), targets)
+            grads = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+            for name, gradient in zip(free, grads, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+            used += samples
+            bar.update(samples)
+    if not used:
+        raise ValueError("expected data that yields at least one sample, got none")
+    for name, gradient in total.items():
+        if not gradient.isfinite().all():
+            raise ValueError(f"the gradient of {name} contains NaN or inf")
+    return {name: gradient / used for name, gradient in total.items()}
+
+
 def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> int:
     """Recompute the running statistics of every BatchNorm layer as means over all batches of the data.
 
@@ -498,7 +537,7 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
     device = first.device if first is not None else torch.device("cpu")
     before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     used = 0
-    with _running(model, device, seed), progress_bar(what="BatchNorm", show=progress) as bar:
+    with running(model, device, seed), progress_bar(what="BatchNorm", show=progress) as bar:
         try:
             for norm in norms:
                 norm.reset_running_stats()

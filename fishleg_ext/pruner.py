@@ -3,13 +3,15 @@
 import contextlib
 import copy
 import functools
-import re
+import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.arguments import checked_count, checked_sparsity
 from fishleg_ext.compensation import exact_update, simultaneous_update
@@ -17,13 +19,16 @@ from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
 from fishleg_ext.estimate import Estimate, Stopwatch
 from fishleg_ext.fixed_order import fixed_order_prune
+from fishleg_ext.flops import weight_uses
 from fishleg_ext.labels import Likelihood, LossFunction
 from fishleg_ext.masks import Masks
-from fishleg_ext.observe import recalibrate_batchnorm, require_rereadable
+from fishleg_ext.observe import mean_gradient, recalibrate_batchnorm, require_rereadable
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
 from fishleg_ext.parameters import ParameterChoice, biases_of, check_weight, choose_parameters
+from fishleg_ext.patterns import Pattern
 from fishleg_ext.saliency import exact_costs, simultaneous_costs
+from fishleg_ext.schedule import Schedule
 from fishleg_ext.selection import select
 
 Sparsity = Union[float, Mapping[str, float]]
@@ -55,8 +60,14 @@ class PruneResult:
 class Pruner:
     """Prunes a model step by step: `estimate` the curvature, `prune_to` a sparsity, train if you like, and again.
 
-    Arguments are those of `prune`. A pruner holds masks and curvature; the model is changed by `prune_to`,
-    `apply_masks` and `finalize` alone.
+    A pruner holds masks and curvature; the model is changed by `prune_to`, `step`, `apply_masks` and `finalize` alone.
+
+    Args, beside those of `prune`:
+        schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. With one
+            curvature="fishleg" carries its estimate over from one pruning to the next.
+        data, loss_fn: what `step` estimates the curvature from; may be given to `estimate` instead.
+        refine_grads: gradients of every estimate but the first, where the curvature carries over what it has learned;
+            None is `num_grads`.
 
     >>> model = nn.Linear(4, 2)
     >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
@@ -87,23 +98,50 @@ class Pruner:
         seed: int = 0,
         progress: bool = True,
         allocation: Union[str, Curvature, None] = None,
+        min_density: float = 0.0,
+        first_order: bool = False,
+        schedule: Optional[Schedule] = None,
+        data: Optional[Iterable[Any]] = None,
+        loss_fn: Optional[LossFunction] = None,
+        refine_grads: Optional[int] = None,
     ) -> None:
         self.curvature = make_curvature(curvature, block_size=block_size, damping=damping)
+        if schedule is not None and curvature == "fishleg":
+            self.curvature.carry_over = self.curvature.default_num_grads
         self.saliency = self.curvature.default_saliency if saliency is None else saliency
         if self.saliency not in SALIENCIES:
             raise ValueError(f"expected saliency to be one of {', '.join(SALIENCIES)}, got {saliency!r}")
-        _check_pattern(pattern)
+        self.pattern = Pattern.parse(pattern)
+        self.min_density = checked_sparsity(min_density, "min_density")
         check_impl(impl)
         self.impl, self.seed, self.progress = impl, seed, progress
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
-        self.weights = choose_parameters(model, params)
+        self.weights = self._fitting(choose_parameters(model, params), chosen=params is not None)
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         self.history: list[dict[str, Any]] = []
         self._timed = Stopwatch()
         self._damping_raised: dict[str, int] = {}
-        self._data: Optional[Iterable[Any]] = None  # of the last estimate, for BatchNorm
+        # Of the last estimate, for BatchNorm and the next step, or given for all.
+        self._data, self._loss_fn = data, loss_fn
+        self.schedule, self._step = schedule, 0
+        if schedule is not None and isinstance(scope, Mapping):
+            raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many there are")
+        self.first_order = first_order
+        if first_order and self.curvature.observes == {"inputs"}:
+            raise ValueError(
+                f"expected no first_order with {type(self.curvature).__name__}, which knows the errors of outputs, "
+                "not the loss"
+            )
+        self._gradient: dict[str, Tensor] = {}  # of the loss, at the last estimate
+        self.refine_grads = None if refine_grads is None else checked_count("refine_grads", refine_grads)
+        if self.refine_grads and not self.curvature.carry_over:
+            raise ValueError(
+                f"expected no refine_grads with {type(self.curvature).__name__} that carries nothing over from one "
+                "estimate to the next"
+            )
+        self._handles: list[RemovableHandle] = []
         num_grads = None if num_grads is None else checked_count("num_grads", num_grads)
         max_memory = None if max_memory is None else checked_count("max_memory", max_memory)
         estimate = functools.partial(
@@ -117,13 +155,14 @@ class Pruner:
             likelihood=likelihood,
             max_memory=max_memory,
             sharing=1 if allocation is None else 2,
-            seed=seed,
             progress=progress,
             timed=self._timed,
         )
         self._estimate = estimate(self.curvature, stage="observation")
         self._allocation: Optional[Estimate] = None
         if allocation is not None:
+            if self.pattern.m:
+                raise ValueError(f"expected no allocation with pattern={pattern!r}, where all parameters lose as much")
             if scope is not None:
                 raise ValueError(f"expected either allocation or scope, got {allocation!r} and {scope!r}")
             allocating = make_curvature(allocation, block_size=block_size, argument="allocation")
@@ -135,21 +174,28 @@ class Pruner:
             scope = "global"
         self.scope = self.curvature.default_scope if scope is None else scope
         self._check_scope()
+        self._check_blocks()
+        self._uses: dict[str, float] = {}  # of each weight of a parameter, with scope="flops"
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Name -> bool tensor, True = kept; copies."""
         return {name: mask.clone() for name, mask in self._masks.items()}
 
-    def estimate(self, data: Optional[Iterable[Any]], loss_fn: LossFunction) -> None:
-        """Estimate the curvature of the model as it is now, forgetting earlier estimates.
+    def estimate(
+        self,
+        data: Optional[Iterable[Any]] = None,
+        loss_fn: Optional[LossFunction] = None,
+    ) -> None:
+        """Estimate the curvature of the model as it is now, forgetting earlier estimates, or carrying them over.
 
         Where `max_memory` splits the estimate it is `prune_to` that reads the data, twice for each part but the last;
         with sequential inputs it reads it once for each parameter.
 
         Args:
             data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
-            loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+            loss_fn: (outputs, targets) -> scalar, the mean over the batch. If it is None both are as the last time, or
+                as given to the constructor.
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
@@ -157,6 +203,10 @@ class Pruner:
                 weights are pruned already.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
+        if loss_fn is None:
+            data, loss_fn = self._data if data is None else data, self._loss_fn
+            if loss_fn is None:
+                raise ValueError("expected data and loss_fn, here or in the constructor, got no loss_fn")
         self._check_parameters()
         cleared = self.curvature.masked or self.curvature.maskable
         if self.saliency == "simultaneous" and not cleared and any(self._masks.num_pruned().values()):
@@ -167,11 +217,20 @@ class Pruner:
         readers = [estimate for estimate in self._estimates() if estimate.curvature.observes]
         if data is not None and len(readers) > 1:
             require_rereadable(data, "allocation= reads it once more")
+        if self.scope == "flops":
+            if data is None:
+                raise ValueError("scope='flops' needs data, got None")
+            require_rereadable(data, "scope='flops' reads it once more")
+            self._uses = weight_uses(self.model, data, self.weights, seed=self.seed)
         self._timed.seconds, self._damping_raised = {}, {}
+        seed = self.seed + 2**20 * self._step  # other samples of shuffled data, and other labels, in each step
         with self._implementation():
             for estimate in self._estimates():
-                estimate.begin(data, loss_fn, self._masks)
-        self._data = () if data is None else data
+                refine_grads = self.refine_grads if self.history and estimate.curvature.carry_over else None
+                estimate.begin(data, loss_fn, self._masks, num_grads=refine_grads, seed=seed)
+            if self.first_order:
+                self._gradient = self._mean_gradient(data, loss_fn, seed)
+        self._data, self._loss_fn = () if data is None else data, loss_fn
 
     def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
         """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
@@ -201,11 +260,49 @@ class Pruner:
             for part in [[group] for group in groups] if self.curvature.sequential else [groups]:
                 increase += self._prune(part, num_pruned, masks)
             self._masks.set(masks)
+        self._gradient = {}  # that of the quadratic model is zero now, but for what may not move
         for estimate in self._estimates():
             if len(estimate.groups) > 1:
                 estimate.release()  # the parts not held would be estimated on the weights of now
         self._record(increase)
         return self._result()
+
+    def _mean_gradient(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, seed: int) -> dict[str, Tensor]:
+        if data is None:
+            raise ValueError("first_order=True needs data, got None")
+        if self.curvature.observes:
+            require_rereadable(data, "first_order=True reads it once more")
+        estimate, names = self._estimate, self.curvature.biases
+        moving = self.weights | {names[w]: self.model.get_parameter(names[w]) for w in names}
+        samples = estimate.num_grads * estimate.grad_batch_size
+        with self._timed("gradient"):
+            gradient = mean_gradient(
+                self.model, data, loss_fn, moving, num_samples=samples, seed=seed, progress=self.progress
+            )
+        return gradient | {name: gradient[name] * self._masks[name] for name in self.weights}
+
+    def _optimum(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+        """Weights and biases that the costs are counted from, and what the loss loses on the way to them.
+
+        These are the weights as they are; with the first-order term, those at which the quadratic model of the loss has
+        its minimum, w - F^-1 g, the dead staying zero. Pruning w under gradient g is pruning these without one: Singh
+        and Alistarh 2020, section 3.3 and appendix (WoodTaylor).
+        """
+        curvature, weights, biases = self.curvature, self._estimate.weights(names), self._estimate.biases(names)
+        if not self._gradient:
+            return weights, biases, 0.0
+        own = {name: curvature.biases[name] for name in biases}
+        gradient = {name: self._gradient[name] for name in [*names, *own.values()]}
+        step = curvature.mul(gradient)
+        weights = {name: weight - step[name] for name, weight in weights.items()}
+        biases = {name: bias - step[own[name]] for name, bias in biases.items()}
+        gain = 0.5 * sum(float((gradient[name] * step[name]).sum(dtype=torch.float64)) for name in gradient)
+        masks = {name: self._masks[name] for name in names}
+        if self.saliency != "simultaneous" and not all(bool(mask.all()) for mask in masks.values()):
+            back = exact_update(curvature, weights, masks, biases)
+            weights = {name: back[name] for name in names}
+            biases = {name: back[own[name]] for name in biases}
+        return weights, biases, gain
 
     def _allocated(self, estimate: Estimate, num_pruned: Union[int, Mapping[str, int]]) -> dict[str, int]:
         """How many weights each parameter loses where all of them compete under another curvature."""
@@ -213,33 +310,38 @@ class Pruner:
         for group in estimate.groups:
             estimate.hold(group)  # which is timed
             with self._timed("allocation"):
-                costs |= self._costs(estimate, estimate.curvature.default_saliency, group)
+                weights = estimate.weights(group)
+                costs |= self._costs(estimate, estimate.curvature.default_saliency, weights)
             self._damping_raised |= estimate.curvature.damping_raised
-        return {name: int((~mask).sum()) for name, mask in select(costs, num_pruned).items()}
+        return {name: int((~mask).sum()) for name, mask in self._select(costs, num_pruned).items()}
 
     def _prune(
         self, groups: list[list[str]], num_pruned: Union[int, Mapping[str, int]], masks: dict[str, Tensor]
     ) -> float:
         """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
         estimate, costs = self._estimate, dict[str, Costs]()
-        chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
+        chosen, updated, increase, gains = dict[str, Tensor](), dict[str, Tensor](), 0.0, 0.0
         if self.saliency != "fixed_order":
             for group in groups:
                 estimate.hold(group)
                 with self._timed("saliency"):
-                    costs |= self._costs(estimate, self.saliency, group)
+                    costs |= self._costs(estimate, self.saliency, self._optimum(group)[0])
                 self._damping_raised |= self.curvature.damping_raised
             with self._timed("selection"):
-                chosen = select(costs, num_pruned)
+                chosen = self._select(costs, num_pruned)
         costs_add_up = self.saliency == "exact" and self.curvature.block_diagonal
         for group in reversed(groups):  # the last one is still held
             estimate.hold(group)
-            weights, biases, show = estimate.weights(group), estimate.biases(group), self.progress
+            show = self.progress
             with self._timed("compensation"):
+                weights, biases, gain = self._optimum(group)
+                gains += gain
                 if self.saliency == "fixed_order":
                     assert isinstance(num_pruned, Mapping)
                     alive = {name: self._masks[name] for name in group}
-                    kept, moved = fixed_order_prune(self.curvature, weights, alive, num_pruned, biases, progress=show)
+                    kept, moved = fixed_order_prune(
+                        self.curvature, weights, alive, num_pruned, biases, self.pattern, progress=show
+                    )
                     chosen |= kept
                 elif self.saliency == "simultaneous":
                     kept = {name: chosen[name] for name in group}
@@ -258,15 +360,61 @@ class Pruner:
         for name, value in updated.items():
             self.model.get_parameter(name).copy_(value)
         masks |= chosen
-        return increase
+        return increase - gains
 
-    def step(self) -> NoReturn:
-        """Prune by a schedule; not in this version yet."""
-        raise NotImplementedError("schedules are not in this version yet; call estimate and prune_to")
+    def step(self) -> bool:
+        """Prune as far as the schedule says, if it says so of this step; call it once in each training step, or epoch.
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> NoReturn:
-        """Keep pruned weights zero after every optimizer step; not in this version yet."""
-        raise NotImplementedError("attach is not in this version yet; call apply_masks() after optimizer.step()")
+        Estimates on the data and the loss of the last estimate, or those given to the constructor.
+
+        Returns:
+            whether weights were pruned.
+
+        Raises:
+            RuntimeError: there is no schedule, or no data yet.
+            ValueError: what `estimate` and `prune_to` raise; the step is not counted then.
+        """
+        if self.schedule is None:
+            raise RuntimeError("expected a Pruner with a schedule; without one call estimate and prune_to")
+        sparsity = self.schedule(self._step)
+        due = sparsity is not None and self._is_beyond(sparsity)
+        if due:
+            if self._loss_fn is None:
+                raise RuntimeError("give data and loss_fn to the Pruner, or call estimate once, before it prunes")
+            self.estimate()
+            self.prune_to(sparsity)
+        self._step += 1
+        return due
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """From now on zero pruned weights, and what the optimizer keeps for them, after each of its steps.
+
+        Momentum, Adam's moments and weight decay so revive none. A hook of the optimizer: the model and its state dict
+        are as they were. It follows the masks as they change.
+
+        Args:
+            optimizer: of some of the pruned parameters at least.
+
+        Returns:
+            a handle; its `remove()` ends this, as `finalize` does.
+
+        Raises:
+            ValueError: it is an optimizer of none of the pruned parameters.
+        """
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(weight) in owned for weight in self.weights.values()):
+            raise ValueError(
+                "expected an optimizer of the pruned parameters, got one of none of them; was the model copied, or its "
+                "parameters replaced, after the optimizer or the Pruner was made?"
+            )
+
+        def keep_zeros(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            with self._implementation(), torch.no_grad():
+                self._masks.apply(stepped.state)
+
+        handle = optimizer.register_step_post_hook(keep_zeros)
+        self._handles.append(handle)
+        return handle
 
     def apply_masks(self) -> None:
         """Zero the pruned weights of the model, as after an optimizer step that revived them."""
@@ -274,8 +422,10 @@ class Pruner:
             self._masks.apply()
 
     def finalize(self) -> PruneResult:
-        """Leave the model as a plain one: zeros are in the weights; BatchNorm recalibrated if that was asked for."""
+        """Leave the model a plain one: zeros in the weights, no hooks; BatchNorm recalibrated if that was asked for."""
         self.apply_masks()
+        for handle in self._handles:
+            handle.remove()
         if self.recalibrate_batchnorm:
             if self._data is None:
                 raise RuntimeError(
@@ -285,12 +435,18 @@ class Pruner:
         return self._result()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (packed), the curvature if it is held, history: for `torch.save`, and to load with `weights_only`."""
+        """Masks (packed), the curvature if it is held, history, and the schedule's position, which seeds what is drawn.
+
+        Of tensors, numbers, strings, lists and dicts alone: for `fishleg_ext.checkpoint.save`, or `torch.save` and to
+        load with `weights_only`.
+        """
         return {
             "masks": self._masks.state_dict(),
             **self._estimate.state_dict(),
             "allocation": None if self._allocation is None else self._allocation.state_dict(),
             "history": copy.deepcopy(self.history),
+            "step": self._step,
+            "gradient": dict(self._gradient),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -311,6 +467,8 @@ class Pruner:
             "used_grads",
             "allocation",
             "history",
+            "step",
+            "gradient",
         } - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
@@ -318,6 +476,12 @@ class Pruner:
             raise ValueError("expected the state of a Pruner with the same allocation")
         masks = Masks(self.weights)
         masks.load_state_dict(state["masks"])
+        gradient = state["gradient"]
+        for name, own in self.model.named_parameters():
+            if name in gradient and gradient[name].shape != own.shape:
+                raise ValueError(
+                    f"expected a gradient of {name} of shape {list(own.shape)}, got {list(gradient[name].shape)}"
+                )
         changed = [part for estimate in self._estimates() for part in (estimate, estimate.curvature)]
         before = [dict(vars(part)) for part in changed]
         try:
@@ -330,6 +494,8 @@ class Pruner:
             raise
         self._masks = masks
         self.history = copy.deepcopy(list(state["history"]))
+        self._step = int(state["step"])
+        self._gradient = dict(gradient)
 
     def _parameters(self) -> list[nn.Parameter]:
         """All that may change: weights and biases."""
@@ -351,15 +517,42 @@ class Pruner:
             self._check_names(self.scope)
             for name, sparsity in self.scope.items():
                 checked_sparsity(sparsity, f"sparsity of {name}")
-        elif self.scope not in ("global", "layer"):
-            raise ValueError(f"expected scope to be 'global', 'layer' or a dict of sparsities, got {self.scope!r}")
-        elif self.scope == "global" and self._allocation is None:
+        elif self.scope not in ("global", "flops", "layer"):
+            raise ValueError(
+                f"expected scope to be 'global', 'flops', 'layer' or a dict of sparsities, got {self.scope!r}"
+            )
+        elif self.scope != "layer" and self._allocation is None:
             if self.saliency == "fixed_order":
                 raise ValueError(
                     "expected scope='layer', a dict of sparsities or allocation= with saliency='fixed_order'"
                 )
             if self.curvature.sequential:
                 raise ValueError("expected scope='layer', a dict of sparsities or allocation= with sequential inputs")
+
+    def _fitting(self, weights: dict[str, nn.Parameter], *, chosen: bool) -> dict[str, nn.Parameter]:
+        """Those whose fan-in the pattern divides; an error where users chose others themselves."""
+        misfits = self.pattern.misfits(weights)
+        if not misfits:
+            return weights
+        listed = ", ".join(f"{name} (fan-in {fan_in})" for name, fan_in in misfits.items())
+        multiple = f"the fan-in to be a multiple of {self.pattern.unit} with pattern={self.pattern.name!r}"
+        if chosen or len(misfits) == len(weights):
+            raise ValueError(f"expected {multiple}, got {listed}")
+        warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=4)
+        return {name: weight for name, weight in weights.items() if name not in misfits}
+
+    def _check_blocks(self) -> None:
+        """Patterns lie within the blocks of exact elimination."""
+        pairs = [(estimate.curvature, estimate.curvature.default_saliency) for estimate in self._estimates()]
+        pairs[-1] = (self.curvature, self.saliency)
+        for curvature, saliency in pairs:
+            for name, weight in self.weights.items() if saliency != "simultaneous" else ():
+                size = curvature.layout(name, weight.detach()).block_size
+                if size % self.pattern.unit:
+                    raise ValueError(
+                        f"expected blocks of a multiple of {self.pattern.unit} weights with "
+                        f"pattern={self.pattern.name!r}, but {type(curvature).__name__} has blocks of {size} in {name}"
+                    )
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.weights]
@@ -368,42 +561,62 @@ class Pruner:
                 f"{', '.join(map(str, unknown))} not among the pruned parameters {', '.join(self.weights)}"
             )
 
-    def _costs(self, estimate: Estimate, saliency: str, names: list[str]) -> dict[str, Costs]:
-        weights, masks = estimate.weights(names), {name: self._masks[name] for name in names}
+    def _costs(self, estimate: Estimate, saliency: str, weights: Mapping[str, Tensor]) -> dict[str, Costs]:
+        masks = {name: self._masks[name] for name in weights}
         if saliency == "simultaneous":
-            return simultaneous_costs(estimate.curvature, weights, masks)
+            return simultaneous_costs(estimate.curvature, weights, masks, self.pattern)
         dead_first = not estimate.knows_as_dead(self._masks)
-        return exact_costs(estimate.curvature, weights, masks, dead_first=dead_first, progress=self.progress)
+        return exact_costs(
+            estimate.curvature, weights, masks, self.pattern, dead_first=dead_first, progress=self.progress
+        )
+
+    def _select(self, costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]) -> dict[str, Tensor]:
+        limited = self._most_pruned() if self.min_density else {}
+        return select(costs, num_pruned, savings=self._uses, most_pruned=limited)
+
+    def _most_pruned(self) -> dict[str, int]:
+        """How many weights each parameter may lose, or has lost already if that is more."""
+        before, group = self._masks.num_pruned(), self.pattern.group
+        most = {}
+        for name, weight in self.weights.items():
+            free = min(self.pattern.most_pruned(weight.numel()), int((1 - self.min_density) * weight.numel()))
+            most[name] = max(free // group * group, before[name])
+        return most
 
     def _num_pruned(self, sparsity: Optional[Sparsity]) -> Union[int, dict[str, int]]:
         """How many weights are pruned afterwards, in all or of each parameter."""
         if sparsity is None:
-            if not isinstance(self.scope, Mapping):
+            sparsity = self.scope if isinstance(self.scope, Mapping) else self.pattern.sparsity
+            if sparsity is None:
                 raise ValueError("expected a sparsity, got None")
-            sparsity = self.scope
-        before = self._masks.num_pruned()
+        before, most, group = self._masks.num_pruned(), self._most_pruned(), self.pattern.group
         sizes = {name: mask.numel() for name, mask in self._masks.items()}
+
+        def target(sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
+            count = group * round(sparsity * size / group)
+            if count < before:
+                raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
+            if count > most:
+                why = f"pattern={self.pattern.name!r}" if self.pattern.m else f"min_density={self.min_density}"
+                raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {why} leaves only {most} to prune")
+            return count
+
         if isinstance(sparsity, Mapping):
             self._check_names(sparsity)
             wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
         elif self.scope == "layer":
             wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
-        elif self.scope == "global":
-            target = round(checked_sparsity(sparsity) * sum(sizes.values()))
-            done = sum(before.values())
-            if target < done:
-                raise ValueError(f"sparsity {sparsity} is {target} weights, but {done} are pruned already")
-            return target
-        else:
+        elif isinstance(self.scope, Mapping):
             raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
-        targets = dict(before)
-        for name, value in wanted.items():
-            targets[name] = round(value * sizes[name])
-            if targets[name] < before[name]:
-                raise ValueError(
-                    f"sparsity {value} of {name} is {targets[name]} weights, but {before[name]} are pruned already"
-                )
-        return targets
+        else:
+            size, done, possible = (sum(counts.values()) for counts in (sizes, before, most))
+            return target(checked_sparsity(sparsity), size, done, possible)
+        return before | {n: target(s, sizes[n], before[n], most[n], f" of {n}") for n, s in wanted.items()}
+
+    def _is_beyond(self, sparsity: float) -> bool:
+        """Whether any weight is to be pruned yet."""
+        size, group = sum(mask.numel() for mask in self._masks.values()), self.pattern.group
+        return group * round(sparsity * size / group) > sum(self._masks.num_pruned().values())
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
@@ -456,6 +669,8 @@ def prune(
     seed: int = 0,
     progress: bool = True,
     allocation: Union[str, Curvature, None] = None,
+    min_density: float = 0.0,
+    first_order: bool = False,
 ) -> PruneResult:
     """Prune a model in place, in one call. If anything is raised, the model is as before the call.
 
@@ -465,17 +680,19 @@ def prune(
             be None with curvature="identity".
         loss_fn: (outputs, targets) -> scalar, the mean over the batch.
         sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero, of all
-            n weights or, with scope="layer", of each parameter's.
+            n weights or, with scope="layer", of each parameter's. With pattern="n:m" it is 1 - n/m, and may be omitted.
         curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
             "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a `fishleg_ext.curvature.Curvature`. Under "kronecker"
             and "fishleg" the biases of the pruned layers move with the weights; no other parameters ever change.
         saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
             (SparseGPT: column after column; not with scope="global"). None is the curvature's default: simultaneous for
             identity, diagonal and low_rank, exact for the others.
-        scope: "global" (one threshold for all parameters), "layer" (the same sparsity in each), or a dict
-            name -> sparsity; parameters not in it stay dense. None is the curvature's default: "layer" for layerwise,
-            "global" for the others.
-        pattern: "unstructured"; "n:m" and "blockN" are not in this version yet.
+        scope: "global" (one threshold for all parameters), "flops" (the same, for costs over how often a sample's
+            forward pass uses the weight), "layer" (the same sparsity in each), or a dict name -> sparsity; parameters
+            not in it stay dense. None is the curvature's default: "layer" for layerwise, "global" for the others.
+        pattern: "unstructured"; "n:m", such as "2:4", keeps n of each m consecutive weights along the fan-in of each
+            output; "blockN" keeps or prunes N consecutive weights together, the nearest multiple of N to sparsity.
+            Parameters whose fan-in is no multiple of m or N stay dense, with a warning, unless `params` names them.
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
             None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
         num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024, for fishleg
@@ -498,28 +715,32 @@ def prune(
         allocation: another curvature, by name or as an instance, in place of `scope`: with its own default saliency and
             one threshold for all parameters it says how many weights each of them loses. Of `max_memory` each of the
             two may take half.
+        min_density: where parameters compete each of them keeps at least this fraction of its weights.
+        first_order: count the gradient of the loss, too, which is not zero where training has not ended (WoodTaylor):
+            the weights that stay also take the step that the curvature says lowers the loss most. Takes another pass
+            over the data.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by
             parameter; one-shot data that is needed more than once.
         CurvatureError: a Fisher matrix that cannot be inverted, by parameter.
-        NotImplementedError: what this version does not have yet.
-
     >>> model = nn.Linear(4, 2)
     >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
     >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
     0.75
     """
     recomputations = checked_count("recomputations", recomputations)
-    target: Sparsity
+    only = Pattern.parse(pattern).sparsity
+    target: Optional[Sparsity] = only if sparsity is None else sparsity
     if isinstance(scope, Mapping):
         if sparsity is not None:
             raise ValueError("expected either sparsity or a dict of sparsities as scope, got both")
         target = scope
-    elif sparsity is None:
+    elif target is None:
         raise ValueError("expected a sparsity in [0, 1), got None")
-    else:
-        target = checked_sparsity(sparsity)
+    for given in target.values() if isinstance(target, Mapping) else [checked_sparsity(target)]:
+        if only is not None and not math.isclose(given, only, abs_tol=1e-9):
+            raise ValueError(f"expected no sparsity, or {only} with pattern={pattern!r}, got {given}")
     pruner = Pruner(
         model,
         curvature=curvature,
@@ -539,6 +760,8 @@ def prune(
         seed=seed,
         progress=progress,
         allocation=allocation,
+        min_density=min_density,
+        first_order=first_order,
     )
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
@@ -558,17 +781,6 @@ def _part_way(target: Sparsity, part: float) -> Sparsity:
     if isinstance(target, Mapping):
         return {name: 1 - (1 - sparsity) ** part for name, sparsity in target.items()}
     return 1 - (1 - target) ** part
-
-
-def _check_pattern(pattern: str) -> None:
-    if pattern == "unstructured":
-        return
-    known = isinstance(pattern, str) and re.fullmatch(r"([0-9]+):([0-9]+)|block0*[1-9][0-9]*", pattern)
-    if not known or (known[1] and not 0 < int(known[2]) >= int(known[1])):
-        raise ValueError(
-            f"expected pattern to be 'unstructured', n:m such as '2:4' or blockN such as 'block4', got {pattern!r}"
-        )
-    raise NotImplementedError(f"pattern={pattern!r} is not in this version yet, only 'unstructured'")
 
 
 @contextlib.contextmanager

@@ -2,24 +2,34 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import Curvature
 from fishleg_ext.layout import BlockLayout
+from fishleg_ext.patterns import UNSTRUCTURED, Pattern
 from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_costs(
-    curvature: Curvature, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    pattern: Pattern = UNSTRUCTURED,
 ) -> dict[str, Costs]:
-    """Each weight's cost as if it went alone: w^2 / (2 [F^-1]_ii). Singh and Alistarh 2020, eq. 2."""
+    """Each weight's cost as if it went alone: w^2 / (2 [F^-1]_ii). Singh and Alistarh 2020, eq. 2.
+
+    Of an n:m pattern the n weights of each m that cost most must stay; a group costs the sum over its weights.
+    """
     costs = {}
     for name, diagonal in curvature.diag().items():
         layout = BlockLayout(weights[name].shape, max(1, weights[name].numel()))
-        cost = layout.to_blocks(ops.obs_score(weights[name], diagonal))
-        costs[name] = Costs(layout, cost, layout.to_blocks(masks[name]))
+        cost, alive = layout.to_blocks(ops.obs_score(weights[name], diagonal)), layout.to_blocks(masks[name])
+        if (stays := pattern.stays(torch.where(alive, cost, -torch.inf))) is not None:
+            cost = cost.masked_fill(stays, torch.nan)
+        costs[name] = Costs(layout, cost, alive, group=pattern.group)
     return costs
 
 
@@ -27,6 +37,7 @@ def exact_costs(
     curvature: Curvature,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
+    pattern: Pattern = UNSTRUCTURED,
     *,
     dead_first: bool = False,
     progress: bool = False,
@@ -40,6 +51,7 @@ def exact_costs(
         curvature: gives the inverse blocks.
         weights: name -> tensor.
         masks: name -> bool tensor, True = alive.
+        pattern: of each m weights the n that would go last must stay; groups go together.
         dead_first: the curvature was estimated before some weights died.
         progress: show a progress bar.
     """
@@ -51,8 +63,12 @@ def exact_costs(
         # Without its bias the inverse is that of the weights when the bias is free to move.
         inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
         rows = blocks.scaled(layout.to_blocks(weight))
-        rank, cost = ops.obs_eliminate(rows, inverse, alive, dead_first=dead_first)
+        rank, cost = ops.obs_eliminate(
+            rows, inverse, alive, group=pattern.group, n=pattern.n, m=pattern.m, dead_first=dead_first
+        )
+        if (stays := pattern.stays(rank.float())) is not None:
+            cost = cost.masked_fill(stays, torch.nan)
         if blocks.cost_scale is not None:
             cost = cost * blocks.cost_scale
-        costs[name] = Costs(layout, cost, alive, rank)
+        costs[name] = Costs(layout, cost, alive, rank, pattern.group)
     return costs

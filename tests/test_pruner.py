@@ -92,10 +92,14 @@ def test_signatures_of_the_contract():
         "seed",
         "progress",
         "allocation",
+        "min_density",
+        "first_order",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
-    assert set(pruner) == set(parameters) - {"data", "loss_fn", "sparsity", "recomputations"}
-    assert all(pruner[n].default == parameters[n].default for n in pruner if n != "model")
+    over_time = {"schedule", "data", "loss_fn", "refine_grads"}
+    assert set(pruner) == set(parameters) - {"sparsity", "recomputations"} | over_time
+    assert all(pruner[n].default == parameters[n].default for n in set(pruner) - over_time)
+    assert all(pruner[n].default is None for n in over_time)
     assert parameters["loss_fn"].default is F.cross_entropy
 
 
@@ -566,17 +570,6 @@ def test_order_of_calls_is_explained(net, data):
         pruner.prune_to(0.4)
     with pytest.raises(ValueError, match="expected a sparsity, got None"):
         pruner.prune_to()
-
-
-def test_what_comes_later_says_so(net, data):
-    pruner = fishleg_ext.Pruner(net)
-    with pytest.raises(NotImplementedError):
-        pruner.step()
-    with pytest.raises(NotImplementedError, match="apply_masks"):
-        pruner.attach(torch.optim.SGD(net.parameters(), 0.1))
-    for pattern in ("2:4", "4:8", "block4"):
-        with pytest.raises(NotImplementedError, match=pattern):
-            prune(net, data, sparsity=0.5, pattern=pattern)
 
 
 # bad input

@@ -82,6 +82,7 @@ class Curvature(ABC):
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
         damping_raised: name -> number of blocks whose damping had to be raised to invert them.
         progress: whether to show progress bars; `Pruner` sets it.
+        carry_over: how many gradients an estimate counts for in the next one, which begins from it; 0 forgets it.
         passes: how often an estimate observes the same data, each time with other labels where these are sampled.
     """
 
@@ -95,6 +96,7 @@ class Curvature(ABC):
     default_scope: ClassVar[str] = "global"
     default_labels: ClassVar[str] = "data"
     default_num_grads: ClassVar[int] = 1024
+    carry_over: int = 0
 
     def __init__(self) -> None:
         self.progress = False

@@ -1,0 +1,77 @@
+"""Which weights may go together: any of them, m - n of each m, or whole groups of N."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import Tensor
+
+from fishleg_ext import ops
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern of zeros along the fan-in of each output.
+
+    Attributes:
+        name: as users write it.
+        n, m: of each m consecutive weights at least n are kept; 0 is no such pattern.
+        group: consecutive weights that are kept or lost together; 1 is no such pattern.
+    """
+
+    name: str = "unstructured"
+    n: int = 0
+    m: int = 0
+    group: int = 1
+
+    @classmethod
+    def parse(cls, name: Any) -> "Pattern":
+        """Of "unstructured", "n:m" or "blockN".
+
+        Raises:
+            ValueError: any other name, or n:m without 0 < n <= m.
+
+        >>> Pattern.parse("2:4")
+        Pattern(name='2:4', n=2, m=4, group=1)
+        """
+        found = re.fullmatch(r"unstructured|(\d+):(\d+)|block(\d+)", name) if isinstance(name, str) else None
+        if found and found[1] and 0 < int(found[1]) <= int(found[2]):
+            return cls(name, n=int(found[1]), m=int(found[2]))
+        if found and found[3] and int(found[3]):
+            return cls(name, group=int(found[3]))
+        if name != "unstructured":
+            raise ValueError(
+                f"expected pattern to be 'unstructured', n:m such as '2:4' or blockN such as 'block4', got {name!r}"
+            )
+        return cls()
+
+    @property
+    def unit(self) -> int:
+        """Consecutive weights that the pattern is about."""
+        return max(self.m, self.group)
+
+    @property
+    def sparsity(self) -> Optional[float]:
+        """The only one that the pattern has when it is complete, 1 - n/m; None where any will do."""
+        return 1 - self.n / self.m if self.m else None
+
+    def most_pruned(self, numel: int) -> int:
+        """How many of a parameter's weights can be pruned."""
+        return numel // self.m * (self.m - self.n) if self.m else numel
+
+    def stays(self, order: Tensor) -> Optional[Tensor]:
+        """Bool tensor of the weights that the pattern keeps, None where it may lose any.
+
+        Args:
+            order: [..., B], in which weights would go, by rank or by cost; m divides B.
+        """
+        return ops.nm_mask(order, self.n, self.m) if self.m else None
+
+    def misfits(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """Name -> fan-in, of the parameters whose fan-in is not a multiple of `unit`."""
+        fan_in = {name: (weight[:1] if weight.dim() > 1 else weight).numel() for name, weight in weights.items()}
+        return {name: size for name, size in fan_in.items() if size % self.unit}
+
+
+UNSTRUCTURED = Pattern()
