@@ -4,11 +4,11 @@
 own. Importing this initialises no CUDA.
 """
 
-from fishleg_ext import curvature, ops, schedule
+from fishleg_ext import checkpoint, curvature, ops, schedule
 from fishleg_ext.curvature import CurvatureError
 from fishleg_ext.ops import use_impl
 from fishleg_ext.pruner import Pruner, PruneResult, prune
 
 __version__ = "0.1.0"
 
-__all__ = ["CurvatureError", "PruneResult", "Pruner", "curvature", "ops", "prune", "schedule", "use_impl"]
+__all__ = ["CurvatureError", "PruneResult", "Pruner", "checkpoint", "curvature", "ops", "prune", "schedule", "use_impl"]

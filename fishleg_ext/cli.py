@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fishleg_ext
-from fishleg_ext import cuda
+from fishleg_ext import checkpoint, cuda
 from fishleg_ext.masks import pack_masks
 from fishleg_ext.ops.dispatch import OPS
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
     prune.add_argument("data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches")
-    prune.add_argument("--sparsity", type=float, required=True, help="pruned weights over all, in [0, 1)")
+    prune.add_argument("--sparsity", type=float, help="pruned weights over all, in [0, 1); not with n:m")
     prune.add_argument("--checkpoint", type=Path, help="a state dict, or an earlier --out, to load first")
     prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
     prune.add_argument(
@@ -107,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--allocation", help="another curvature, that says how many weights each layer loses")
     prune.add_argument("--saliency", choices=("exact", "simultaneous", "fixed_order"))
-    prune.add_argument("--scope", choices=("global", "layer"))
+    prune.add_argument("--scope", choices=("global", "flops", "layer"))
+    prune.add_argument("--pattern", default="unstructured", help="or n:m, such as 2:4, or blockN, such as block4")
+    prune.add_argument("--min-density", type=float, default=0.0, help="that every parameter keeps at least")
+    prune.add_argument("--first-order", action="store_true", help="for models that are not at a minimum of their loss")
     prune.add_argument("--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated')
     prune.add_argument("--num-grads", type=int)
     prune.add_argument("--grad-batch-size", type=int, default=1)
@@ -257,8 +260,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate else None
     names = (
-        "sparsity curvature allocation saliency scope params num_grads grad_batch_size recomputations block_size "
-        "damping labels likelihood recalibrate_batchnorm max_memory impl seed"
+        "sparsity curvature allocation saliency scope pattern min_density first_order params num_grads grad_batch_size "
+        "recomputations block_size damping labels likelihood recalibrate_batchnorm max_memory impl seed"
     )
     options = {name: getattr(arguments, name) for name in names.split()}
     result = fishleg_ext.prune(model, data, loss_fn, progress=not arguments.quiet, **options)
@@ -271,7 +274,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     print(f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {after} after")
-    _save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)
+    checkpoint.save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)
     report = {
         "model": arguments.model,
         "data": arguments.data,
@@ -299,22 +302,10 @@ def _load(spec: str) -> Callable[..., Any]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """The state dict in a file."""
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except Exception as error:  # whatever the unpickler trips over
-        raise ValueError(f"{path} is not a file of torch.save that holds tensors alone: {error!r}") from error
+    state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise ValueError(f"expected {path} to hold a state dict, got {type(state).__name__}")
     return state["model"] if state.keys() == {"model", "masks"} else state  # what this command wrote itself
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,10 @@ class Estimate:
             self._observe(names, self._source)
 
     def release(self) -> None:
-        """Forget the curvature and the data."""
+        """Forget the curvature, but what the next estimate begins from, and the data."""
         self._source, self.held = None, []
+        if not self.curvature.carry_over:
+            self.curvature.start({})
 
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Name -> the weights as they are now."""

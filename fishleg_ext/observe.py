@@ -511,6 +511,37 @@ def mean_gradient(
     return {name: gradient / used for name, gradient in total.items()}
 
 
+def losses_along(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFunction,
+    weights: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    shares: Sequence[float],
+    *,
+    num_samples: int,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[float]:
+    """The mean loss over the first `num_samples` samples at weights - share * direction, for each share.
+
+    Args:
+        model, data, loss_fn, num_samples, seed, progress: see `observe`.
+        weights, direction: name of a parameter -> tensor.
+        shares: how far to go.
+    """
+    device = next(iter(weights.values())).device
+    total, used = torch.zeros(len(shares), dtype=torch.float64, device=device), 0
+    with running(model, device, seed), progress_bar(what="step length", total=num_samples, show=progress) as bar:
+        for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_samples, device):
+            for index, share in enumerate(shares):
+                there = {name: (weight - share * direction[name]).to(weight.dtype) for name, weight in weights.items()}
+                total[index] += samples * scalar_loss(loss_fn, call(model, there, inputs), targets)
+            used += samples
+            bar.update(samples)
+    return (total / used).tolist()
+
+
 def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> int:
     """Recompute the running statistics of every BatchNorm layer as means over all batches of the data.
 

@@ -18,11 +18,12 @@ from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
 from fishleg_ext.estimate import Estimate, Stopwatch
+from fishleg_ext.first_order import FirstOrderStep, first_order_step
 from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.flops import weight_uses
 from fishleg_ext.labels import Likelihood, LossFunction
 from fishleg_ext.masks import Masks
-from fishleg_ext.observe import mean_gradient, recalibrate_batchnorm, require_rereadable
+from fishleg_ext.observe import recalibrate_batchnorm, require_rereadable
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
 from fishleg_ext.parameters import ParameterChoice, biases_of, check_weight, choose_parameters
@@ -47,7 +48,8 @@ class PruneResult:
             free to make up for it (for block models those of the same block); summed over rounds. Of layerwise
             curvature that is half the squared error of all layers' outputs, not of the network's loss.
         history: a dict for each round: "sparsity", "layer_sparsity", "num_grads", "predicted_loss_increase",
-            "damping_raised" (name -> blocks) and "seconds" (stage -> seconds). JSON-able.
+            "damping_raised" (name -> blocks) and "seconds" (stage -> seconds); with first_order also
+            "first_order_share", how much of the step was taken. JSON-able.
     """
 
     masks: dict[str, Tensor] = field(repr=False)
@@ -99,7 +101,7 @@ class Pruner:
         progress: bool = True,
         allocation: Union[str, Curvature, None] = None,
         min_density: float = 0.0,
-        first_order: bool = False,
+        first_order: Union[bool, float] = False,
         schedule: Optional[Schedule] = None,
         data: Optional[Iterable[Any]] = None,
         loss_fn: Optional[LossFunction] = None,
@@ -128,13 +130,15 @@ class Pruner:
         self.schedule, self._step = schedule, 0
         if schedule is not None and isinstance(scope, Mapping):
             raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many there are")
-        self.first_order = first_order
+        if not isinstance(first_order, (bool, float, int)) or not 0 <= first_order <= 1:
+            raise ValueError(f"expected first_order to be a bool or a share of the step in (0, 1], got {first_order!r}")
+        self.first_order = first_order if isinstance(first_order, bool) else float(first_order)
         if first_order and self.curvature.observes == {"inputs"}:
             raise ValueError(
                 f"expected no first_order with {type(self.curvature).__name__}, which knows the errors of outputs, "
                 "not the loss"
             )
-        self._gradient: dict[str, Tensor] = {}  # of the loss, at the last estimate
+        self._first = FirstOrderStep()
         self.refine_grads = None if refine_grads is None else checked_count("refine_grads", refine_grads)
         if self.refine_grads and not self.curvature.carry_over:
             raise ValueError(
@@ -228,8 +232,9 @@ class Pruner:
             for estimate in self._estimates():
                 refine_grads = self.refine_grads if self.history and estimate.curvature.carry_over else None
                 estimate.begin(data, loss_fn, self._masks, num_grads=refine_grads, seed=seed)
-            if self.first_order:
-                self._gradient = self._mean_gradient(data, loss_fn, seed)
+            self._first = FirstOrderStep()
+            if self.first_order is not False:
+                self._first = self._first_order_step(data, loss_fn, seed)
         self._data, self._loss_fn = () if data is None else data, loss_fn
 
     def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
@@ -260,49 +265,34 @@ class Pruner:
             for part in [[group] for group in groups] if self.curvature.sequential else [groups]:
                 increase += self._prune(part, num_pruned, masks)
             self._masks.set(masks)
-        self._gradient = {}  # that of the quadratic model is zero now, but for what may not move
+        increase, share = increase - self._first.gain, self._first.share
+        self._first = FirstOrderStep()  # the weights are in the minimum of the quadratic model, as far as they may be
         for estimate in self._estimates():
             if len(estimate.groups) > 1:
                 estimate.release()  # the parts not held would be estimated on the weights of now
-        self._record(increase)
+        self._record(increase, share)
         return self._result()
 
-    def _mean_gradient(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, seed: int) -> dict[str, Tensor]:
+    def _first_order_step(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, seed: int) -> FirstOrderStep:
         if data is None:
-            raise ValueError("first_order=True needs data, got None")
-        if self.curvature.observes:
-            require_rereadable(data, "first_order=True reads it once more")
-        estimate, names = self._estimate, self.curvature.biases
-        moving = self.weights | {names[w]: self.model.get_parameter(names[w]) for w in names}
-        samples = estimate.num_grads * estimate.grad_batch_size
-        with self._timed("gradient"):
-            gradient = mean_gradient(
-                self.model, data, loss_fn, moving, num_samples=samples, seed=seed, progress=self.progress
+            raise ValueError("first_order needs data, got None")
+        require_rereadable(data, "first_order= reads it twice more")
+        with self._timed("first order"), torch.no_grad():
+            return first_order_step(
+                self._estimate,
+                self._masks,
+                data,
+                loss_fn,
+                share=None if self.first_order is True else float(self.first_order),
+                dead_move=self.saliency != "simultaneous" and not self.curvature.masked,
+                seed=seed,
+                progress=self.progress,
             )
-        return gradient | {name: gradient[name] * self._masks[name] for name in self.weights}
 
-    def _optimum(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-        """Weights and biases that the costs are counted from, and what the loss loses on the way to them.
-
-        These are the weights as they are; with the first-order term, those at which the quadratic model of the loss has
-        its minimum, w - F^-1 g, the dead staying zero. Pruning w under gradient g is pruning these without one: Singh
-        and Alistarh 2020, section 3.3 and appendix (WoodTaylor).
-        """
-        curvature, weights, biases = self.curvature, self._estimate.weights(names), self._estimate.biases(names)
-        if not self._gradient:
-            return weights, biases, 0.0
-        own = {name: curvature.biases[name] for name in biases}
-        gradient = {name: self._gradient[name] for name in [*names, *own.values()]}
-        step = curvature.mul(gradient)
-        weights = {name: weight - step[name] for name, weight in weights.items()}
-        biases = {name: bias - step[own[name]] for name, bias in biases.items()}
-        gain = 0.5 * sum(float((gradient[name] * step[name]).sum(dtype=torch.float64)) for name in gradient)
-        masks = {name: self._masks[name] for name in names}
-        if self.saliency != "simultaneous" and not all(bool(mask.all()) for mask in masks.values()):
-            back = exact_update(curvature, weights, masks, biases)
-            weights = {name: back[name] for name in names}
-            biases = {name: back[own[name]] for name in biases}
-        return weights, biases, gain
+    def _start(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and biases that costs are counted from: as they are, or after the first-order step."""
+        weights, biases = self._estimate.weights(names), self._estimate.biases(names)
+        return self._first.taken({name: name for name in names}, weights), self._first.taken(self._biases, biases)
 
     def _allocated(self, estimate: Estimate, num_pruned: Union[int, Mapping[str, int]]) -> dict[str, int]:
         """How many weights each parameter loses where all of them compete under another curvature."""
@@ -320,12 +310,12 @@ class Pruner:
     ) -> float:
         """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
         estimate, costs = self._estimate, dict[str, Costs]()
-        chosen, updated, increase, gains = dict[str, Tensor](), dict[str, Tensor](), 0.0, 0.0
+        chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
         if self.saliency != "fixed_order":
             for group in groups:
                 estimate.hold(group)
                 with self._timed("saliency"):
-                    costs |= self._costs(estimate, self.saliency, self._optimum(group)[0])
+                    costs |= self._costs(estimate, self.saliency, self._start(group)[0])
                 self._damping_raised |= self.curvature.damping_raised
             with self._timed("selection"):
                 chosen = self._select(costs, num_pruned)
@@ -334,8 +324,7 @@ class Pruner:
             estimate.hold(group)
             show = self.progress
             with self._timed("compensation"):
-                weights, biases, gain = self._optimum(group)
-                gains += gain
+                weights, biases = self._start(group)
                 if self.saliency == "fixed_order":
                     assert isinstance(num_pruned, Mapping)
                     alive = {name: self._masks[name] for name in group}
@@ -360,7 +349,7 @@ class Pruner:
         for name, value in updated.items():
             self.model.get_parameter(name).copy_(value)
         masks |= chosen
-        return increase - gains
+        return increase
 
     def step(self) -> bool:
         """Prune as far as the schedule says, if it says so of this step; call it once in each training step, or epoch.
@@ -383,6 +372,9 @@ class Pruner:
                 raise RuntimeError("give data and loss_fn to the Pruner, or call estimate once, before it prunes")
             self.estimate()
             self.prune_to(sparsity)
+            for estimate in self._estimates():
+                if not estimate.curvature.carry_over:
+                    estimate.release()  # the next step has its own
         self._step += 1
         return due
 
@@ -446,7 +438,7 @@ class Pruner:
             "allocation": None if self._allocation is None else self._allocation.state_dict(),
             "history": copy.deepcopy(self.history),
             "step": self._step,
-            "gradient": dict(self._gradient),
+            "first_order": self._first._asdict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -468,7 +460,7 @@ class Pruner:
             "allocation",
             "history",
             "step",
-            "gradient",
+            "first_order",
         } - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
@@ -476,12 +468,10 @@ class Pruner:
             raise ValueError("expected the state of a Pruner with the same allocation")
         masks = Masks(self.weights)
         masks.load_state_dict(state["masks"])
-        gradient = state["gradient"]
-        for name, own in self.model.named_parameters():
-            if name in gradient and gradient[name].shape != own.shape:
-                raise ValueError(
-                    f"expected a gradient of {name} of shape {list(own.shape)}, got {list(gradient[name].shape)}"
-                )
+        first = FirstOrderStep(**state["first_order"])
+        for name, step in first.step.items():
+            if step.shape != (own := self.model.get_parameter(name)).shape:
+                raise ValueError(f"expected a step of {name} of shape {list(own.shape)}, got {list(step.shape)}")
         changed = [part for estimate in self._estimates() for part in (estimate, estimate.curvature)]
         before = [dict(vars(part)) for part in changed]
         try:
@@ -495,7 +485,7 @@ class Pruner:
         self._masks = masks
         self.history = copy.deepcopy(list(state["history"]))
         self._step = int(state["step"])
-        self._gradient = dict(gradient)
+        self._first = first
 
     def _parameters(self) -> list[nn.Parameter]:
         """All that may change: weights and biases."""
@@ -622,13 +612,14 @@ class Pruner:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
         return contextlib.nullcontext() if self.impl == "auto" else use_impl(self.impl)
 
-    def _record(self, increase: float) -> None:
+    def _record(self, increase: float, share: float) -> None:
         self.history.append(
             {
                 "sparsity": self._masks.sparsity(),
                 "layer_sparsity": self._masks.layer_sparsity(),
                 "num_grads": self._estimate.used_grads,
                 "predicted_loss_increase": increase,
+                **({"first_order_share": share} if self.first_order is not False else {}),
                 "damping_raised": dict(self._damping_raised),
                 "seconds": self._timed.seconds,
             }
@@ -670,7 +661,7 @@ def prune(
     progress: bool = True,
     allocation: Union[str, Curvature, None] = None,
     min_density: float = 0.0,
-    first_order: bool = False,
+    first_order: Union[bool, float] = False,
 ) -> PruneResult:
     """Prune a model in place, in one call. If anything is raised, the model is as before the call.
 
@@ -717,8 +708,9 @@ def prune(
             two may take half.
         min_density: where parameters compete each of them keeps at least this fraction of its weights.
         first_order: count the gradient of the loss, too, which is not zero where training has not ended (WoodTaylor):
-            the weights that stay also take the step that the curvature says lowers the loss most. Takes another pass
-            over the data.
+            the weights that stay also take the step to where the curvature says the loss is lowest, as far as the loss
+            on the same samples says so; or as large a share of it as is given, 1.0 as published. Reads the data twice
+            more.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by

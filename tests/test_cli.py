@@ -97,7 +97,10 @@ def _model():
         ("mine:model mine:data --sparsity 0.5 --out x.pt --params 0.wait", "did you mean 0.weight"),
         ("mine:model mine:data --sparsity 0.5 --out x.pt --checkpoint no.pt", "no.pt"),
         ("mine:model mine:data --sparsity 0.5 --out x.json", "overwritten by the report"),
-        ("mine:model mine:data --sparsity 0.5 --out x.pt --checkpoint mine.py", "mine.py is not a file of torch.save"),
+        (
+            "mine:model mine:data --sparsity 0.5 --out x.pt --checkpoint mine.py",
+            "mine.py is truncated, or no file of torch.save",
+        ),
         ("mine:model mine:data --sparsity 0.5 --out x.pt --impl triton --num-grads 8", "no Triton kernel"),
     ],
 )

@@ -535,7 +535,8 @@ def test_state_survives(net, data, tmp_path):
     assert again.history == pruner.history
     torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
     with pytest.raises(
-        ValueError, match="has no allocation, curvature, held, history, masks, masks_at_estimate, model, used_grads"
+        ValueError,
+        match="no allocation, curvature, first_order, held, history, masks, masks_at_estimate, model, step, used_grads",
     ):
         again.load_state_dict({})
     other = fishleg_ext.Pruner(make_net(), curvature="layerwise", progress=False)

@@ -1,0 +1,185 @@
+"""Trains the network of `fishleg-ext demo` while it is pruned, and can be killed at any time.
+
+    python bench/gradual_digits.py --checkpoint run.safetensors --curvature fishleg
+
+The same command goes on where the last checkpoint was written and ends with the same weights and masks, to the bit, as
+if it had not been killed. What it takes for that is all here: the order of the samples follows from the number of the
+step, and a checkpoint holds model, optimizer, pruner and that number. With `--kills 20` the script kills itself so many
+times, at random, and compares.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from fishleg_ext import Pruner, checkpoint, schedule
+from fishleg_ext.demo import Split, accuracy, digits, network
+from fishleg_ext.progress import progress_bar
+
+BATCH = 64
+SCHEDULES = {"cubic": schedule.Cubic, "linear": schedule.Linear, "geometric": schedule.Geometric}
+
+
+class Run:
+    """A training run: everything that changes, and how.
+
+    Args:
+        training: the samples.
+        model: to be trained.
+        curve: name of the schedule.
+        sparsity: at its end, after three quarters of the steps.
+        steps: of training.
+        prunings: on the way.
+        seed: of the order of samples, and of the pruner.
+        lr: of Adam, with weight decay, falling to zero.
+        pruner: more arguments of `Pruner`.
+    """
+
+    def __init__(
+        self,
+        training: Split,
+        model: nn.Module,
+        *,
+        curve: str = "cubic",
+        sparsity: float = 0.95,
+        steps: int = 300,
+        prunings: int = 10,
+        seed: int = 0,
+        lr: float = 2e-3,
+        **pruner: Any,
+    ) -> None:
+        self.training, self.model, self.steps, self.seed = training, model, steps, seed
+        end = 3 * steps // 4
+        frequency = max(1, end // prunings)
+        self.pruner = Pruner(
+            model,
+            schedule=SCHEDULES[curve](final_sparsity=sparsity, start=frequency, end=end, frequency=frequency),
+            data=training.batches(),
+            loss_fn=nn.functional.cross_entropy,
+            seed=seed,
+            progress=False,
+            **pruner,
+        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.pruner.attach(self.optimizer)
+        self.done = 0
+
+    def step(self) -> None:
+        """Prune if it is time, and train on one batch."""
+        self.pruner.step()
+        self.model.train()
+        per_epoch = len(self.training.images) // BATCH
+        epoch, index = divmod(self.done, per_epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        chosen = torch.randperm(len(self.training.images), generator=generator)[index * BATCH : (index + 1) * BATCH]
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(self.training.images[chosen]), self.training.digits[chosen]).backward()
+        self.optimizer.step()
+        self.decay.step()
+        self.done += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `step` depends on."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "decay", "pruner")}
+        return parts | {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in ("model", "optimizer", "decay", "pruner"):
+            getattr(self, name).load_state_dict(state[name])
+        self.done = state["done"]
+
+    def finish(self, path: Optional[Path] = None, every: int = 10, progress: bool = True) -> None:
+        """Take the steps that are left, with a checkpoint now and then."""
+        if path is not None and path.exists():
+            self.load_state_dict(checkpoint.load(path))
+        for _ in progress_bar(range(self.done, self.steps), what="training", show=progress):
+            self.step()
+            if path is not None and (self.done % every == 0 or self.done == self.steps):
+                checkpoint.save(self.state_dict(), path)
+        self.pruner.finalize()
+        self.model.eval()
+
+    def digest(self) -> str:
+        """Of weights and masks, to the bit."""
+        tensors = {**self.model.state_dict(), **{f"mask of {n}": m for n, m in self.pruner.masks.items()}}
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def train(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Go on from the checkpoint, if there is one, to the end."""
+    training, test = digits(arguments.seed)
+    run = Run(
+        training,
+        network(arguments.seed),
+        curve=arguments.schedule,
+        sparsity=arguments.sparsity,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        curvature=arguments.curvature,
+        num_grads=arguments.num_grads,
+    )
+    run.finish(path, arguments.every, progress=not arguments.kills)
+    sparsity = run.pruner.finalize().sparsity
+    return {"sparsity": sparsity, "accuracy": accuracy(run.model, test), "digest": run.digest()}
+
+
+def killed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train once, then again with kills at random times, anew where it ends; RuntimeError if an end is another."""
+    start = time.perf_counter()
+    whole = train(arguments, arguments.checkpoint.with_stem(arguments.checkpoint.stem + "_whole"))
+    longest = 5 * (time.perf_counter() - start) / arguments.kills
+    context, chance = multiprocessing.get_context("fork"), random.Random(arguments.seed)
+    steps_done, runs = list[int](), 0
+    while len(steps_done) < arguments.kills or not runs:
+        process = context.Process(target=train, args=(arguments, arguments.checkpoint))
+        process.start()
+        process.join(chance.uniform(0, longest) if len(steps_done) < arguments.kills else None)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            steps_done.append(checkpoint.load(arguments.checkpoint)["done"] if arguments.checkpoint.exists() else 0)
+            continue
+        runs += 1
+        if process.exitcode or (again := train(arguments, arguments.checkpoint)) != whole:
+            raise RuntimeError(f"after kills the run ends with {process.exitcode}, {again}; without with {whole}")
+        if len(steps_done) < arguments.kills:
+            arguments.checkpoint.unlink()
+    return whole | {"kills": arguments.kills, "runs": runs, "steps_done": steps_done}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="written while it runs, and gone on from")
+    parser.add_argument("--every", type=int, default=10, help="steps from one checkpoint to the next")
+    parser.add_argument("--kills", type=int, default=0, help="kill a second run so often, and compare")
+    parser.add_argument("--curvature", default="block")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cubic")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--num-grads", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    if arguments.kills:
+        torch.set_num_threads(1)  # a process with threads does not survive being forked
+        print(json.dumps(killed(arguments)))
+    else:
+        print(json.dumps(train(arguments, arguments.checkpoint)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Files that survive a kill: a training run's state, and pruned models for others to read.
+
+`save` writes a file whole or not at all. `export_pruned` writes a folder that needs no fishleg_ext to be read:
+model.safetensors, dense, zeros and all; masks.safetensors, bool, True = kept; and pruning.json, what was done.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext.pruner import PruneResult
+
+STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata
+SCALARS = (str, int, float, type(None))  # and bool
+
+
+def save(content: Any, path: Union[str, Path]) -> None:
+    """Write tensors, numbers and strings in nested dicts, lists and tuples; in place of an older file, if there is one.
+
+    Killed at any moment, there is the older file or the new one, never a part of it.
+
+    Args:
+        content: what `load` is to give back, tensors on the CPU: state dicts of modules, optimizers, a `Pruner`.
+        path: a file of safetensors if it ends so, else one of torch.save.
+
+    Raises:
+        TypeError: anything else in the content; its place is named.
+        ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors: dict[str, Tensor] = {}
+        structure = _encoded(content, "", tensors, {})
+        _write_safetensors(tensors, path, {STRUCTURE: json.dumps(structure)})
+    else:
+        _check(content, "")
+        _replace(path, lambda partial: torch.save(content, partial))
+
+
+def load(path: Union[str, Path]) -> Any:
+    """What `save` wrote; of another safetensors file its tensors by name.
+
+    Runs no code that the file may hold.
+
+    Raises:
+        ValueError: the file is truncated, or of another kind.
+        OSError: it cannot be opened.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        return _decoded(json.loads(metadata[STRUCTURE]), tensors) if STRUCTURE in metadata else tensors
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever the unpickler trips over
+            what = "is truncated, or no file of torch.save that holds tensors alone"
+            raise ValueError(f"{path} {what}: {error!r}") from error
+
+
+def export_pruned(
+    model: nn.Module, result: PruneResult, folder: Union[str, Path], notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write a pruned model for others to read.
+
+    Args:
+        model: its state dict becomes model.safetensors; tensors that share memory are written once for each name.
+        result: its masks become masks.safetensors, the rest of it pruning.json.
+        folder: made if it is not there.
+        notes: more for pruning.json, such as the arguments of `prune`.
+
+    Raises:
+        ValueError: weights that a mask of the result prunes are not zero.
+        ImportError: safetensors is not installed.
+    """
+    folder = Path(folder)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    _check_zeros(state, result.masks, "the model")
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = {name: mask.cpu().contiguous() for name, mask in result.masks.items()}
+    _write_safetensors(masks, folder / "masks.safetensors", {})
+    _write_safetensors(state, folder / "model.safetensors", {"format": "pt"})
+    report = {
+        "sparsity": result.sparsity,
+        "layer_sparsity": result.layer_sparsity,
+        "predicted_loss_increase": result.predicted_loss_increase,
+        "history": result.history,
+        "notes": dict(notes or {}),
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    _replace(folder / "pruning.json", lambda partial: partial.write_text(text))
+
+
+def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
+    """Load what `export_pruned` wrote into a model of the same architecture; if anything is raised it is as before.
+
+    Returns:
+        the result of the pruning, as of then.
+
+    Raises:
+        ValueError: a file is truncated or foreign, or they do not belong together or to the model.
+        OSError: a file is missing.
+    """
+    folder = Path(folder)
+    state, _ = _read_safetensors(folder / "model.safetensors")
+    masks, _ = _read_safetensors(folder / "masks.safetensors")
+    try:
+        report = json.loads((folder / "pruning.json").read_text())
+        fields = {n: report[n] for n in ("sparsity", "layer_sparsity", "predicted_loss_increase", "history")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'pruning.json'} is truncated, or not of a pruned model: {error!r}") from error
+    _check_zeros(state, masks, str(folder / "model.safetensors"))
+    own = model.state_dict()
+    shapes, given = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (own, state))
+    if odd := [n for n in {**shapes, **given} if shapes.get(n) != given.get(n)]:
+        listed = ", ".join(f"{n} is {shapes.get(n, 'missing')}, not {given.get(n, 'there')}" for n in odd)
+        raise ValueError(f"expected a model with the tensors of {folder}: {listed}")
+    model.load_state_dict(state)
+    return PruneResult(masks=masks, **fields)
+
+
+def _check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], of: str) -> None:
+    for name, mask in masks.items():
+        if name not in state or state[name].shape != mask.shape:
+            raise ValueError(f"expected {of} to have {name} of shape {list(mask.shape)}, as its mask has")
+        if state[name][~mask.cpu()].any():
+            raise ValueError(f"expected zeros where {name} of {of} is pruned; call finalize() or apply_masks() first")
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside `path` and put it in its place once it is on the disk."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"safetensors files need a package: pip install 'fishleg_ext[safetensors]' ({error})"
+        ) from error
+    return safetensors
+
+
+def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    package = _safetensors()
+    _replace(path, lambda partial: package.torch.save_file(dict(tensors), partial, dict(metadata) or None))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except package.SafetensorError as error:
+        raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
+
+
+def _encoded(content: Any, place: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> Any:
+    """As JSON; tensors are named there, and kept in `tensors`, those in the same memory once."""
+    if isinstance(content, Tensor):
+        key = content.device, content.data_ptr(), content.dtype, content.shape, content.stride()
+        if key not in seen or not content.numel():
+            name = seen[key] = place if place not in tensors else f"{place}#{len(tensors)}"
+            tensors[name] = content.detach().cpu().contiguous().clone()
+        return {"tensor": seen[key]}
+    if isinstance(content, Mapping):
+        items = []
+        for key, value in content.items():
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"expected keys that are strings or integers in {place or 'content'}, got {key!r}")
+            items.append([key, _encoded(value, f"{place}.{key}" if place else str(key), tensors, seen)])
+        return {"dict": items}
+    if isinstance(content, (list, tuple)):
+        items = [_encoded(value, f"{place}.{i}" if place else str(i), tensors, seen) for i, value in enumerate(content)]
+        return {"tuple": items} if isinstance(content, tuple) else items
+    _check(content, place)
+    return content
+
+
+def _decoded(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(structure, list):
+        return [_decoded(value, tensors) for value in structure]
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, value),) = structure.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "tuple":
+        return tuple(_decoded(item, tensors) for item in value)
+    return {key: _decoded(item, tensors) for key, item in value}
+
+
+def _check(content: Any, place: str) -> None:
+    """Raise TypeError unless it is made of what `save` takes."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            _check(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            _check(value, f"{place}.{index}" if place else str(index))
+    elif not isinstance(content, (Tensor, *SCALARS)):
+        raise TypeError(
+            f"expected tensors, numbers, strings, dicts, lists and tuples, got {type(content).__name__} in {place}"
+        )
