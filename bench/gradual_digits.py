@@ -14,61 +14,81 @@ import json
 import multiprocessing
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fishleg_ext import Pruner, checkpoint, schedule
-from fishleg_ext.demo import Split, accuracy, digits, network
+from fishleg_ext.demo import accuracy, digits, network
 from fishleg_ext.progress import progress_bar
 
-BATCH = 64
-SCHEDULES = {"cubic": schedule.Cubic, "linear": schedule.Linear, "geometric": schedule.Geometric}
+SCHEDULES = {
+    "cubic": schedule.Cubic,
+    "linear": schedule.Linear,
+    "geometric": schedule.Geometric,
+    "one_shot": schedule.OneShot,
+}
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """For the network of digits."""
+    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2)
 
 
 class Run:
     """A training run: everything that changes, and how.
 
     Args:
-        training: the samples.
-        model: to be trained.
+        model: to be trained by cross-entropy.
+        images, labels: all samples.
+        data: of the pruner's estimates.
         curve: name of the schedule.
         sparsity: at its end, after three quarters of the steps.
         steps: of training.
         prunings: on the way.
+        batch: samples in each step.
         seed: of the order of samples, and of the pruner.
-        lr: of Adam, with weight decay, falling to zero.
+        optimizer: made of the parameters; its rate falls to zero by a cosine.
+        augment: changes a batch of images at random.
         pruner: more arguments of `Pruner`.
     """
 
     def __init__(
         self,
-        training: Split,
         model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        data: Iterable[Any],
         *,
         curve: str = "cubic",
         sparsity: float = 0.95,
         steps: int = 300,
         prunings: int = 10,
+        batch: int = 64,
         seed: int = 0,
-        lr: float = 2e-3,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adamw,
+        augment: Optional[Augment] = None,
         **pruner: Any,
     ) -> None:
-        self.training, self.model, self.steps, self.seed = training, model, steps, seed
+        self.model, self.images, self.labels = model, images, labels
+        self.steps, self.batch, self.seed, self.augment = steps, batch, seed, augment
         end = 3 * steps // 4
         frequency = max(1, end // prunings)
+        when = {} if curve == "one_shot" else {"start": frequency, "end": end, "frequency": frequency}
         self.pruner = Pruner(
             model,
-            schedule=SCHEDULES[curve](final_sparsity=sparsity, start=frequency, end=end, frequency=frequency),
-            data=training.batches(),
+            schedule=SCHEDULES[curve](final_sparsity=sparsity, **when),
+            data=data,
             loss_fn=nn.functional.cross_entropy,
             seed=seed,
             progress=False,
             **pruner,
         )
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+        self.optimizer = optimizer(model.parameters())
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.pruner.attach(self.optimizer)
         self.done = 0
@@ -77,12 +97,14 @@ class Run:
         """Prune if it is time, and train on one batch."""
         self.pruner.step()
         self.model.train()
-        per_epoch = len(self.training.images) // BATCH
-        epoch, index = divmod(self.done, per_epoch)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        chosen = torch.randperm(len(self.training.images), generator=generator)[index * BATCH : (index + 1) * BATCH]
+        epoch, index = divmod(self.done, len(self.images) // self.batch)
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed + epoch))
+        chosen = order[index * self.batch : (index + 1) * self.batch]
+        images = self.images[chosen]
+        if self.augment is not None:
+            images = self.augment(images, torch.Generator().manual_seed(2**20 * (self.seed + 1) + self.done))
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.training.images[chosen]), self.training.digits[chosen]).backward()
+        nn.functional.cross_entropy(self.model(images), self.labels[chosen]).backward()
         self.optimizer.step()
         self.decay.step()
         self.done += 1
@@ -122,8 +144,10 @@ def train(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Go on from the checkpoint, if there is one, to the end."""
     training, test = digits(arguments.seed)
     run = Run(
-        training,
         network(arguments.seed),
+        training.images,
+        training.digits,
+        training.batches(),
         curve=arguments.schedule,
         sparsity=arguments.sparsity,
         steps=arguments.steps,
