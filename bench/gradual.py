@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "magnitude": {"curvature": "identity"},
     "diagonal": {"curvature": "diagonal", "labels": "model"},
     "block": {"curvature": "block", "labels": "model"},
-    "low rank (M-FAC)": {"curvature": "low_rank"},
+    "low rank (M-FAC)": {"curvature": "low_rank", "num_grads": 256},
     "layerwise, counts by block": {"curvature": "layerwise", "allocation": "block"},
     "Kronecker (K-FAC)": {"curvature": "kronecker"},
     "FishLeg": {"curvature": "fishleg"},
