@@ -49,7 +49,7 @@ def of_digits(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any],
     training, test = demo.digits(arguments.seed)
     model = demo.network(arguments.seed)
     demo.train(model, training, seed=arguments.seed, progress=False)
-    data = {"images": training.images, "labels": training.digits, "data": training.batches(), "optimizer": adamw}
+    data = {"images": training.images, "targets": training.digits, "data": training.batches(), "optimizer": adamw}
     return model, data, lambda model: demo.accuracy(model.eval(), test)
 
 
@@ -63,7 +63,7 @@ def of_resnet20(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any
     images, labels = (torch.cat(part) for part in zip(*cifar.training_batches(0, 20000), strict=True))
     sgd = lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9, weight_decay=5e-4)
     estimated = cifar.training_batches(0, 2048)
-    data = {"images": images, "labels": labels, "data": estimated, "batch": 128, "augment": crop_and_flip}
+    data = {"images": images, "targets": labels, "data": estimated, "batch": 128, "augment": crop_and_flip}
     return model.eval(), data | {"optimizer": sgd, "params": WEIGHTS}, cifar.accuracy
 
 

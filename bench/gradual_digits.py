@@ -44,7 +44,7 @@ class Run:
 
     Args:
         model: to be trained by cross-entropy.
-        images, labels: all samples.
+        images, targets: all samples.
         data: of the pruner's estimates.
         curve: name of the schedule.
         sparsity: at its end, after three quarters of the steps.
@@ -61,7 +61,7 @@ class Run:
         self,
         model: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         data: Iterable[Any],
         *,
         curve: str = "cubic",
@@ -74,7 +74,7 @@ class Run:
         augment: Optional[Augment] = None,
         **pruner: Any,
     ) -> None:
-        self.model, self.images, self.labels = model, images, labels
+        self.model, self.images, self.targets = model, images, targets
         self.steps, self.batch, self.seed, self.augment = steps, batch, seed, augment
         end = 3 * steps // 4
         frequency = max(1, end // prunings)
@@ -104,7 +104,7 @@ class Run:
         if self.augment is not None:
             images = self.augment(images, torch.Generator().manual_seed(2**20 * (self.seed + 1) + self.done))
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(images), self.labels[chosen]).backward()
+        nn.functional.cross_entropy(self.model(images), self.targets[chosen]).backward()
         self.optimizer.step()
         self.decay.step()
         self.done += 1
