@@ -55,4 +55,5 @@ def exact_update(
         updated[name] = moved.to(weight.dtype)
         if bias:
             updated[curvature.biases[name]] = bias[0].to(biases[name].dtype)
+        del blocks  # before the next are computed
     return updated

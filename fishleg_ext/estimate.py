@@ -185,6 +185,8 @@ class Estimate:
         if "gradients" in self.curvature.observes:
             observed |= {self.curvature.biases[name]: bias for name, bias in self._bias_parameters(names).items()}
         with self._timed(self._stage):
+            if not self.curvature.carry_over:
+                self.curvature.start({})  # before there is memory for what is next
             self.curvature.start(self.weights(names))
             for number in range(self.curvature.passes if self.curvature.observes else 0):
                 self.used_grads = observe(

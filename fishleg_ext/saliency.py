@@ -71,4 +71,5 @@ def exact_costs(
         if blocks.cost_scale is not None:
             cost = cost * blocks.cost_scale
         costs[name] = Costs(layout, cost, alive, rank, pattern.group)
+        del blocks, inverse  # before the next are computed
     return costs

@@ -19,7 +19,8 @@ def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Cholesky inverse of each damped block."""
     inverse = torch.empty_like(gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format)
     info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
-    for part in batches(gram.shape[0], inverse[:1].numel() * inverse.element_size(), gram.device):
+    workspace = 4 * gram[:1].numel() * inverse.element_size()  # damped, its factor, that inverted, both halves added
+    for part in batches(gram.shape[0], workspace, gram.device):
         factor, info[part] = damped_cholesky(gram[part].to(inverse.dtype), damping)
         half = torch.cholesky_inverse(factor)
         torch.add(half, half.mT, out=inverse[part]).mul_(0.5)

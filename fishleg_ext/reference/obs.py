@@ -33,7 +33,7 @@ def obs_eliminate(
     dtype = widened(inverse.dtype)
     rank = torch.empty(num_blocks, size, dtype=torch.int32, device=weight.device)
     cost = torch.empty(num_blocks, size, dtype=dtype, device=weight.device)
-    for part in batches(num_blocks, size * size * dtype.itemsize, weight.device):
+    for part in batches(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
         block = inverse if len(inverse) == 1 else inverse[part]
         elimination = _Elimination(weight[part], block.to(dtype), alive[part], group)
         if dead_first:
@@ -172,7 +172,8 @@ def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
     dtype = widened(inverse.dtype)
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     identity = torch.eye(weight.shape[1], dtype=dtype, device=weight.device)
-    for part in batches(len(weight), identity.numel() * identity.element_size(), weight.device):
+    workspace = 4 * identity.numel() * identity.element_size()  # rows and columns of the pruned, damped, their factor
+    for part in batches(len(weight), workspace, weight.device):
         block = (inverse if len(inverse) == 1 else inverse[part]).to(dtype)
         solved = pruned[part] & (block.diagonal(dim1=1, dim2=2) != 0)
         both = solved[:, :, None] & solved[:, None, :]
