@@ -162,8 +162,10 @@ def train(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def killed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once, then again with kills at random times, anew where it ends; RuntimeError if an end is another."""
-    start = time.perf_counter()
-    whole = train(arguments, arguments.checkpoint.with_stem(arguments.checkpoint.stem + "_whole"))
+    start, not_killed = time.perf_counter(), arguments.checkpoint.with_stem(arguments.checkpoint.stem + "_whole")
+    for older in (arguments.checkpoint, not_killed):
+        older.unlink(missing_ok=True)
+    whole = train(arguments, not_killed)
     longest = 5 * (time.perf_counter() - start) / arguments.kills
     context, chance = multiprocessing.get_context("fork"), random.Random(arguments.seed)
     steps_done, runs = list[int](), 0

@@ -4,8 +4,8 @@
 // (-0 as 0; NaN, whichever, as the largest). For each byte of the key, from the highest on, one
 // pass counts how often each digit comes among the keys that begin as the threshold does; the digit
 // at which the number of lower ones reaches `num_pruned` is the threshold's next. What is below the
-// threshold goes; of what equals it, the first in their order, as many as are lacking. If these are
-// some but not all, one more pass counts them in each tile of scores, to find the tile in which
+// threshold goes; of what equals it, the first in their order, as many as are lacking. If there are
+// any, one more pass counts them in each tile of scores, to find the tile in which
 // they end.
 //
 // Per score of 4 bytes: 4 passes that read it, perhaps one for ties, and one that reads it and
@@ -32,7 +32,7 @@ constexpr int kSelectThreads = 256, kDigits = 256, kDigitBits = 8, kLanes = 32;
 constexpr int kSelectWarps = kSelectThreads / kLanes;
 constexpr int kScoresPerThread = kSelectTile / kSelectThreads;
 constexpr int kCounterBytes = kDigits * kLanes * sizeof(unsigned);
-constexpr int kScratch = kSelectWarps + 3;  // of 8 bytes each, for `block_scan` and `next_digit`
+constexpr int kScratch = kSelectWarps + 2;  // of 8 bytes each, for `block_scan` and `next_digit`
 constexpr int kMostTensors = 100;           // in one launch: they are among its arguments
 
 // Some of the tensors. Tiles are numbered through all tensors.
@@ -48,8 +48,7 @@ struct SelectChunk {
 // What is known of the threshold after some passes.
 struct Threshold {
   unsigned long long prefix;  // its highest digits
-  long long remaining;        // how many of the keys that begin so go
-  long long among;            // how many there are
+  long long remaining;        // how many of the keys that begin so go, but never all of them
 };
 
 // Which of the scores that equal the threshold go; see find_boundary_kernel.
@@ -91,11 +90,10 @@ __device__ __forceinline__ Threshold next_digit(Threshold known, const long long
   if (lower <= known.remaining && known.remaining < lower + count) {
     found[0] = threadIdx.x;
     found[1] = lower;
-    found[2] = count;
   }
   __syncthreads();
   const auto digit = static_cast<unsigned long long>(found[0]);
-  return {known.prefix | digit << shift, known.remaining - found[1], found[2]};
+  return {known.prefix | digit << shift, known.remaining - found[1]};
 }
 
 // The threshold before pass `pass`, found by all threads of all blocks and kept by one.
@@ -104,17 +102,12 @@ template <typename Key>
 __device__ __forceinline__ Threshold threshold_before(int pass, int64_t num_pruned,
                                                       const long long* counts,
                                                       Threshold* thresholds, long long* scratch) {
-  if (pass == 0) return {0, num_pruned, 0};
-  const Threshold known = pass == 1 ? Threshold{0, num_pruned, 0} : thresholds[pass - 1];
+  if (pass == 0) return {0, num_pruned};
+  const Threshold known = pass == 1 ? Threshold{0, num_pruned} : thresholds[pass - 1];
   const int shift = 8 * sizeof(Key) - kDigitBits * pass;
   const Threshold now = next_digit(known, counts + (pass - 1) * kDigits, shift, scratch);
   if (blockIdx.x == 0 && threadIdx.x == 0) thresholds[pass] = now;
   return now;
-}
-
-// Whether some, but not all, of the scores that equal the threshold go.
-__device__ __forceinline__ bool splits_ties(const Threshold& threshold) {
-  return threshold.remaining > 0 && threshold.remaining < threshold.among;
 }
 
 // Calls run(tile, tensor, first score of the tile, scores in it) for every tile that is this
@@ -163,7 +156,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   if (sum > 0) atomicAdd(total, static_cast<unsigned long long>(sum));
 }
 
-// ties [tiles]: scores of each tile that equal the threshold, if these are split. Shared memory:
+// ties [tiles]: scores of each tile that equal the threshold, if some of these go. Shared memory:
 // scratch.
 template <typename Key>
 __global__ void __launch_bounds__(kSelectThreads)
@@ -173,7 +166,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   constexpr int kPasses = sizeof(Key);
   long long* const scratch = reinterpret_cast<long long*>(dynamic_shared_memory());
   const Threshold known = threshold_before<Key>(kPasses, num_pruned, counts, thresholds, scratch);
-  if (!splits_ties(known)) return;
+  if (known.remaining == 0) return;
   const Key threshold = static_cast<Key>(known.prefix);
   for_tiles(chunk, [&](int64_t tile, int tensor, int64_t first, int size) {
     const Key* const scores = chunk.scores[tensor] + first;
@@ -195,8 +188,8 @@ __global__ void __launch_bounds__(kSelectThreads)
     find_boundary_kernel(const Threshold* threshold, const long long* ties, int64_t tiles,
                          Boundary* boundary) {
   const Threshold known = *threshold;
-  if (!splits_ties(known)) {
-    if (threadIdx.x == 0) *boundary = {known.remaining > 0 ? tiles : -1, 0};
+  if (known.remaining == 0) {
+    if (threadIdx.x == 0) *boundary = {-1, 0};
     return;
   }
   const int64_t each = (tiles + kSelectThreads - 1) / kSelectThreads;

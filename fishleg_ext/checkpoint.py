@@ -7,6 +7,7 @@ model.safetensors, dense, zeros and all; masks.safetensors, bool, True = kept; a
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Union
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fishleg_ext.pruner import PruneResult
 
 STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata
-SCALARS = (str, int, float, type(None))  # and bool
+EXPORT = "fishleg_ext.export"  # says which files were written together
 
 
 def save(content: Any, path: Union[str, Path]) -> None:
@@ -36,11 +37,11 @@ def save(content: Any, path: Union[str, Path]) -> None:
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors: dict[str, Tensor] = {}
-        structure = _encoded(content, "", tensors, {})
+        structure = _encoded(_plain(content, ""), "", tensors, {})
         _write_safetensors(tensors, path, {STRUCTURE: json.dumps(structure)})
     else:
-        _check(content, "")
-        _replace(path, lambda partial: torch.save(content, partial))
+        plain = _plain(content, "")
+        _replace(path, lambda partial: torch.save(plain, partial))
 
 
 def load(path: Union[str, Path]) -> Any:
@@ -84,9 +85,11 @@ def export_pruned(
     _check_zeros(state, result.masks, "the model")
     folder.mkdir(parents=True, exist_ok=True)
     masks = {name: mask.cpu().contiguous() for name, mask in result.masks.items()}
-    _write_safetensors(masks, folder / "masks.safetensors", {})
-    _write_safetensors(state, folder / "model.safetensors", {"format": "pt"})
+    export = uuid.uuid4().hex
+    _write_safetensors(masks, folder / "masks.safetensors", {EXPORT: export})
+    _write_safetensors(state, folder / "model.safetensors", {"format": "pt", EXPORT: export})
     report = {
+        "export": export,
         "sparsity": result.sparsity,
         "layer_sparsity": result.layer_sparsity,
         "predicted_loss_increase": result.predicted_loss_increase,
@@ -108,13 +111,18 @@ def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
         OSError: a file is missing.
     """
     folder = Path(folder)
-    state, _ = _read_safetensors(folder / "model.safetensors")
-    masks, _ = _read_safetensors(folder / "masks.safetensors")
+    state, of_model = _read_safetensors(folder / "model.safetensors")
+    masks, of_masks = _read_safetensors(folder / "masks.safetensors")
     try:
         report = json.loads((folder / "pruning.json").read_text())
+        export = report["export"]
         fields = {n: report[n] for n in ("sparsity", "layer_sparsity", "predicted_loss_increase", "history")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'pruning.json'} is truncated, or not of a pruned model: {error!r}") from error
+    if not export == of_model.get(EXPORT) == of_masks.get(EXPORT):
+        raise ValueError(
+            f"expected files that were written together in {folder}; was an export over an older one killed?"
+        )
     _check_zeros(state, masks, str(folder / "model.safetensors"))
     own = model.state_dict()
     shapes, given = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (own, state))
@@ -154,7 +162,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
             os.close(folder)
 
 
-def _safetensors() -> Any:
+def require_safetensors() -> Any:
+    """The package, or ImportError that says how to install it."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -165,12 +174,12 @@ def _safetensors() -> Any:
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    package = _safetensors()
+    package = require_safetensors()
     _replace(path, lambda partial: package.torch.save_file(dict(tensors), partial, dict(metadata) or None))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    package = _safetensors()
+    package = require_safetensors()
     try:
         with package.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -186,17 +195,12 @@ def _encoded(content: Any, place: str, tensors: dict[str, Tensor], seen: dict[tu
             name = seen[key] = place if place not in tensors else f"{place}#{len(tensors)}"
             tensors[name] = content.detach().cpu().contiguous().clone()
         return {"tensor": seen[key]}
-    if isinstance(content, Mapping):
-        items = []
-        for key, value in content.items():
-            if not isinstance(key, (str, int)):
-                raise TypeError(f"expected keys that are strings or integers in {place or 'content'}, got {key!r}")
-            items.append([key, _encoded(value, f"{place}.{key}" if place else str(key), tensors, seen)])
-        return {"dict": items}
+    if isinstance(content, dict):
+        within = lambda key: f"{place}.{key}" if place else str(key)
+        return {"dict": [[key, _encoded(value, within(key), tensors, seen)] for key, value in content.items()]}
     if isinstance(content, (list, tuple)):
         items = [_encoded(value, f"{place}.{i}" if place else str(i), tensors, seen) for i, value in enumerate(content)]
         return {"tuple": items} if isinstance(content, tuple) else items
-    _check(content, place)
     return content
 
 
@@ -213,15 +217,21 @@ def _decoded(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _decoded(item, tensors) for key, item in value}
 
 
-def _check(content: Any, place: str) -> None:
-    """Raise TypeError unless it is made of what `save` takes."""
+def _plain(content: Any, place: str) -> Any:
+    """The same of dicts, lists, tuples and Python's own scalars; TypeError if it is made of anything else."""
+    inner = f"{place}." if place else ""
     if isinstance(content, Mapping):
-        for key, value in content.items():
-            _check(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(content, (list, tuple)):
-        for index, value in enumerate(content):
-            _check(value, f"{place}.{index}" if place else str(index))
-    elif not isinstance(content, (Tensor, *SCALARS)):
-        raise TypeError(
-            f"expected tensors, numbers, strings, dicts, lists and tuples, got {type(content).__name__} in {place}"
-        )
+        if odd := [key for key in content if type(key) not in (str, int)]:
+            raise TypeError(f"expected keys that are strings or integers in {place or 'content'}, got {odd[0]!r}")
+        return {key: _plain(value, f"{inner}{key}") for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        items = (_plain(value, f"{inner}{index}") for index, value in enumerate(content))
+        return tuple(items) if isinstance(content, tuple) else list(items)
+    if isinstance(content, Tensor) or content is None or isinstance(content, bool):
+        return content.detach() if isinstance(content, Tensor) else content
+    for kind in (str, int, float):  # and what is derived from them, such as NumPy's float64
+        if isinstance(content, kind):
+            return kind(content)
+    raise TypeError(
+        f"expected tensors, numbers, strings, dicts, lists and tuples, got {type(content).__name__} in {place}"
+    )

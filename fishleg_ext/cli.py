@@ -253,6 +253,8 @@ def _prune(arguments: argparse.Namespace) -> int:
         model.load_state_dict(_read_checkpoint(arguments.checkpoint))
     if arguments.out.suffix == ".json":
         raise ValueError(f"--out {arguments.out} would be overwritten by the report of that name; use another suffix")
+    if arguments.out.suffix == ".safetensors":
+        checkpoint.require_safetensors()
     if not arguments.out.parent.is_dir():
         raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None

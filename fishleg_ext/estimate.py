@@ -93,6 +93,17 @@ class Estimate:
         self._masks: dict[str, Tensor] = {}
 
     @property
+    def carries_over(self) -> bool:
+        """Whether the next estimate begins from this one: where parameters are split, none is there when it ends."""
+        return bool(self.curvature.carry_over) and len(self.groups) == 1
+
+    @property
+    def samples(self) -> int:
+        """How many the last estimate was to be made from."""
+        num_grads = self.num_grads if self._source is None else self._source.num_grads
+        return num_grads * self.grad_batch_size
+
+    @property
     def ready(self) -> bool:
         """Whether there is curvature, or data to estimate it on."""
         return bool(self._source or self.held)
@@ -138,7 +149,7 @@ class Estimate:
     def release(self) -> None:
         """Forget the curvature, but what the next estimate begins from, and the data."""
         self._source, self.held = None, []
-        if not self.curvature.carry_over:
+        if not self.carries_over:
             self.curvature.start({})
 
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -176,6 +187,8 @@ class Estimate:
             masks.load_state_dict(state["masks_at_estimate"])
             self.curvature.start(self.weights(self._parameters))
             self.curvature.load_state_dict(state["curvature"])
+        else:
+            self.curvature.start({})
         self._masks, self.held, self._source = dict(masks), list(state["held"]), None
         self.used_grads = int(state["used_grads"])
 
@@ -185,7 +198,7 @@ class Estimate:
         if "gradients" in self.curvature.observes:
             observed |= {self.curvature.biases[name]: bias for name, bias in self._bias_parameters(names).items()}
         with self._timed(self._stage):
-            if not self.curvature.carry_over:
+            if not self.carries_over:
                 self.curvature.start({})  # before there is memory for what is next
             self.curvature.start(self.weights(names))
             for number in range(self.curvature.passes if self.curvature.observes else 0):

@@ -54,5 +54,7 @@ def weight_uses(
         for hook in hooks:
             hook.remove()
     if unseen := [name for name, number in uses.items() if not number]:
-        raise ValueError(f"expected weights of Linear and Conv layers that are called, {', '.join(unseen)} is none")
+        raise ValueError(
+            f"expected weights of Linear and Conv layers that are called, {', '.join(unseen)} is none; see params="
+        )
     return uses

@@ -128,10 +128,12 @@ class Pruner:
         # Of the last estimate, for BatchNorm and the next step, or given for all.
         self._data, self._loss_fn = data, loss_fn
         self.schedule, self._step = schedule, 0
+        if schedule is not None and data is not None:
+            require_rereadable(data, "each step that prunes")
         if schedule is not None and isinstance(scope, Mapping):
             raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many there are")
         if not isinstance(first_order, (bool, float, int)) or not 0 <= first_order <= 1:
-            raise ValueError(f"expected first_order to be a bool or a share of the step in (0, 1], got {first_order!r}")
+            raise ValueError(f"expected first_order to be a bool or a share of the step in [0, 1], got {first_order!r}")
         self.first_order = first_order if isinstance(first_order, bool) else float(first_order)
         if first_order and self.curvature.observes == {"inputs"}:
             raise ValueError(
@@ -221,6 +223,8 @@ class Pruner:
         readers = [estimate for estimate in self._estimates() if estimate.curvature.observes]
         if data is not None and len(readers) > 1:
             require_rereadable(data, "allocation= reads it once more")
+        if self.schedule is not None and data is not None:
+            require_rereadable(data, "each step that prunes")
         if self.scope == "flops":
             if data is None:
                 raise ValueError("scope='flops' needs data, got None")
@@ -230,10 +234,10 @@ class Pruner:
         seed = self.seed + 2**20 * self._step  # other samples of shuffled data, and other labels, in each step
         with self._implementation():
             for estimate in self._estimates():
-                refine_grads = self.refine_grads if self.history and estimate.curvature.carry_over else None
+                refine_grads = self.refine_grads if self.history and estimate.carries_over else None
                 estimate.begin(data, loss_fn, self._masks, num_grads=refine_grads, seed=seed)
             self._first = FirstOrderStep()
-            if self.first_order is not False:
+            if self.first_order:
                 self._first = self._first_order_step(data, loss_fn, seed)
         self._data, self._loss_fn = () if data is None else data, loss_fn
 
@@ -284,7 +288,7 @@ class Pruner:
                 data,
                 loss_fn,
                 share=None if self.first_order is True else float(self.first_order),
-                dead_move=self.saliency != "simultaneous" and not self.curvature.masked,
+                dead_move=not self.curvature.masked,
                 seed=seed,
                 progress=self.progress,
             )
@@ -373,7 +377,7 @@ class Pruner:
             self.estimate()
             self.prune_to(sparsity)
             for estimate in self._estimates():
-                if not estimate.curvature.carry_over:
+                if not estimate.carries_over:
                     estimate.release()  # the next step has its own
         self._step += 1
         return due
@@ -439,6 +443,7 @@ class Pruner:
             "history": copy.deepcopy(self.history),
             "step": self._step,
             "first_order": self._first._asdict(),
+            "uses": dict(self._uses),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -461,6 +466,7 @@ class Pruner:
             "history",
             "step",
             "first_order",
+            "uses",
         } - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
@@ -469,9 +475,13 @@ class Pruner:
         masks = Masks(self.weights)
         masks.load_state_dict(state["masks"])
         first = FirstOrderStep(**state["first_order"])
-        for name, step in first.step.items():
-            if step.shape != (own := self.model.get_parameter(name)).shape:
-                raise ValueError(f"expected a step of {name} of shape {list(own.shape)}, got {list(step.shape)}")
+        moving = {p: self.model.get_parameter(p) for p in [*self.weights, *self.curvature.biases.values()]}
+        for name, own in moving.items() if first.step else ():
+            if name not in first.step or first.step[name].shape != own.shape or len(first.step) != len(moving):
+                raise ValueError(f"expected a first-order step of {', '.join(moving)}, got {', '.join(first.step)}")
+        first = first._replace(step={name: step.to(moving[name].device) for name, step in first.step.items()})
+        if state["uses"] and state["uses"].keys() != self.weights.keys():
+            raise ValueError(f"expected uses of {', '.join(self.weights)}, got {', '.join(state['uses'])}")
         changed = [part for estimate in self._estimates() for part in (estimate, estimate.curvature)]
         before = [dict(vars(part)) for part in changed]
         try:
@@ -485,7 +495,7 @@ class Pruner:
         self._masks = masks
         self.history = copy.deepcopy(list(state["history"]))
         self._step = int(state["step"])
-        self._first = first
+        self._first, self._uses = first, dict(state["uses"])
 
     def _parameters(self) -> list[nn.Parameter]:
         """All that may change: weights and biases."""
@@ -569,7 +579,9 @@ class Pruner:
         before, group = self._masks.num_pruned(), self.pattern.group
         most = {}
         for name, weight in self.weights.items():
-            free = min(self.pattern.most_pruned(weight.numel()), int((1 - self.min_density) * weight.numel()))
+            size = weight.numel()
+            kept = math.ceil(self.min_density * size * (1 - 1e-9))  # 0.1 * 10 is to be 1, whatever the rounding
+            free = min(self.pattern.most_pruned(size), size - kept)
             most[name] = max(free // group * group, before[name])
         return most
 
@@ -587,7 +599,9 @@ class Pruner:
             if count < before:
                 raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
             if count > most:
-                why = f"pattern={self.pattern.name!r}" if self.pattern.m else f"min_density={self.min_density}"
+                limits = [f"pattern={self.pattern.name!r}"] if self.pattern.m else []
+                limits += [f"min_density={self.min_density}"] if self.min_density else []
+                why = " with ".join(limits)
                 raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {why} leaves only {most} to prune")
             return count
 
@@ -605,8 +619,12 @@ class Pruner:
 
     def _is_beyond(self, sparsity: float) -> bool:
         """Whether any weight is to be pruned yet."""
-        size, group = sum(mask.numel() for mask in self._masks.values()), self.pattern.group
-        return group * round(sparsity * size / group) > sum(self._masks.num_pruned().values())
+        sizes, group = {name: mask.numel() for name, mask in self._masks.items()}, self.pattern.group
+        count = lambda size: group * round(sparsity * size / group)
+        before = self._masks.num_pruned()
+        if self.scope == "layer":
+            return any(count(size) > before[name] for name, size in sizes.items())
+        return count(sum(sizes.values())) > sum(before.values())
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
@@ -619,7 +637,7 @@ class Pruner:
                 "layer_sparsity": self._masks.layer_sparsity(),
                 "num_grads": self._estimate.used_grads,
                 "predicted_loss_increase": increase,
-                **({"first_order_share": share} if self.first_order is not False else {}),
+                **({"first_order_share": share} if self.first_order else {}),
                 "damping_raised": dict(self._damping_raised),
                 "seconds": self._timed.seconds,
             }
@@ -706,11 +724,11 @@ def prune(
         allocation: another curvature, by name or as an instance, in place of `scope`: with its own default saliency and
             one threshold for all parameters it says how many weights each of them loses. Of `max_memory` each of the
             two may take half.
-        min_density: where parameters compete each of them keeps at least this fraction of its weights.
+        min_density: each parameter keeps at least this fraction of its weights, and others lose more; an error where
+            sparsity leaves less to a parameter, or to all of them.
         first_order: count the gradient of the loss, too, which is not zero where training has not ended (WoodTaylor):
-            the weights that stay also take the step to where the curvature says the loss is lowest, as far as the loss
-            on the same samples says so; or as large a share of it as is given, 1.0 as published. Reads the data twice
-            more.
+            the weights also take a step towards where the curvature says the loss is lowest, half as far as the loss on
+            the same samples falls; or as large a share of it as is given, 1.0 as published. Reads the data twice more.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by

@@ -100,14 +100,27 @@ class Geometric(_Curve):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneShot(_Curve):
-    """All at once, at `start`."""
+class OneShot:
+    """All at once, at `start`.
 
-    end: float = 0
+    Args:
+        final_sparsity: in [0, 1).
+        start: the step; in epochs where steps_per_epoch is given.
+        steps_per_epoch: see `Cubic`.
+    """
+
+    final_sparsity: float
+    start: float = 0
+    steps_per_epoch: Optional[int] = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "end", self.start)
-        super().__post_init__()
+        self._curve()  # which checks
 
-    def _sparsity(self, part: float) -> float:
-        return self.final_sparsity
+    def __call__(self, step: int) -> Optional[float]:
+        """The sparsity to be reached in this step, or None."""
+        return self._curve()(step)
+
+    def _curve(self) -> Linear:
+        return Linear(
+            final_sparsity=self.final_sparsity, start=self.start, end=self.start, steps_per_epoch=self.steps_per_epoch
+        )

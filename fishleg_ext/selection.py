@@ -43,7 +43,7 @@ def select(
         for name, (score, _) in queues.items():
             if name in most_pruned:  # what it would lose last of all stays
                 score = score.masked_fill(ops.keep_mask([score], most_pruned[name] // costs[name].group)[0], torch.nan)
-            scores.append(score / savings.get(name, 1.0))
+            scores.append(score / savings[name] if name in savings else score)
         size = next(iter(costs.values())).group if costs else 1
         kept = dict(zip(queues, ops.keep_mask(scores, num_pruned // size), strict=True))
     masks = {}
@@ -67,6 +67,6 @@ def _queue(costs: Costs) -> tuple[Tensor, Optional[Tensor]]:
     if costs.rank is None:
         return score, None
     position = torch.where(costs.alive, costs.rank, -1)
-    position = torch.where(stays, costs.layout.block_size + 1, position)
+    position = torch.where(stays, torch.iinfo(position.dtype).max, position)  # ranks of groups may exceed their number
     order = position.argsort(dim=1, stable=True)
     return score.gather(1, order).cummax(dim=1).values, order

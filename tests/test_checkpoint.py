@@ -1,5 +1,7 @@
 """Files: whole or not there, given back to the bit, read by others, and a training run that is killed."""
 
+import collections
+import copy
 import json
 import subprocess
 import sys
@@ -161,6 +163,43 @@ def test_a_pruner_goes_on_from_a_file_as_if_nothing_had_been(net, data, tmp_path
     assert equal(run(False), run(True))
 
 
+def test_going_back_forgets_what_was_learned_since(net, data):
+    """Also where estimates are carried over."""
+    options = {"num_grads": 32, "progress": False, "data": data, "loss_fn": F.cross_entropy, "curvature": "fishleg"}
+    pruner = fishleg_ext.Pruner(net, schedule=lambda step: 0.2 * (step + 1), **options)
+    start, state = {name: tensor.clone() for name, tensor in net.state_dict().items()}, pruner.state_dict()
+    pruner.step()
+    first = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pruner.step()
+    net.load_state_dict(start)
+    pruner.load_state_dict(state)
+    pruner.step()
+    assert equal(first, dict(net.state_dict()))
+
+
+def test_parts_of_a_split_estimate_are_all_made_anew(net, data):
+    options = {"num_grads": 64, "progress": False, "max_memory": 150_000}
+    made = []
+    for carry_over in (0, 64):
+        model = copy.deepcopy(net)
+        pruner = fishleg_ext.Pruner(model, curvature=FishLeg(carry_over=carry_over), **options)
+        assert len(pruner._estimate.groups) == 2
+        for sparsity in (0.3, 0.6):
+            pruner.estimate(data, F.cross_entropy)
+            pruner.prune_to(sparsity)
+        made.append(dict(model.state_dict()))
+    assert equal(*made)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_numpys_numbers_and_named_tuples_are_pythons(tmp_path, suffix):
+    import numpy as np
+
+    path = tmp_path / f"file.{suffix}"
+    checkpoint.save({"a": np.float64(0.5), "b": torch.Size([2, 3]), "c": collections.OrderedDict(d=1)}, path)
+    assert checkpoint.load(path) == {"a": 0.5, "b": (2, 3), "c": {"d": 1}}
+
+
 # Pruned models for others
 
 
@@ -206,8 +245,11 @@ def test_what_does_not_belong_together_is_refused(net, pruned, tmp_path):
         net[0].weight += 1
     with pytest.raises(ValueError, match="expected zeros where 0.weight of the model is pruned"):
         checkpoint.export_pruned(net, pruned, tmp_path)
-    checkpoint.save({"0.weight": 3}, tmp_path / "masks.safetensors")
-    assert checkpoint.import_pruned(net, tmp_path).masks == {}
+    older = (tmp_path / "masks.safetensors").read_bytes()
+    checkpoint.export_pruned(net, fishleg_ext.prune(net, None, sparsity=0.9, curvature="identity"), tmp_path)
+    (tmp_path / "masks.safetensors").write_bytes(older)
+    with pytest.raises(ValueError, match="expected files that were written together"):
+        checkpoint.import_pruned(net, tmp_path)
     (tmp_path / "pruning.json").write_text('{"sparsity": 0.7, ')
     with pytest.raises(ValueError, match="pruning.json is truncated, or not of a pruned model"):
         checkpoint.import_pruned(net, tmp_path)

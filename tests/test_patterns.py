@@ -258,3 +258,29 @@ def test_what_a_parameter_keeps_at_least_is_what_it_would_lose_last(generator):
     assert int((~masks["b"]).sum()) == 10
     a = layouts["a"].from_blocks(cost["a"])
     assert a[~masks["a"]].max() <= a[masks["a"]].min()
+
+
+def test_the_least_density_is_exact():
+    net = nn.Sequential(nn.Linear(50, 20))
+    assert prune(net, None, curvature="identity", sparsity=0.2, min_density=0.8).sparsity == 0.2
+    with pytest.raises(ValueError, match="pattern='2:4' with min_density=0.6 leaves only"):
+        prune(nn.Linear(16, 16), None, curvature="identity", pattern="2:4", min_density=0.6)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
+def test_groups_in_a_last_block_that_is_not_full(sparsity, generator):
+    """192 weights in blocks of 128: padding is none of them."""
+    x = torch.randn(64, 16, generator=generator)
+    net = nn.Linear(16, 12)
+    result = prune(net, batches(x, x[:, :12].argmax(1)), pattern="block4", sparsity=sparsity, block_size=128)
+    assert int((~result.masks["weight"]).sum()) == 4 * round(sparsity * 48)
+    assert (groups(result.masks["weight"], 4).sum(2) % 4 == 0).all()
+
+
+def test_flops_are_counted_once_and_saved(net, data):
+    options = {"num_grads": 48, "block_size": 16, "scope": "flops", "progress": False}
+    pruner = fishleg_ext.Pruner(net, **options)
+    pruner.estimate(data, F.cross_entropy)
+    again = fishleg_ext.Pruner(copy.deepcopy(net), **options)
+    again.load_state_dict(pruner.state_dict())
+    assert pruner.prune_to(0.6).layer_sparsity == again.prune_to(0.6).layer_sparsity

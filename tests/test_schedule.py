@@ -251,7 +251,7 @@ def test_the_first_order_term_is_taken_once(net, data):
     assert total[0] == pytest.approx(total[1], rel=1e-8)
 
 
-def test_the_step_goes_as_far_as_the_loss_falls(net, data):
+def test_the_step_goes_half_as_far_as_the_loss_falls(net, data):
     pruner = pruner_of(net, first_order=True, damping=1e-2)
     pruner.estimate(data, F.cross_entropy)
     first, start = pruner._first, copy.deepcopy(net.state_dict())
@@ -262,7 +262,7 @@ def test_the_step_goes_as_far_as_the_loss_falls(net, data):
 
     with torch.no_grad():
         losses = {2.0**-k: loss(2.0**-k) for k in range(16)}
-    assert first.share == min(losses, key=losses.get)
+    assert first.share == min(losses, key=losses.get) / 2
 
 
 def test_the_first_order_term_where_there_is_none(net, data):
@@ -275,3 +275,43 @@ def test_the_first_order_term_where_there_is_none(net, data):
         fishleg_ext.prune(net, None, sparsity=0.5, curvature="identity", first_order=True, progress=False)
     with pytest.raises(ValueError, match="first_order= reads it twice more"):
         fishleg_ext.prune(net, iter(data), sparsity=0.5, first_order=True, num_grads=16, progress=False)
+
+
+def test_data_that_is_gone_after_one_estimate_is_refused(net, data):
+    schedule = Linear(final_sparsity=0.5, end=3)
+    with pytest.raises(ValueError, match="each step that prunes"):
+        pruner_of(net, iter(data), schedule=schedule)
+    with pytest.raises(ValueError, match="each step that prunes"):
+        pruner_of(net, schedule=schedule).estimate(iter(data), F.cross_entropy)
+
+
+def test_every_layer_alike_along_a_schedule(data):
+    net = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 1), nn.Linear(1, 3))  # counts of layers that do not add up
+    pruner = pruner_of(net, data, curvature="identity", scope="layer", schedule=lambda step: 0.5)
+    assert [pruner.step() for _ in range(3)] == [True, False, False]
+
+
+def test_the_first_order_step_reads_as_much_as_the_estimate(net, data, monkeypatch):
+    read = []
+    seen = fishleg_ext.first_order.mean_gradient
+    monkeypatch.setattr(
+        fishleg_ext.first_order, "mean_gradient", lambda *a, **k: read.append(k["num_samples"]) or seen(*a, **k)
+    )
+    curvature = FishLeg(carry_over=64)
+    pruner = pruner_of(
+        net, data, curvature=curvature, first_order=True, refine_grads=16, schedule=lambda step: 0.3 * step
+    )
+    for _ in range(3):
+        pruner.step()
+    assert read == [96, 16]
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "fishleg"])
+@pytest.mark.parametrize("saliency", ["exact", "simultaneous"])
+def test_the_first_order_step_leaves_the_dead_where_they_are(net, data, curvature, saliency):
+    pruner = pruner_of(net, data, curvature=curvature, saliency=saliency, first_order=True)
+    pruner.estimate()
+    pruner.prune_to(0.5)
+    pruner.estimate()
+    assert pruner._first.share > 0
+    assert not any(pruner._first.step[name][~mask].any() for name, mask in pruner.masks.items())

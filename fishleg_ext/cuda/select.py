@@ -20,12 +20,12 @@ def supports_keep_mask(scores: list[Tensor], num_pruned: int) -> tuple[bool, str
 
 def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
     """A pass over all scores for each byte of one, and at most two more."""
-    masks = [torch.ones(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
     given = [(score.contiguous(), mask) for score, mask in zip(scores, masks, strict=True) if score.numel()]
     if num_pruned == sum(mask.numel() for mask in masks):  # no score is beyond the threshold
         return [mask.zero_() for mask in masks]
     dtype, device = scores[0].dtype, scores[0].device
-    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(INTEGERS.get(dtype, torch.int64)))
+    infinity = int(torch.tensor(torch.inf, dtype=dtype, device="cpu").view(INTEGERS.get(dtype, torch.int64)))
     private = torch.ops.fishleg_ext_cuda
     counts = torch.zeros(private.select_counts(dtype.itemsize), dtype=torch.int64, device=device)
     tiles = sum(private.select_tiles(score.numel()) for score, _ in given)
