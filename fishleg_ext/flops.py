@@ -29,6 +29,7 @@ def weight_uses(
     Raises:
         ValueError: no data, or a parameter that is the weight of no Linear or Conv layer that was called.
 
+    >>> import torch
     >>> conv = nn.Conv2d(3, 4, 3)
     >>> weight_uses(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
     {'weight': 36.0}
