@@ -5,8 +5,7 @@
 // pass counts how often each digit comes among the keys that begin as the threshold does; the digit
 // at which the number of lower ones reaches `num_pruned` is the threshold's next. What is below the
 // threshold goes; of what equals it, the first in their order, as many as are lacking. If there are
-// any, one more pass counts them in each tile of scores, to find the tile in which
-// they end.
+// any, one more pass counts them in each tile of scores, to find the tile in which they end.
 //
 // Per score of 4 bytes: 4 passes that read it, perhaps one for ties, and one that reads it and
 // writes a byte, 21 to 25 bytes; 2 of these passes fewer for 2 bytes, 4 more for 8.

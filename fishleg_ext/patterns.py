@@ -56,6 +56,10 @@ class Pattern:
         """The only one that the pattern has when it is complete, 1 - n/m; None where any will do."""
         return 1 - self.n / self.m if self.m else None
 
+    def num_pruned(self, sparsity: float, numel: int) -> int:
+        """How many of so many weights a sparsity is: the nearest number of whole groups."""
+        return self.group * round(sparsity * numel / self.group)
+
     def most_pruned(self, numel: int) -> int:
         """How many of a parameter's weights can be pruned."""
         return numel // self.m * (self.m - self.n) if self.m else numel

@@ -591,11 +591,11 @@ class Pruner:
             sparsity = self.scope if isinstance(self.scope, Mapping) else self.pattern.sparsity
             if sparsity is None:
                 raise ValueError("expected a sparsity, got None")
-        before, most, group = self._masks.num_pruned(), self._most_pruned(), self.pattern.group
+        before, most = self._masks.num_pruned(), self._most_pruned()
         sizes = {name: mask.numel() for name, mask in self._masks.items()}
 
         def target(sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
-            count = group * round(sparsity * size / group)
+            count = self.pattern.num_pruned(sparsity, size)
             if count < before:
                 raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
             if count > most:
@@ -619,12 +619,10 @@ class Pruner:
 
     def _is_beyond(self, sparsity: float) -> bool:
         """Whether any weight is to be pruned yet."""
-        sizes, group = {name: mask.numel() for name, mask in self._masks.items()}, self.pattern.group
-        count = lambda size: group * round(sparsity * size / group)
-        before = self._masks.num_pruned()
+        sizes, before = {name: mask.numel() for name, mask in self._masks.items()}, self._masks.num_pruned()
         if self.scope == "layer":
-            return any(count(size) > before[name] for name, size in sizes.items())
-        return count(sum(sizes.values())) > sum(before.values())
+            return any(self.pattern.num_pruned(sparsity, size) > before[name] for name, size in sizes.items())
+        return self.pattern.num_pruned(sparsity, sum(sizes.values())) > sum(before.values())
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
@@ -734,6 +732,7 @@ def prune(
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by
             parameter; one-shot data that is needed more than once.
         CurvatureError: a Fisher matrix that cannot be inverted, by parameter.
+
     >>> model = nn.Linear(4, 2)
     >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
     >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity

@@ -27,7 +27,7 @@ fishleg_ext.prune(nn.Sequential(nn.Linear(384, 10)), data, **options | {"max_mem
 gc.collect()
 before = mib("VmRSS:")
 Path("/proc/self/clear_refs").write_text("5")
-fishleg_ext.prune(net, data, **options)
+assert fishleg_ext.prune(net, data, **options).sparsity == 0.5
 print(mib("VmHWM:") - before)
 """
 WEIGHTS = 3 * 384**2 + 10 * 384
@@ -50,7 +50,7 @@ def peak(**options):
 
 def test_without_a_bound_it_is_gram_matrices_a_chunk_and_one_layers_inverses():
     gram, inverses = WEIGHTS * 128 * 4 / MIB, 384**2 * 128 * 4 / MIB
-    assert peak(curvature="block") < gram + max(CHUNK, inverses + WORKSPACE) + SELECTION + SLACK
+    assert gram < peak(curvature="block") < gram + max(CHUNK, inverses + WORKSPACE) + SELECTION + SLACK
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_without_a_bound_it_is_gram_matrices_a_chunk_and_one_layers_inverses():
 def test_a_bound_holds(mib, options, record_table):
     taken = peak(max_memory=mib * MIB, **options)
     record_table("peak memory, MiB", **options, max_memory=mib, taken=round(taken), rest=round(SELECTION + SLACK))
-    assert taken < mib + SELECTION + SLACK
+    assert mib / 2 < taken < mib + SELECTION + SLACK  # it takes what it may
