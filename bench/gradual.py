@@ -4,13 +4,15 @@
     python bench/gradual.py --network resnet20 --data DIR  # that of prune_resnet20.py, which says what is in DIR
 
 Each begins from the trained network. "One shot" is as pruned; "one shot, trained" and "gradual" take the same steps of
-training on the same batches, after the pruning and around it. Accuracies are of all test images.
+training on the same batches, after the pruning and around it. Accuracies are of all test images, with the standard
+deviation over seeds where there are several: of the order of batches, and for digits of the split and the network, too.
 """
 
 import argparse
 import copy
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,17 +46,21 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.flip(3) if mirrored else images
 
 
-def of_digits(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
+def of_digits(
+    arguments: argparse.Namespace, seed: int
+) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
     """The trained network, arguments of `Run`, and what is measured."""
-    training, test = demo.digits(arguments.seed)
-    model = demo.network(arguments.seed)
-    demo.train(model, training, seed=arguments.seed, progress=False)
+    training, test = demo.digits(seed)
+    model = demo.network(seed)
+    demo.train(model, training, seed=seed, progress=False)
     data = {"images": training.images, "targets": training.digits, "data": training.batches(), "optimizer": adamw}
     return model, data, lambda model: demo.accuracy(model.eval(), test)
 
 
-def of_resnet20(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
-    """The same of ResNet-20."""
+def of_resnet20(
+    arguments: argparse.Namespace, seed: int
+) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
+    """The same of ResNet-20, of which there is one."""
     from fishleg_ext.bench.prune_resnet20 import WEIGHTS, Cifar10, ResNet20
 
     cifar = Cifar10(arguments.data / "cifar10")
@@ -67,20 +73,19 @@ def of_resnet20(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any
     return model.eval(), data | {"optimizer": sgd, "params": WEIGHTS}, cifar.accuracy
 
 
-def measure(
-    model: nn.Module, data: dict[str, Any], accuracy: Callable[[nn.Module], float], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each model and way."""
-    rows = []
-    chosen = [name for name in MODELS if arguments.only is None or arguments.only in name]
-    bar = progress_bar(what="runs", total=len(chosen) * len(WAYS), show=True)
+def measure(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """A row for each model and way, and one for the network as it came."""
+    model, data, accuracy = (of_digits if arguments.network == "digits" else of_resnet20)(arguments, seed)
+    rows: list[dict[str, Any]] = [{"seed": seed, "model": "dense", "way": "one shot", "accuracy": accuracy(model)}]
+    chosen = [name for name in MODELS if any(part in name for part in arguments.only)]
+    bar = progress_bar(what=f"seed {seed}", total=len(chosen) * len(WAYS), show=True)
     for name in chosen:
         for way, curve in WAYS.items():
             options = {"num_grads": arguments.num_grads, **MODELS[name]}
             pruned, start = copy.deepcopy(model), time.perf_counter()
             if curve is None:
                 params = {"params": data["params"]} if "params" in data else {}
-                prune(pruned, data["data"], sparsity=arguments.sparsity, progress=False, **options, **params)
+                prune(pruned, data["data"], sparsity=arguments.sparsity, progress=False, seed=seed, **options, **params)
             else:
                 refined = {"refine_grads": arguments.num_grads // 4} if options["curvature"] == "fishleg" else {}
                 run = Run(
@@ -88,14 +93,14 @@ def measure(
                     curve=curve,
                     sparsity=arguments.sparsity,
                     steps=arguments.steps,
-                    seed=arguments.seed,
+                    seed=seed,
                     **data,
                     **options,
                     **refined,
                 )
                 run.finish(progress=False)
             seconds = time.perf_counter() - start
-            rows.append({"model": name, "way": way, "accuracy": accuracy(pruned), "seconds": seconds})
+            rows.append({"seed": seed, "model": name, "way": way, "accuracy": accuracy(pruned), "seconds": seconds})
             bar.update()
     bar.close()
     return rows
@@ -109,24 +114,24 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--num-grads", type=int, default=1024)
-    parser.add_argument("--only", help="models whose name has this in it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[""], help="models whose name has one of these in it")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, help="write the numbers into this file, too")
     arguments = parser.parse_args()
     if arguments.network == "resnet20" and arguments.data is None:
         parser.error("--network resnet20 needs --data")
-    model, data, accuracy = (of_digits if arguments.network == "digits" else of_resnet20)(arguments)
-    dense = accuracy(model)
-    rows = measure(model, data, accuracy, arguments)
-    print(f"{arguments.network}, dense {dense:.2f} %, {arguments.sparsity:.0%} pruned, {arguments.steps} steps")
+    rows = [row for seed in arguments.seeds for row in measure(arguments, seed)]
+    print(f"{arguments.network}, {arguments.sparsity:.0%} pruned, {arguments.steps} steps, test accuracy in percent")
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
-        table.setdefault(row["model"], {"model": row["model"]})[row["way"]] = row["accuracy"]
-    print(tabulate(list(table.values()), headers="keys", floatfmt=".1f"))
+        of_seeds = [other["accuracy"] for other in rows if (other["model"], other["way"]) == (row["model"], row["way"])]
+        spread = f" ± {statistics.stdev(of_seeds):.1f}" if len(of_seeds) > 1 else ""
+        table.setdefault(row["model"], {"model": row["model"]})[row["way"]] = f"{statistics.mean(of_seeds):.1f}{spread}"
+    print(tabulate(list(table.values()), headers="keys", disable_numparse=True))
     if arguments.out:
-        settings = {name: getattr(arguments, name) for name in ("network", "sparsity", "steps", "num_grads", "seed")}
+        settings = {name: getattr(arguments, name) for name in ("network", "sparsity", "steps", "num_grads", "seeds")}
         machine = {"torch": torch.__version__, "fishleg_ext": fishleg_ext.__version__, "machine": platform.machine()}
-        report = {**settings, **machine, "threads": torch.get_num_threads(), "dense": dense, "rows": rows}
+        report = {**settings, **machine, "threads": torch.get_num_threads(), "rows": rows}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

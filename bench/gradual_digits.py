@@ -47,7 +47,7 @@ class Run:
         images, targets: all samples.
         data: of the pruner's estimates.
         curve: name of the schedule.
-        sparsity: at its end, after three quarters of the steps.
+        sparsity: at its end, after half of the steps.
         steps: of training.
         prunings: on the way.
         batch: samples in each step.
@@ -76,9 +76,8 @@ class Run:
     ) -> None:
         self.model, self.images, self.targets = model, images, targets
         self.steps, self.batch, self.seed, self.augment = steps, batch, seed, augment
-        end = 3 * steps // 4
-        frequency = max(1, end // prunings)
-        when = {} if curve == "one_shot" else {"start": frequency, "end": end, "frequency": frequency}
+        end = steps // 2
+        when = {} if curve == "one_shot" else {"end": end, "frequency": max(1, end // prunings)}
         self.pruner = Pruner(
             model,
             schedule=SCHEDULES[curve](final_sparsity=sparsity, **when),
