@@ -14,7 +14,7 @@ demo: .venv/installed  ## Train a small network, prune it by seven methods, prin
 
 .PHONY: test
 test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton kernels interpreted where there is no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: gpu

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from fishleg_ext.cases import random_spd
 from fishleg_ext.ops.dispatch import OPS
+
+if os.environ.pop("PYTEST_XDIST_WORKER", None):  # so that the bench runs in it, which tests its code, not the machine
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -36,18 +41,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-_TABLES = pytest.StashKey[dict[str, list[dict]]]()
+ROW = "row of a table"
 
 
 @pytest.fixture
-def record_table(request: pytest.FixtureRequest) -> Callable[..., None]:
+def record_table(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Add a row to a table, by its title, that is printed after all tests."""
-    tables = request.config.stash.setdefault(_TABLES, {})
-    return lambda title, **row: tables.setdefault(title, []).append(row)
+    return lambda title, **row: record_property(ROW, (title, row))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for title, rows in config.stash.get(_TABLES, {}).items():
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tables: dict[str, list[dict]] = {}
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    reports.sort(key=lambda report: report.nodeid)  # workers end in any order
+    for title, row in (value for report in reports for name, value in report.user_properties if name == ROW):
+        tables.setdefault(title, []).append(row)
+    for title, rows in tables.items():
         terminalreporter.section(title)
         distinct = list({str(row): row for row in rows}.values())
         terminalreporter.write_line(tabulate(distinct, headers="keys"))
