@@ -1,7 +1,23 @@
 """Checks of numbers that users give: the number in its plain type, or an error that says what was expected."""
 
 import numbers
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def checked_type(name: str, value: T, kind: type, what: str) -> T:
+    """`value` if it is of this kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name} to be {what}, got {value!r:.200}")
+    return value
+
+
+def checked_function(name: str, value: T, what: str) -> T:
+    """`value` if it can be called."""
+    if not callable(value):
+        raise TypeError(f"expected {name} to be {what}, got {value!r:.200}")
+    return value
 
 
 def checked_count(name: str, count: Any) -> int:

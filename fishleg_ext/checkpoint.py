@@ -15,6 +15,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.arguments import checked_type
 from fishleg_ext.pruner import PruneResult
 
 STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata
@@ -61,8 +62,7 @@ def load(path: Union[str, Path]) -> Any:
         try:
             return torch.load(file, weights_only=True, map_location="cpu")
         except Exception as error:  # whatever the unpickler trips over
-            what = "is truncated, or no file of torch.save that holds tensors alone"
-            raise ValueError(f"{path} {what}: {error!r}") from error
+            raise ValueError(f"{path} is truncated, or no file of torch.save that holds tensors alone") from error
 
 
 def export_pruned(
@@ -78,8 +78,10 @@ def export_pruned(
 
     Raises:
         ValueError: weights that a mask of the result prunes are not zero.
+        TypeError: the result is none.
         ImportError: safetensors is not installed.
     """
+    checked_type("result", result, PruneResult, "a PruneResult")
     folder = Path(folder)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     _check_zeros(state, result.masks, "the model")
@@ -167,9 +169,7 @@ def require_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            f"safetensors files need a package: pip install 'fishleg_ext[safetensors]' ({error})"
-        ) from error
+        raise ImportError(f"safetensors files need a package: pip install safetensors ({error})") from error
     return safetensors
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fishleg_ext.arguments import checked_count, checked_sparsity
+from fishleg_ext.arguments import checked_count, checked_function, checked_sparsity, checked_type
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
@@ -68,6 +68,8 @@ class Pruner:
         schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. With one
             curvature="fishleg" carries its estimate over from one pruning to the next.
         data, loss_fn: what `step` estimates the curvature from; may be given to `estimate` instead.
+        masks: to begin with, name -> bool tensor, True = kept: those of an earlier pruning (`PruneResult.masks`), and
+            so, unless `params` says otherwise, which parameters.
         refine_grads: gradients of every estimate but the first, where the curvature carries over what it has learned;
             None is `num_grads`.
 
@@ -104,9 +106,11 @@ class Pruner:
         first_order: Union[bool, float] = False,
         schedule: Optional[Schedule] = None,
         data: Optional[Iterable[Any]] = None,
-        loss_fn: Optional[LossFunction] = None,
+        loss_fn: LossFunction = nn.functional.cross_entropy,
         refine_grads: Optional[int] = None,
+        masks: Optional[Mapping[str, Tensor]] = None,
     ) -> None:
+        checked_type("model", model, nn.Module, "an nn.Module")
         self.curvature = make_curvature(curvature, block_size=block_size, damping=damping)
         if schedule is not None and curvature == "fishleg":
             self.curvature.carry_over = self.curvature.default_num_grads
@@ -119,17 +123,23 @@ class Pruner:
         self.impl, self.seed, self.progress = impl, seed, progress
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
+        if masks is not None and params is None:
+            params = list(checked_type("masks", masks, Mapping, "a dict of tensors"))
         self.weights = self._fitting(choose_parameters(model, params), chosen=params is not None)
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
+        if masks is not None:
+            self._masks.set(masks)
         self.history: list[dict[str, Any]] = []
         self._timed = Stopwatch()
         self._damping_raised: dict[str, int] = {}
         # Of the last estimate, for BatchNorm and the next step, or given for all.
-        self._data, self._loss_fn = data, loss_fn
+        self._data, self._loss_fn = _checked_source(data, loss_fn)
         self.schedule, self._step = schedule, 0
-        if schedule is not None and data is not None:
-            require_rereadable(data, "each step that prunes")
+        if schedule is not None:
+            checked_function("schedule", schedule, "a function of the step")
+            if data is not None:
+                require_rereadable(data, "each step that prunes")
         if schedule is not None and isinstance(scope, Mapping):
             raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many there are")
         if not isinstance(first_order, (bool, float, int)) or not 0 <= first_order <= 1:
@@ -182,6 +192,9 @@ class Pruner:
         self._check_scope()
         self._check_blocks()
         self._uses: dict[str, float] = {}  # of each weight of a parameter, with scope="flops"
+        final = getattr(schedule, "final_sparsity", None)
+        if final is not None:
+            self._check_final(final)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -200,8 +213,8 @@ class Pruner:
 
         Args:
             data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
-            loss_fn: (outputs, targets) -> scalar, the mean over the batch. If it is None both are as the last time, or
-                as given to the constructor.
+            loss_fn: (outputs, targets) -> scalar, the mean over the batch. What is None is as the last time, or as
+                given to the constructor.
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
@@ -209,11 +222,11 @@ class Pruner:
                 weights are pruned already.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
-        if loss_fn is None:
-            data, loss_fn = self._data if data is None else data, self._loss_fn
-            if loss_fn is None:
-                raise ValueError("expected data and loss_fn, here or in the constructor, got no loss_fn")
+        data, loss_fn = _checked_source(
+            self._data if data is None else data, self._loss_fn if loss_fn is None else loss_fn
+        )
         self._check_parameters()
+        self._warn_of_revived()
         cleared = self.curvature.masked or self.curvature.maskable
         if self.saliency == "simultaneous" and not cleared and any(self._masks.num_pruned().values()):
             raise ValueError(
@@ -239,7 +252,7 @@ class Pruner:
             self._first = FirstOrderStep()
             if self.first_order:
                 self._first = self._first_order_step(data, loss_fn, seed)
-        self._data, self._loss_fn = () if data is None else data, loss_fn
+        self._data, self._loss_fn = data, loss_fn
 
     def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
         """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
@@ -358,13 +371,14 @@ class Pruner:
     def step(self) -> bool:
         """Prune as far as the schedule says, if it says so of this step; call it once in each training step, or epoch.
 
-        Estimates on the data and the loss of the last estimate, or those given to the constructor.
+        Estimates on the data and the loss of the last estimate, or those given to the constructor. A sparsity below
+        what is pruned already prunes nothing.
 
         Returns:
             whether weights were pruned.
 
         Raises:
-            RuntimeError: there is no schedule, or no data yet.
+            RuntimeError: there is no schedule.
             ValueError: what `estimate` and `prune_to` raise; the step is not counted then.
         """
         if self.schedule is None:
@@ -372,8 +386,6 @@ class Pruner:
         sparsity = self.schedule(self._step)
         due = sparsity is not None and self._is_beyond(sparsity)
         if due:
-            if self._loss_fn is None:
-                raise RuntimeError("give data and loss_fn to the Pruner, or call estimate once, before it prunes")
             self.estimate()
             self.prune_to(sparsity)
             for estimate in self._estimates():
@@ -389,14 +401,16 @@ class Pruner:
         are as they were. It follows the masks as they change.
 
         Args:
-            optimizer: of some of the pruned parameters at least.
+            optimizer: of some of the pruned parameters at least. Each that is made later needs a call of its own.
 
         Returns:
             a handle; its `remove()` ends this, as `finalize` does.
 
         Raises:
             ValueError: it is an optimizer of none of the pruned parameters.
+            TypeError: it is no optimizer.
         """
+        checked_type("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(weight) in owned for weight in self.weights.values()):
             raise ValueError(
@@ -418,7 +432,13 @@ class Pruner:
             self._masks.apply()
 
     def finalize(self) -> PruneResult:
-        """Leave the model a plain one: zeros in the weights, no hooks; BatchNorm recalibrated if that was asked for."""
+        """Leave the model a plain one: zeros in the weights, no hooks; BatchNorm recalibrated if that was asked for.
+
+        Training that goes on afterwards needs `attach` again. Warns if pruned weights were not zero, and if the
+        schedule, or a pattern of n:m, is not complete.
+        """
+        self._warn_of_revived()
+        self._warn_of_incomplete()
         self.apply_masks()
         for handle in self._handles:
             handle.remove()
@@ -437,6 +457,7 @@ class Pruner:
         load with `weights_only`.
         """
         return {
+            "pattern": self.pattern.name,
             "masks": self._masks.state_dict(),
             **self._estimate.state_dict(),
             "allocation": None if self._allocation is None else self._allocation.state_dict(),
@@ -453,9 +474,11 @@ class Pruner:
         those of this pruner hold.
 
         Raises:
-            ValueError: the state is of other parameters, shapes or curvature models; nothing is changed then.
+            ValueError: the state is of other parameters, shapes, curvature models or another pattern; nothing is
+                changed then.
         """
         missing = {
+            "pattern",
             "masks",
             "masks_at_estimate",
             "model",
@@ -470,6 +493,8 @@ class Pruner:
         } - state.keys()
         if missing:
             raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
+        if state["pattern"] != self.pattern.name:
+            raise ValueError(f"expected the state of pattern={self.pattern.name!r}, got one of {state['pattern']!r}")
         if (state["allocation"] is None) != (self._allocation is None):
             raise ValueError("expected the state of a Pruner with the same allocation")
         masks = Masks(self.weights)
@@ -511,6 +536,33 @@ class Pruner:
             if named.get(name) is not weight:
                 raise RuntimeError(f"{name} was replaced in the model since this Pruner was made; make a new one")
             check_weight(name, weight)
+
+    def _warn_of_revived(self) -> None:
+        moved = sum(int(((self.weights[name].detach() != 0) & ~mask).sum()) for name, mask in self._masks.items())
+        if moved:
+            pruned = sum(self._masks.num_pruned().values())
+            warnings.warn(
+                f"{moved} of {pruned} pruned weights are not zero, as after steps of an optimizer that is not "
+                "attached; call attach(optimizer) before them, or apply_masks() after each",
+                stacklevel=3,
+            )
+
+    def _warn_of_incomplete(self) -> None:
+        wanted, sparsity = getattr(self.schedule, "final_sparsity", 0.0), self._masks.sparsity()
+        if self._is_beyond(wanted):
+            warnings.warn(f"finalized at a sparsity of {sparsity:.4g}, the schedule ends at {wanted}", stacklevel=3)
+        pruned = {name: count for name, count in self._masks.num_pruned().items() if self.pattern.m and count}
+        partly = [n for n, count in pruned.items() if count != self.pattern.most_pruned(self.weights[n].numel())]
+        if partly:
+            warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
+
+    def _check_final(self, sparsity: Sparsity) -> None:
+        """Weights can be pruned so far, and the pattern is complete then."""
+        only = self.pattern.sparsity
+        for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity(sparsity)]:
+            if only is not None and not math.isclose(given, only, abs_tol=1e-9):
+                raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
+        self._num_pruned(sparsity)
 
     def _check_scope(self) -> None:
         if isinstance(self.scope, Mapping):
@@ -701,7 +753,8 @@ def prune(
             output; "blockN" keeps or prunes N consecutive weights together, the nearest multiple of N to sparsity.
             Parameters whose fan-in is no multiple of m or N stay dense, with a warning, unless `params` names them.
         params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
-            None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them).
+            None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them),
+            whether or not it requires a gradient.
         num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024, for fishleg
             2,048.
         grad_batch_size: samples in each gradient.
@@ -725,8 +778,9 @@ def prune(
         min_density: each parameter keeps at least this fraction of its weights, and others lose more; an error where
             sparsity leaves less to a parameter, or to all of them.
         first_order: count the gradient of the loss, too, which is not zero where training has not ended (WoodTaylor):
-            the weights also take a step towards where the curvature says the loss is lowest, half as far as the loss on
-            the same samples falls; or as large a share of it as is given, 1.0 as published. Reads the data twice more.
+            the weights also take part of the step to where the curvature says the loss is lowest. A number is which
+            part, 1.0 as published; True looks for the part at which the loss on the same samples is lowest, and takes
+            half of that. Reads the data twice more.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by
@@ -739,17 +793,13 @@ def prune(
     0.75
     """
     recomputations = checked_count("recomputations", recomputations)
-    only = Pattern.parse(pattern).sparsity
-    target: Optional[Sparsity] = only if sparsity is None else sparsity
+    target: Optional[Sparsity] = Pattern.parse(pattern).sparsity if sparsity is None else sparsity
     if isinstance(scope, Mapping):
         if sparsity is not None:
             raise ValueError("expected either sparsity or a dict of sparsities as scope, got both")
         target = scope
     elif target is None:
         raise ValueError("expected a sparsity in [0, 1), got None")
-    for given in target.values() if isinstance(target, Mapping) else [checked_sparsity(target)]:
-        if only is not None and not math.isclose(given, only, abs_tol=1e-9):
-            raise ValueError(f"expected no sparsity, or {only} with pattern={pattern!r}, got {given}")
     pruner = Pruner(
         model,
         curvature=curvature,
@@ -771,7 +821,9 @@ def prune(
         allocation=allocation,
         min_density=min_density,
         first_order=first_order,
+        loss_fn=loss_fn,
     )
+    pruner._check_final(target)
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
     if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
@@ -781,6 +833,13 @@ def prune(
             pruner.estimate(data, loss_fn)
             pruner.prune_to(_part_way(target, done / recomputations))
         return pruner.finalize()
+
+
+def _checked_source(data: Optional[Iterable[Any]], loss_fn: LossFunction) -> tuple[Any, LossFunction]:
+    """Both, if they are what they should be."""
+    if not hasattr(data, "__getitem__"):  # which is enough to be iterated over
+        checked_type("data", () if data is None else data, Iterable, "an iterable of batches")
+    return data, checked_function("loss_fn", loss_fn, "a function of outputs and targets")
 
 
 def _part_way(target: Sparsity, part: float) -> Sparsity:

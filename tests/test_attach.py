@@ -98,14 +98,36 @@ def test_without_it_they_come_back(net, batch):
     pruner = pruned(net)
     train_step(net, optimizer, batch)
     assert any(pruner.weights[name][~mask].any() for name, mask in pruner.masks.items())
+    with pytest.warns(UserWarning, match="pruned weights are not zero, as after steps of an optimizer that is not att"):
+        pruner.estimate()
     pruner.attach(optimizer)
-    pruner.finalize()
+    with pytest.warns(UserWarning, match="pruned weights are not zero"):
+        pruner.finalize()
     train_step(net, optimizer, batch)  # the hook is gone
     assert any(pruner.weights[name][~mask].any() for name, mask in pruner.masks.items())
 
 
+def test_masks_of_an_earlier_pruning_hold(net, batch):
+    result = fishleg_ext.prune(net, [batch], sparsity=0.5, num_grads=16, params="re:weight$", progress=False)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    pruner = fishleg_ext.Pruner(net, masks=result.masks, num_grads=16, progress=False)
+    pruner.attach(optimizer)
+    for _ in range(3):
+        train_step(net, optimizer, batch)
+        assert not any(pruner.weights[name][~mask].any() for name, mask in result.masks.items())
+    pruner.estimate([batch])
+    assert pruner.prune_to(0.7).sparsity == pytest.approx(0.7, abs=0.01)
+    assert not any(mask[~result.masks[name]].any() for name, mask in pruner.masks.items())
+    with pytest.raises(ValueError, match="these are missing or unknown"):
+        fishleg_ext.Pruner(net, masks=result.masks, params="re:conv")
+    with pytest.raises(TypeError, match="masks to be a dict of tensors"):
+        fishleg_ext.Pruner(net, masks=result)
+
+
 def test_an_optimizer_of_none_of_the_weights_is_refused(net):
     pruner = pruned(net)
+    with pytest.raises(TypeError, match=r"optimizer to be a torch.optim.Optimizer, got Net"):
+        pruner.attach(net)
     for parameters in (net.conv.bias, nn.Linear(2, 2).weight):
         with pytest.raises(ValueError, match="got one of none of them"):
             pruner.attach(torch.optim.SGD([parameters], 0.1))

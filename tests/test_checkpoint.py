@@ -211,6 +211,8 @@ def pruned(net, data):
 def test_an_exported_model_is_imported(net, pruned, tmp_path):
     import safetensors.torch
 
+    with pytest.raises(TypeError, match="result to be a PruneResult, got {"):
+        checkpoint.export_pruned(net, pruned.masks, tmp_path / "out")
     checkpoint.export_pruned(net, pruned, tmp_path / "out", {"curvature": "block"})
     assert equal(dict(net.state_dict()), safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"))
     assert equal(pruned.masks, safetensors.torch.load_file(tmp_path / "out" / "masks.safetensors"))

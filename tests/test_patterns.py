@@ -170,7 +170,7 @@ def test_a_pattern_that_is_none(net, data, name):
 
 def test_the_sparsity_of_n_m_is_its_own(net, data):
     assert prune(net, data, pattern="1:4", sparsity=0.75).sparsity == 0.75
-    with pytest.raises(ValueError, match="no sparsity, or 0.5 with pattern='2:4', got 0.6"):
+    with pytest.raises(ValueError, match="a sparsity of 0.5 with pattern='2:4', got 0.6"):
         prune(net, data, pattern="2:4", sparsity=0.6)
     with pytest.raises(ValueError, match="no allocation with pattern='2:4'"):
         prune(net, data, pattern="2:4", curvature="layerwise", allocation="block")
@@ -178,6 +178,12 @@ def test_the_sparsity_of_n_m_is_its_own(net, data):
     pruner.estimate(None, F.cross_entropy)
     with pytest.raises(ValueError, match=r"sparsity 0.8 is \d+ weights, but pattern='1:4' leaves only \d+ to prune"):
         pruner.prune_to(0.8)
+    pruner.prune_to(0.6)
+    with pytest.warns(UserWarning, match="only a part of 3.weight is 1:4"):
+        pruner.finalize()
+    other = fishleg_ext.Pruner(net, curvature="identity", progress=False)
+    with pytest.raises(ValueError, match="state of pattern='unstructured', got one of '1:4'"):
+        other.load_state_dict(pruner.state_dict())
     result = prune(net, data, pattern="2:4", scope={"3.weight": 0.5})
     assert result.layer_sparsity == {"0.weight": 0, "3.weight": 0.5, "5.weight": 0}
 

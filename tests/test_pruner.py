@@ -96,9 +96,9 @@ def test_signatures_of_the_contract():
         "first_order",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
-    over_time = {"schedule", "data", "loss_fn", "refine_grads"}
+    over_time = {"schedule", "data", "refine_grads", "masks"}
     assert set(pruner) == set(parameters) - {"sparsity", "recomputations"} | over_time
-    assert all(pruner[n].default == parameters[n].default for n in set(pruner) - over_time)
+    assert all(pruner[n].default == parameters[n].default for n in set(pruner) - over_time - {"data"})
     assert all(pruner[n].default is None for n in over_time)
     assert parameters["loss_fn"].default is F.cross_entropy
 
@@ -536,7 +536,7 @@ def test_state_survives(net, data, tmp_path):
     torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
     with pytest.raises(
         ValueError,
-        match="no allocation, curvature, first_order, held, history, masks, masks_at_estimate, model, step, used_grads",
+        match="no allocation, curvature, first_order, held, history, masks, masks_at_estimate, model, pattern, step,",
     ):
         again.load_state_dict({})
     other = fishleg_ext.Pruner(make_net(), curvature="layerwise", progress=False)
@@ -630,8 +630,14 @@ def test_bad_data_is_explained_and_changes_nothing(net, data):
     before = snapshot(net)
     with pytest.raises(ValueError, match="at least one sample"):
         prune(net, [], sparsity=0.5)
-    with pytest.raises(ValueError, match="needs data, got None"):
+    with pytest.raises(ValueError, match="needs data to be estimated from, got None"):
         prune(net, None, sparsity=0.5)
+    with pytest.raises(TypeError, match="data to be an iterable of batches, got 5"):
+        prune(net, 5, sparsity=0.5)
+    with pytest.raises(TypeError, match="loss_fn to be a function of outputs and targets, got 0.5"):
+        prune(net, data, 0.5, sparsity=0.5)
+    with pytest.raises(TypeError, match="model to be an nn.Module, got 'net'"):
+        prune("net", data, sparsity=0.5)
     with pytest.raises(ValueError, match=r"recomputations=2, got a one-shot list_iterator"):
         prune(net, iter(data), sparsity=0.5, recomputations=2)
     with pytest.raises(ValueError, match="max_memory splits"):

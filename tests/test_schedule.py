@@ -27,7 +27,7 @@ def net():
 
 def pruner_of(net, data=None, **options):
     options = {"num_grads": 96, "progress": False} | options
-    return fishleg_ext.Pruner(net, data=data, loss_fn=None if data is None else F.cross_entropy, **options)
+    return fishleg_ext.Pruner(net, data=data, **options)
 
 
 def values(schedule, steps):
@@ -102,17 +102,49 @@ def test_steps_prune_when_it_is_time(net, data):
 def test_a_schedule_may_be_any_function_and_data_those_of_the_last_estimate(net, data):
     pruner = pruner_of(net, schedule={1: 0.5, 3: 0.5, 4: 0.4, 5: 0.75}.get)
     assert not pruner.step()
-    with pytest.raises(RuntimeError, match="give data and loss_fn to the Pruner, or call estimate once"):
+    with pytest.raises(ValueError, match="BlockFisher needs data to be estimated from, got None"):
         pruner.step()
-    pruner.estimate(data, F.cross_entropy)
+    pruner.estimate(data)
     assert [pruner.step() for _ in range(6)] == [True, False, False, False, True, False]  # counts those that ran alone
     assert [entry["sparsity"] for entry in pruner.history] == [0.5, 0.75]
     with pytest.raises(RuntimeError, match="expected a Pruner with a schedule"):
         pruner_of(net).step()
     with pytest.raises(ValueError, match="no dict of sparsities as scope with a schedule"):
         pruner_of(net, scope={"0.weight": 0.5}, schedule=OneShot(final_sparsity=0.5))
-    with pytest.raises(ValueError, match="got no loss_fn"):
-        pruner_of(net).estimate(data)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"schedule": "cubic"}, TypeError, "schedule to be a function of the step, got 'cubic'"),
+        ({"loss_fn": "cross_entropy"}, TypeError, "loss_fn to be a function of outputs and targets, got 'cross_"),
+        ({"data": 5}, TypeError, "data to be an iterable of batches, got 5"),
+        (
+            {"pattern": "2:4", "schedule": Cubic(final_sparsity=0.95, end=4)},
+            ValueError,
+            "a sparsity of 0.5 with pattern='2:4', got 0.95",
+        ),
+        (
+            {"min_density": 0.3, "schedule": Cubic(final_sparsity=0.95, end=4)},
+            ValueError,
+            "0.95 is 167 weights, but min_density=0.3 leaves only",
+        ),
+    ],
+)
+def test_what_will_fail_later_is_refused_at_once(net, options, error, message):
+    with pytest.raises(error, match=message):
+        fishleg_ext.Pruner(net, **options)
+
+
+def test_an_early_end_is_warned_of(net, data):
+    pruner = pruner_of(net, data, schedule=Cubic(final_sparsity=0.9, end=4))
+    for _ in range(2):
+        pruner.step()
+    with pytest.warns(UserWarning, match="finalized at a sparsity of 0.52.*, the schedule ends at 0.9"):
+        pruner.finalize()
+    for _ in range(3):
+        pruner.step()
+    assert pruner.finalize().sparsity == pytest.approx(0.9, abs=0.01)
 
 
 def test_a_step_that_raises_is_not_counted(net, data):
@@ -168,8 +200,9 @@ def test_a_pattern_along_a_schedule(net, data):
         pruner.step()
         groups = [mask.unflatten(1, (-1, 4)).sum(2) for mask in pruner.masks.values()]
         assert all((kept >= 2).all() for kept in groups)
-        shares.append(pruner.finalize().sparsity)
+        shares.append(sum(int((~mask).sum()) for mask in pruner.masks.values()) / 176)
     assert shares == [0, 0.125, 0.25, 0.375, 0.5]
+    assert pruner.finalize().sparsity == 0.5
     assert all((mask.unflatten(1, (-1, 4)).sum(2) == 2).all() for mask in pruner.masks.values())
 
 
