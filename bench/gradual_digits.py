@@ -11,6 +11,7 @@ times, at random, and compares.
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -77,7 +78,7 @@ class Run:
         self.model, self.images, self.targets = model, images, targets
         self.steps, self.batch, self.seed, self.augment = steps, batch, seed, augment
         end = steps // 2
-        when = {} if curve == "one_shot" else {"end": end, "frequency": max(1, end // prunings)}
+        when = {} if curve == "one_shot" else {"end": end, "frequency": max(1, math.ceil(end / prunings))}
         self.pruner = Pruner(
             model,
             schedule=SCHEDULES[curve](final_sparsity=sparsity, **when),
@@ -97,7 +98,7 @@ class Run:
         self.pruner.step()
         self.model.train()
         epoch, index = divmod(self.done, len(self.images) // self.batch)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed + epoch))
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(2**20 * self.seed + epoch))
         chosen = order[index * self.batch : (index + 1) * self.batch]
         images = self.images[chosen]
         if self.augment is not None:

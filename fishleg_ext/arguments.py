@@ -1,4 +1,4 @@
-"""Checks of numbers that users give: the number in its plain type, or an error that says what was expected."""
+"""Checks of what users give: it, numbers in their plain type, or an error that says what was expected."""
 
 import numbers
 from typing import Any, TypeVar

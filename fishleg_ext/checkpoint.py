@@ -78,7 +78,7 @@ def export_pruned(
 
     Raises:
         ValueError: weights that a mask of the result prunes are not zero.
-        TypeError: the result is none.
+        TypeError: the result is no PruneResult.
         ImportError: safetensors is not installed.
     """
     checked_type("result", result, PruneResult, "a PruneResult")

@@ -72,6 +72,11 @@ class Pattern:
         """
         return ops.nm_mask(order, self.n, self.m) if self.m else None
 
+    def allows(self, mask: Tensor) -> bool:
+        """Whether a parameter that fits, with this mask, True = kept, has the pattern or may yet come to it."""
+        kept = mask.reshape(-1, self.unit).sum(1)
+        return bool(((kept >= self.n) & (kept % self.group == 0)).all())
+
     def misfits(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Name -> fan-in, of the parameters whose fan-in is not a multiple of `unit`."""
         fan_in = {name: (weight[:1] if weight.dim() > 1 else weight).numel() for name, weight in weights.items()}

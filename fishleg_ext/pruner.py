@@ -67,9 +67,10 @@ class Pruner:
     Args, beside those of `prune`:
         schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. With one
             curvature="fishleg" carries its estimate over from one pruning to the next.
-        data, loss_fn: what `step` estimates the curvature from; may be given to `estimate` instead.
+        data, loss_fn: what `step` estimates the curvature from, as in `prune`; may be given to `estimate` instead.
         masks: to begin with, name -> bool tensor, True = kept: those of an earlier pruning (`PruneResult.masks`), and
-            so, unless `params` says otherwise, which parameters.
+            so, unless `params` says otherwise, which parameters. Weights that are not zero yet are left alone until an
+            attached optimizer's step, or `apply_masks`.
         refine_grads: gradients of every estimate but the first, where the curvature carries over what it has learned;
             None is `num_grads`.
 
@@ -123,13 +124,17 @@ class Pruner:
         self.impl, self.seed, self.progress = impl, seed, progress
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
+        for name, mask in {} if masks is None else checked_type("masks", masks, Mapping, "a dict of tensors").items():
+            checked_type(f"mask of {name}", mask, Tensor, "a tensor")
         if masks is not None and params is None:
-            params = list(checked_type("masks", masks, Mapping, "a dict of tensors"))
+            params = list(masks)
         self.weights = self._fitting(choose_parameters(model, params), chosen=params is not None)
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         if masks is not None:
             self._masks.set(masks)
+            if odd := [name for name, mask in masks.items() if not self.pattern.allows(mask)]:
+                raise ValueError(f"expected masks of pattern={pattern!r}, got others of {', '.join(odd)}")
         self.history: list[dict[str, Any]] = []
         self._timed = Stopwatch()
         self._damping_raised: dict[str, int] = {}
@@ -378,7 +383,7 @@ class Pruner:
             whether weights were pruned.
 
         Raises:
-            RuntimeError: there is no schedule.
+            RuntimeError: there is no schedule, or no data yet.
             ValueError: what `estimate` and `prune_to` raise; the step is not counted then.
         """
         if self.schedule is None:
@@ -386,6 +391,8 @@ class Pruner:
         sparsity = self.schedule(self._step)
         due = sparsity is not None and self._is_beyond(sparsity)
         if due:
+            if self._data is None and any(estimate.curvature.observes for estimate in self._estimates()):
+                raise RuntimeError("give data to the Pruner, or call estimate(data, loss_fn) once, before it prunes")
             self.estimate()
             self.prune_to(sparsity)
             for estimate in self._estimates():
@@ -440,14 +447,11 @@ class Pruner:
         self._warn_of_revived()
         self._warn_of_incomplete()
         self.apply_masks()
+        if self.recalibrate_batchnorm:
+            data = () if self._data is None else self._data
+            recalibrate_batchnorm(self.model, data, seed=self.seed, progress=self.progress)
         for handle in self._handles:
             handle.remove()
-        if self.recalibrate_batchnorm:
-            if self._data is None:
-                raise RuntimeError(
-                    "call estimate(data, loss_fn) before finalize, which recalibrates BatchNorm on its data"
-                )
-            recalibrate_batchnorm(self.model, self._data, seed=self.seed, progress=self.progress)
         return self._result()
 
     def state_dict(self) -> dict[str, Any]:
@@ -542,14 +546,14 @@ class Pruner:
         if moved:
             pruned = sum(self._masks.num_pruned().values())
             warnings.warn(
-                f"{moved} of {pruned} pruned weights are not zero, as after steps of an optimizer that is not "
-                "attached; call attach(optimizer) before them, or apply_masks() after each",
+                f"{moved} of {pruned} pruned weights are not zero: was an optimizer not attached? attach(optimizer) "
+                "keeps them at zero while it trains the others; apply_masks() sets them to zero now",
                 stacklevel=3,
             )
 
     def _warn_of_incomplete(self) -> None:
-        wanted, sparsity = getattr(self.schedule, "final_sparsity", 0.0), self._masks.sparsity()
-        if self._is_beyond(wanted):
+        wanted, sparsity = getattr(self.schedule, "final_sparsity", None), self._masks.sparsity()
+        if wanted is not None and self._is_beyond(wanted):
             warnings.warn(f"finalized at a sparsity of {sparsity:.4g}, the schedule ends at {wanted}", stacklevel=3)
         pruned = {name: count for name, count in self._masks.num_pruned().items() if self.pattern.m and count}
         partly = [n for n, count in pruned.items() if count != self.pattern.most_pruned(self.weights[n].numel())]
@@ -562,7 +566,8 @@ class Pruner:
         for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity(sparsity)]:
             if only is not None and not math.isclose(given, only, abs_tol=1e-9):
                 raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
-        self._num_pruned(sparsity)
+        if isinstance(sparsity, Mapping) or self._is_beyond(sparsity):
+            self._num_pruned(sparsity)
 
     def _check_scope(self) -> None:
         if isinstance(self.scope, Mapping):
@@ -662,6 +667,8 @@ class Pruner:
             wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
         elif self.scope == "layer":
             wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
+            if self._is_beyond(sparsity):  # some layers may be sparser, as masks from elsewhere have it: they stay so
+                wanted = {n: s for n, s in wanted.items() if self.pattern.num_pruned(s, sizes[n]) > before[n]}
         elif isinstance(self.scope, Mapping):
             raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
         else:
@@ -837,8 +844,8 @@ def prune(
 
 def _checked_source(data: Optional[Iterable[Any]], loss_fn: LossFunction) -> tuple[Any, LossFunction]:
     """Both, if they are what they should be."""
-    if not hasattr(data, "__getitem__"):  # which is enough to be iterated over
-        checked_type("data", () if data is None else data, Iterable, "an iterable of batches")
+    if data is not None and not hasattr(data, "__getitem__"):  # which is enough to be iterated over
+        checked_type("data", data, Iterable, "an iterable of batches")
     return data, checked_function("loss_fn", loss_fn, "a function of outputs and targets")
 
 

@@ -98,7 +98,7 @@ def test_without_it_they_come_back(net, batch):
     pruner = pruned(net)
     train_step(net, optimizer, batch)
     assert any(pruner.weights[name][~mask].any() for name, mask in pruner.masks.items())
-    with pytest.warns(UserWarning, match="pruned weights are not zero, as after steps of an optimizer that is not att"):
+    with pytest.warns(UserWarning, match="pruned weights are not zero: was an optimizer not attached"):
         pruner.estimate()
     pruner.attach(optimizer)
     with pytest.warns(UserWarning, match="pruned weights are not zero"):
@@ -121,7 +121,9 @@ def test_masks_of_an_earlier_pruning_hold(net, batch):
     with pytest.raises(ValueError, match="these are missing or unknown"):
         fishleg_ext.Pruner(net, masks=result.masks, params="re:conv")
     with pytest.raises(TypeError, match="masks to be a dict of tensors"):
-        fishleg_ext.Pruner(net, masks=result)
+        fishleg_ext.Pruner(net, masks=result, params="re:conv")
+    with pytest.raises(TypeError, match="mask of head.weight to be a tensor, got None"):
+        fishleg_ext.Pruner(net, masks={"head.weight": None})
 
 
 def test_an_optimizer_of_none_of_the_weights_is_refused(net):

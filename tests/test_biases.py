@@ -175,7 +175,6 @@ def changed_biases(before, after):
         {"curvature": "layerwise", "allocation": "fishleg"},
         {"curvature": "block"},
     ],
-    ids=str,
 )
 def test_pruning_moves_the_biases_that_its_curvature_knows(options, problem):
     net, x, y = problem

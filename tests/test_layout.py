@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishleg_ext.layout import BlockLayout
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4),
     block_size=st.integers(1, 40),

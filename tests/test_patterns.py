@@ -181,6 +181,14 @@ def test_the_sparsity_of_n_m_is_its_own(net, data):
     pruner.prune_to(0.6)
     with pytest.warns(UserWarning, match="only a part of 3.weight is 1:4"):
         pruner.finalize()
+    with pytest.raises(ValueError, match="masks of pattern='2:4', got others of 0.weight, 3.weight"):
+        fishleg_ext.Pruner(net, masks=pruner.masks, pattern="2:4")
+    with pytest.raises(ValueError, match="masks of pattern='block4', got others of 3.weight"):
+        fishleg_ext.Pruner(net, masks=pruner.masks, pattern="block4")
+    again = fishleg_ext.Pruner(net, masks=pruner.masks, curvature="identity", pattern="1:4", progress=False)
+    again.estimate()
+    again.prune_to(0.75)
+    assert all((mask.reshape(-1, 4).sum(1) == 1).all() for mask in again.masks.values())
     other = fishleg_ext.Pruner(net, curvature="identity", progress=False)
     with pytest.raises(ValueError, match="state of pattern='unstructured', got one of '1:4'"):
         other.load_state_dict(pruner.state_dict())

@@ -573,6 +573,15 @@ def test_order_of_calls_is_explained(net, data):
         pruner.prune_to()
 
 
+def test_recalibration_needs_data_where_there_is_batchnorm():
+    without = nn.Sequential(nn.Linear(4, 4))
+    assert prune(without, None, sparsity=0.5, curvature="identity", recalibrate_batchnorm=True).sparsity == 0.5
+    with_norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="expected data that yields at least one sample, got none"):
+        prune(with_norm, None, sparsity=0.5, curvature="identity", recalibrate_batchnorm=True)
+    assert with_norm[0].weight.all()
+
+
 # bad input
 
 
@@ -630,7 +639,7 @@ def test_bad_data_is_explained_and_changes_nothing(net, data):
     before = snapshot(net)
     with pytest.raises(ValueError, match="at least one sample"):
         prune(net, [], sparsity=0.5)
-    with pytest.raises(ValueError, match="needs data to be estimated from, got None"):
+    with pytest.raises(ValueError, match="needs data, got None"):
         prune(net, None, sparsity=0.5)
     with pytest.raises(TypeError, match="data to be an iterable of batches, got 5"):
         prune(net, 5, sparsity=0.5)

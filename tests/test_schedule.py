@@ -102,7 +102,7 @@ def test_steps_prune_when_it_is_time(net, data):
 def test_a_schedule_may_be_any_function_and_data_those_of_the_last_estimate(net, data):
     pruner = pruner_of(net, schedule={1: 0.5, 3: 0.5, 4: 0.4, 5: 0.75}.get)
     assert not pruner.step()
-    with pytest.raises(ValueError, match="BlockFisher needs data to be estimated from, got None"):
+    with pytest.raises(RuntimeError, match=r"give data to the Pruner, or call estimate\(data, loss_fn\) once"):
         pruner.step()
     pruner.estimate(data)
     assert [pruner.step() for _ in range(6)] == [True, False, False, False, True, False]  # counts those that ran alone
@@ -134,6 +134,32 @@ def test_a_schedule_may_be_any_function_and_data_those_of_the_last_estimate(net,
 def test_what_will_fail_later_is_refused_at_once(net, options, error, message):
     with pytest.raises(error, match=message):
         fishleg_ext.Pruner(net, **options)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_masks_may_be_further_than_the_schedule(net, data, scope):
+    """What is pruned already stays so, and is no error."""
+    masks = {
+        "0.weight": torch.rand(16, 8, generator=torch.Generator().manual_seed(0)) < 0.4,
+        "2.weight": torch.ones(3, 16),
+    }
+    masks["2.weight"] = masks["2.weight"].bool()
+    with torch.no_grad():
+        net[0].weight *= masks["0.weight"]
+    before = int((~masks["0.weight"]).sum())
+    pruner = pruner_of(net, data, masks=masks, scope=scope, schedule=Linear(final_sparsity=0.9, end=9))
+    pruned = []
+    for _ in range(10):
+        pruner.step()
+        pruned.append({name: int((~mask).sum()) for name, mask in pruner.masks.items()})
+    assert pruned[0] == {"0.weight": before, "2.weight": 0}
+    if scope == "layer":
+        assert pruned[3] == {"0.weight": before, "2.weight": round(0.3 * 48)}
+    assert sum(pruned[-1].values()) == pytest.approx(0.9 * 176, abs=1)
+    assert not any(mask[~masks[name]].any() for name, mask in pruner.finalize().masks.items())
+    done = pruner_of(net, data, masks=pruner.masks, scope=scope, schedule=OneShot(final_sparsity=0.2))
+    assert not done.step()
+    assert done.finalize().sparsity == pruner.finalize().sparsity
 
 
 def test_an_early_end_is_warned_of(net, data):
