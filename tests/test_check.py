@@ -189,6 +189,8 @@ def test_faults_are_found(name, faulty):
     row = check.Row(name, "faulty", "")
     for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
         row.take(case, *check.error_and_budget(OPS[name], faulty, case))
+        if row.failures:
+            break
     assert row.failures
 
 
