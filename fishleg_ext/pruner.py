@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.arguments import checked_count, checked_function, checked_sparsity, checked_type
+from fishleg_ext.budget import Budget, Sparsity, check_names
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
@@ -32,7 +32,6 @@ from fishleg_ext.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.schedule import Schedule
 from fishleg_ext.selection import select
 
-Sparsity = Union[float, Mapping[str, float]]
 SALIENCIES = ("exact", "simultaneous", "fixed_order")
 
 
@@ -119,7 +118,6 @@ class Pruner:
         if self.saliency not in SALIENCIES:
             raise ValueError(f"expected saliency to be one of {', '.join(SALIENCIES)}, got {saliency!r}")
         self.pattern = Pattern.parse(pattern)
-        self.min_density = checked_sparsity(min_density, "min_density")
         check_impl(impl)
         self.impl, self.seed, self.progress = impl, seed, progress
         self.recalibrate_batchnorm = recalibrate_batchnorm
@@ -196,10 +194,11 @@ class Pruner:
         self.scope = self.curvature.default_scope if scope is None else scope
         self._check_scope()
         self._check_blocks()
+        self._budget = Budget(self.scope, self.pattern, checked_sparsity(min_density, "min_density"))
         self._uses: dict[str, float] = {}  # of each weight of a parameter, with scope="flops"
         final = getattr(schedule, "final_sparsity", None)
         if final is not None:
-            self._check_final(final)
+            self._budget.check_final(final, self._masks)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -276,7 +275,7 @@ class Pruner:
         if not all(estimate.ready for estimate in self._estimates()):
             split = any(len(estimate.groups) > 1 for estimate in self._estimates())
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
-        num_pruned = self._num_pruned(sparsity)
+        num_pruned = self._budget.num_pruned(sparsity, self._masks)
         self._check_parameters()
         masks: dict[str, Tensor] = {}
         increase = 0.0
@@ -389,7 +388,7 @@ class Pruner:
         if self.schedule is None:
             raise RuntimeError("expected a Pruner with a schedule; without one call estimate and prune_to")
         sparsity = self.schedule(self._step)
-        due = sparsity is not None and self._is_beyond(sparsity)
+        due = sparsity is not None and self._budget.is_beyond(sparsity, self._masks)
         if due:
             if self._data is None and any(estimate.curvature.observes for estimate in self._estimates()):
                 raise RuntimeError("give data to the Pruner, or call estimate(data, loss_fn) once, before it prunes")
@@ -553,25 +552,16 @@ class Pruner:
 
     def _warn_of_incomplete(self) -> None:
         wanted, sparsity = getattr(self.schedule, "final_sparsity", None), self._masks.sparsity()
-        if wanted is not None and self._is_beyond(wanted):
+        if wanted is not None and self._budget.is_beyond(wanted, self._masks):
             warnings.warn(f"finalized at a sparsity of {sparsity:.4g}, the schedule ends at {wanted}", stacklevel=3)
         pruned = {name: count for name, count in self._masks.num_pruned().items() if self.pattern.m and count}
         partly = [n for n, count in pruned.items() if count != self.pattern.most_pruned(self.weights[n].numel())]
         if partly:
             warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
 
-    def _check_final(self, sparsity: Sparsity) -> None:
-        """Weights can be pruned so far, and the pattern is complete then."""
-        only = self.pattern.sparsity
-        for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity(sparsity)]:
-            if only is not None and not math.isclose(given, only, abs_tol=1e-9):
-                raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
-        if isinstance(sparsity, Mapping) or self._is_beyond(sparsity):
-            self._num_pruned(sparsity)
-
     def _check_scope(self) -> None:
         if isinstance(self.scope, Mapping):
-            self._check_names(self.scope)
+            check_names(self.scope, self._masks)
             for name, sparsity in self.scope.items():
                 checked_sparsity(sparsity, f"sparsity of {name}")
         elif self.scope not in ("global", "flops", "layer"):
@@ -611,13 +601,6 @@ class Pruner:
                         f"pattern={self.pattern.name!r}, but {type(curvature).__name__} has blocks of {size} in {name}"
                     )
 
-    def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.weights]
-        if unknown:
-            raise ValueError(
-                f"{', '.join(map(str, unknown))} not among the pruned parameters {', '.join(self.weights)}"
-            )
-
     def _costs(self, estimate: Estimate, saliency: str, weights: Mapping[str, Tensor]) -> dict[str, Costs]:
         masks = {name: self._masks[name] for name in weights}
         if saliency == "simultaneous":
@@ -628,60 +611,8 @@ class Pruner:
         )
 
     def _select(self, costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]) -> dict[str, Tensor]:
-        limited = self._most_pruned() if self.min_density else {}
+        limited = self._budget.most_pruned(self._masks) if self._budget.min_density else {}
         return select(costs, num_pruned, savings=self._uses, most_pruned=limited)
-
-    def _most_pruned(self) -> dict[str, int]:
-        """How many weights each parameter may lose, or has lost already if that is more."""
-        before, group = self._masks.num_pruned(), self.pattern.group
-        most = {}
-        for name, weight in self.weights.items():
-            size = weight.numel()
-            kept = math.ceil(self.min_density * size * (1 - 1e-9))  # 0.1 * 10 is to be 1, whatever the rounding
-            free = min(self.pattern.most_pruned(size), size - kept)
-            most[name] = max(free // group * group, before[name])
-        return most
-
-    def _num_pruned(self, sparsity: Optional[Sparsity]) -> Union[int, dict[str, int]]:
-        """How many weights are pruned afterwards, in all or of each parameter."""
-        if sparsity is None:
-            sparsity = self.scope if isinstance(self.scope, Mapping) else self.pattern.sparsity
-            if sparsity is None:
-                raise ValueError("expected a sparsity, got None")
-        before, most = self._masks.num_pruned(), self._most_pruned()
-        sizes = {name: mask.numel() for name, mask in self._masks.items()}
-
-        def target(sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
-            count = self.pattern.num_pruned(sparsity, size)
-            if count < before:
-                raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
-            if count > most:
-                limits = [f"pattern={self.pattern.name!r}"] if self.pattern.m else []
-                limits += [f"min_density={self.min_density}"] if self.min_density else []
-                why = " with ".join(limits)
-                raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {why} leaves only {most} to prune")
-            return count
-
-        if isinstance(sparsity, Mapping):
-            self._check_names(sparsity)
-            wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
-        elif self.scope == "layer":
-            wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
-            if self._is_beyond(sparsity):  # some layers may be sparser, as masks from elsewhere have it: they stay so
-                wanted = {n: s for n, s in wanted.items() if self.pattern.num_pruned(s, sizes[n]) > before[n]}
-        elif isinstance(self.scope, Mapping):
-            raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
-        else:
-            size, done, possible = (sum(counts.values()) for counts in (sizes, before, most))
-            return target(checked_sparsity(sparsity), size, done, possible)
-        return before | {n: target(s, sizes[n], before[n], most[n], f" of {n}") for n, s in wanted.items()}
-
-    def _is_beyond(self, sparsity: float) -> bool:
-        """Whether any weight is to be pruned yet."""
-        sizes, before = {name: mask.numel() for name, mask in self._masks.items()}, self._masks.num_pruned()
-        if self.scope == "layer":
-            return any(self.pattern.num_pruned(sparsity, size) > before[name] for name, size in sizes.items())
-        return self.pattern.num_pruned(sparsity, sum(sizes.values())) > sum(before.values())
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
@@ -830,7 +761,7 @@ def prune(
         first_order=first_order,
         loss_fn=loss_fn,
     )
-    pruner._check_final(target)
+    pruner._budget.check_final(target, pruner._masks)
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
     if data is not None and recalibrate_batchnorm and pruner.curvature.observes:

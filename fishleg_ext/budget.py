@@ -1,0 +1,104 @@
+"""How many weights a sparsity is, and whether so many can go."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+from fishleg_ext.arguments import checked_sparsity
+from fishleg_ext.masks import Masks
+from fishleg_ext.patterns import Pattern
+
+Sparsity = Union[float, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a sparsity means, by the settings of a pruner.
+
+    Attributes:
+        scope: "global", "flops", "layer", or name -> sparsity.
+        pattern: that the masks keep to.
+        min_density: that every parameter keeps.
+    """
+
+    scope: Union[str, Mapping[str, float]]
+    pattern: Pattern
+    min_density: float
+
+    def num_pruned(self, sparsity: Optional[Sparsity], masks: Masks) -> Union[int, dict[str, int]]:
+        """How many weights are pruned afterwards, in all or of each parameter.
+
+        Args:
+            sparsity: of all together, of each with scope="layer", or name -> that of a parameter, the others staying as
+                they are; None is what scope or pattern say.
+            masks: of now.
+
+        Raises:
+            ValueError, TypeError: out of range, more than pattern and min_density leave, less than is pruned already,
+                or unknown names.
+        """
+        if sparsity is None:
+            sparsity = self.scope if isinstance(self.scope, Mapping) else self.pattern.sparsity
+            if sparsity is None:
+                raise ValueError("expected a sparsity, got None")
+        before, most = masks.num_pruned(), self.most_pruned(masks)
+        sizes = {name: mask.numel() for name, mask in masks.items()}
+        if isinstance(sparsity, Mapping):
+            check_names(sparsity, masks)
+            wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
+        elif self.scope == "layer":
+            wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
+            if self.is_beyond(sparsity, masks):  # some may be sparser, as masks from elsewhere have it: they stay so
+                wanted = {n: s for n, s in wanted.items() if self.pattern.num_pruned(s, sizes[n]) > before[n]}
+        elif isinstance(self.scope, Mapping):
+            raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
+        else:
+            size, done, possible = (sum(counts.values()) for counts in (sizes, before, most))
+            return self._target(checked_sparsity(sparsity), size, done, possible)
+        return before | {n: self._target(s, sizes[n], before[n], most[n], f" of {n}") for n, s in wanted.items()}
+
+    def most_pruned(self, masks: Masks) -> dict[str, int]:
+        """How many weights each parameter may lose, or has lost already if that is more."""
+        before, group = masks.num_pruned(), self.pattern.group
+        most = {}
+        for name, mask in masks.items():
+            size = mask.numel()
+            kept = math.ceil(self.min_density * size * (1 - 1e-9))  # 0.1 * 10 is to be 1, whatever the rounding
+            free = min(self.pattern.most_pruned(size), size - kept)
+            most[name] = max(free // group * group, before[name])
+        return most
+
+    def is_beyond(self, sparsity: float, masks: Masks) -> bool:
+        """Whether any weight is to be pruned yet."""
+        sizes, before = {name: mask.numel() for name, mask in masks.items()}, masks.num_pruned()
+        if self.scope == "layer":
+            return any(self.pattern.num_pruned(sparsity, size) > before[name] for name, size in sizes.items())
+        return self.pattern.num_pruned(sparsity, sum(sizes.values())) > sum(before.values())
+
+    def check_final(self, sparsity: Sparsity, masks: Masks) -> None:
+        """Raise unless weights can be pruned so far and the pattern is complete then."""
+        only = self.pattern.sparsity
+        for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity(sparsity)]:
+            if only is not None and not math.isclose(given, only, abs_tol=1e-9):
+                raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
+        if isinstance(sparsity, Mapping) or self.is_beyond(sparsity, masks):
+            self.num_pruned(sparsity, masks)
+
+    def _target(self, sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
+        count = self.pattern.num_pruned(sparsity, size)
+        if count < before:
+            raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
+        if count > most:
+            limits = [f"pattern={self.pattern.name!r}"] if self.pattern.m else []
+            limits += [f"min_density={self.min_density}"] if self.min_density else []
+            why = " with ".join(limits)
+            raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {why} leaves only {most} to prune")
+        return count
+
+
+def check_names(names: Iterable[Any], masks: Masks) -> None:
+    """Raise unless all are names of parameters that are pruned."""
+    unknown = [name for name in names if name not in masks]
+    if unknown:
+        raise ValueError(f"{', '.join(map(str, unknown))} not among the pruned parameters {', '.join(masks)}")
