@@ -42,7 +42,7 @@ def test_the_examples(tmp_path, monkeypatch, generator):
     names |= of_ops | {"weight": torch.ones(2, 4), "alive": torch.ones(2, 4, dtype=torch.bool)}
     examples = re.findall(r"```python\n(.*?)```", (host.ROOT / "README.md").read_text(), re.S)
     assert len(examples) == 7
-    for example in examples:  # one after the other, as in an interactive session
+    for example in examples:  # one after the other, as at a prompt
         exec(example, names)
     assert names["result"].sparsity == pytest.approx(0.95, abs=0.01)
     assert (names["rank"] < 2).sum() == (names["weight"] == 0).sum() == 4
