@@ -128,7 +128,9 @@ class Estimate:
         label_sampler(self.labels, loss_fn, self.likelihood)
         if self.curvature.observes:
             if data is None:
-                raise ValueError(f"{type(self.curvature).__name__} needs data, got None")
+                raise ValueError(
+                    f"{type(self.curvature).__name__} needs data, given to the Pruner or to estimate, got None"
+                )
             if len(self.groups) > 1:
                 why = "inputs='sequential'" if self.curvature.sequential else "max_memory"
                 require_rereadable(data, f"{why} splits the parameters over several passes")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext import ops
+from fishleg_ext.arguments import checked_type
 from fishleg_ext.ops import checks
 
 
@@ -23,6 +24,7 @@ class Masks(Mapping[str, Tensor]):
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
         # Of _keep, for `apply`, which comes after every optimizer step: by name, device and order of dimensions.
         self._packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
+        self._num_pruned: dict[str, int] = {}  # counted once, as a GPU is waited for; empty until then
 
     def __getitem__(self, name: str) -> Tensor:
         keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
@@ -39,7 +41,7 @@ class Masks(Mapping[str, Tensor]):
 
         Raises:
             ValueError: a mask is missing, of an unknown parameter, or of the wrong shape; nothing is changed then.
-            TypeError: a mask is not bool.
+            TypeError: a mask is no tensor of bool.
         """
         if masks.keys() != self._keep.keys():
             odd = sorted(masks.keys() ^ self._keep.keys())
@@ -47,14 +49,21 @@ class Masks(Mapping[str, Tensor]):
                 f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(odd)}"
             )
         for name, mask in masks.items():
+            checked_type(f"mask of {name}", mask, Tensor, "a tensor")
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
-        self._packed = {}
+        self._packed, self._num_pruned = {}, {}
 
     def num_pruned(self) -> dict[str, int]:
         """Name -> how many entries are False."""
-        return {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
+        if not self._num_pruned:
+            self._num_pruned = {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
+        return dict(self._num_pruned)
+
+    def num_revived(self) -> int:
+        """How many pruned entries of the parameters are not zero, as before `apply`."""
+        return sum(int(((self.weights[name].detach() != 0) & ~mask).sum()) for name, mask in self.items())
 
     def sparsity(self) -> float:
         """Pruned entries over all entries."""

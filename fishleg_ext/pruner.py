@@ -122,10 +122,9 @@ class Pruner:
         self.impl, self.seed, self.progress = impl, seed, progress
         self.recalibrate_batchnorm = recalibrate_batchnorm
         self.model = model
-        for name, mask in {} if masks is None else checked_type("masks", masks, Mapping, "a dict of tensors").items():
-            checked_type(f"mask of {name}", mask, Tensor, "a tensor")
-        if masks is not None and params is None:
-            params = list(masks)
+        if masks is not None:
+            checked_type("masks", masks, Mapping, "a dict of tensors")
+            params = list(masks) if params is None else params
         self.weights = self._fitting(choose_parameters(model, params), chosen=params is not None)
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
@@ -143,8 +142,8 @@ class Pruner:
             checked_function("schedule", schedule, "a function of the step")
             if data is not None:
                 require_rereadable(data, "each step that prunes")
-        if schedule is not None and isinstance(scope, Mapping):
-            raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many there are")
+            if isinstance(scope, Mapping):
+                raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many go")
         if not isinstance(first_order, (bool, float, int)) or not 0 <= first_order <= 1:
             raise ValueError(f"expected first_order to be a bool or a share of the step in [0, 1], got {first_order!r}")
         self.first_order = first_order if isinstance(first_order, bool) else float(first_order)
@@ -382,7 +381,7 @@ class Pruner:
             whether weights were pruned.
 
         Raises:
-            RuntimeError: there is no schedule, or no data yet.
+            RuntimeError: there is no schedule.
             ValueError: what `estimate` and `prune_to` raise; the step is not counted then.
         """
         if self.schedule is None:
@@ -390,8 +389,6 @@ class Pruner:
         sparsity = self.schedule(self._step)
         due = sparsity is not None and self._budget.is_beyond(sparsity, self._masks)
         if due:
-            if self._data is None and any(estimate.curvature.observes for estimate in self._estimates()):
-                raise RuntimeError("give data to the Pruner, or call estimate(data, loss_fn) once, before it prunes")
             self.estimate()
             self.prune_to(sparsity)
             for estimate in self._estimates():
@@ -541,8 +538,7 @@ class Pruner:
             check_weight(name, weight)
 
     def _warn_of_revived(self) -> None:
-        moved = sum(int(((self.weights[name].detach() != 0) & ~mask).sum()) for name, mask in self._masks.items())
-        if moved:
+        if moved := self._masks.num_revived():
             pruned = sum(self._masks.num_pruned().values())
             warnings.warn(
                 f"{moved} of {pruned} pruned weights are not zero: was an optimizer not attached? attach(optimizer) "

@@ -11,7 +11,7 @@ from torch import Tensor
 from fishleg_ext.cases import random_spd
 from fishleg_ext.ops.dispatch import OPS
 
-if os.environ.pop("PYTEST_XDIST_WORKER", None):  # so that the bench runs in it, which tests its code, not the machine
+if os.environ.pop("PYTEST_XDIST_WORKER", None):  # by which pytest-benchmark would know, and not run test_bench.py's
     os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start
     torch.set_num_threads(1)
 

@@ -639,7 +639,7 @@ def test_bad_data_is_explained_and_changes_nothing(net, data):
     before = snapshot(net)
     with pytest.raises(ValueError, match="at least one sample"):
         prune(net, [], sparsity=0.5)
-    with pytest.raises(ValueError, match="needs data, got None"):
+    with pytest.raises(ValueError, match="needs data, .*got None"):
         prune(net, None, sparsity=0.5)
     with pytest.raises(TypeError, match="data to be an iterable of batches, got 5"):
         prune(net, 5, sparsity=0.5)
