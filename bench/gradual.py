@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fishleg_ext
 from fishleg_ext import demo, prune
 from fishleg_ext.bench.gradual_digits import Run, adamw
-from fishleg_ext.progress import progress_bar
+from fishleg_ext.common.progress import progress_bar
 
 MODELS: dict[str, dict[str, Any]] = {
     "magnitude": {"curvature": "identity"},

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext import Pruner, checkpoint, schedule
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.demo import accuracy, digits, network
-from fishleg_ext.progress import progress_bar
 
 SCHEDULES = {
     "cubic": schedule.Cubic,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-from fishleg_ext.arguments import checked_sparsity
+from fishleg_ext.common.arguments import checked_sparsity
 from fishleg_ext.masks import Masks
 from fishleg_ext.patterns import Pattern
 

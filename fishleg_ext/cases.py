@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.reference.masks import pack_mask
 
 CONDITIONS = (1e3, 1e5, 1e7)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.cases import CASES, Case, Inputs
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.ops.dispatch import OPS, Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from fishleg_ext.arguments import checked_type
+from fishleg_ext.common.arguments import checked_type
 from fishleg_ext.pruner import PruneResult
 
 STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata

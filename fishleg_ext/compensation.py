@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_update(

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fishleg_ext.layout import BlockLayout
+from fishleg_ext.common.layout import BlockLayout
 
 
 @dataclass(frozen=True)

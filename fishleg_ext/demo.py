@@ -17,8 +17,8 @@ from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.parameters import choose_parameters
-from fishleg_ext.progress import progress_bar
 from fishleg_ext.pruner import prune
 
 matplotlib.use("Agg")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext import ops
-from fishleg_ext.arguments import checked_type
+from fishleg_ext.common.arguments import checked_type
 from fishleg_ext.ops import checks
 
 

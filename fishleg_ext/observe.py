@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.labels import Likelihood, LossFunction, LossHessian, label_sampler, loss_hessian
-from fishleg_ext.progress import progress_bar
 
 # Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples.
 # Vectorised gradients take COPIES times their own size while they are computed. One is computed in any case.

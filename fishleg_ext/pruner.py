@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fishleg_ext.arguments import checked_count, checked_function, checked_sparsity, checked_type
 from fishleg_ext.budget import Budget, Sparsity, check_names
+from fishleg_ext.common.arguments import checked_count, checked_function, checked_sparsity, checked_type
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
+from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.patterns import UNSTRUCTURED, Pattern
-from fishleg_ext.progress import progress_bar
 
 
 def simultaneous_costs(

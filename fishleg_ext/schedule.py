@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
-from fishleg_ext.arguments import checked_count, checked_sparsity
+from fishleg_ext.common.arguments import checked_count, checked_sparsity
 
 Schedule = Callable[[int], Optional[float]]
 

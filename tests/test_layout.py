@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishleg_ext.layout import BlockLayout
+from fishleg_ext.common.layout import BlockLayout
 
 
 @settings(deadline=None)

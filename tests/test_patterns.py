@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import fishleg_ext
 from fishleg_ext import ops
+from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import BlockFisher, Layerwise
 from fishleg_ext.flops import weight_uses
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.patterns import Pattern
 from fishleg_ext.saliency import exact_costs
 from fishleg_ext.selection import select

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.cuda import supports_block_size, supports_device
-from fishleg_ext.dtypes import widened
 
 # A block is the work of a few warps: so few of them leave most of a GPU idle, and a matrix product does not.
 FEW_BLOCKS = 32

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.cuda import supports_block_size, supports_device
-from fishleg_ext.dtypes import widened
 from fishleg_ext.reference.batches import batches
 
 PANEL = 64  # steps between two matrix products

@@ -2,7 +2,7 @@
 
 from typing import Any, Optional, Union
 
-from fishleg_ext.arguments import checked_damping
+from fishleg_ext.common.arguments import checked_damping
 from fishleg_ext.curvature.adam import Adam
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher

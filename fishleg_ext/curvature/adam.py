@@ -8,9 +8,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fishleg_ext.arguments import checked_count
+from fishleg_ext.common.arguments import checked_count
+from fishleg_ext.common.dtypes import ieee_products
 from fishleg_ext.curvature.kronecker import Factors
-from fishleg_ext.dtypes import ieee_products
 from fishleg_ext.reference.kron import kron_diag, kron_mul
 
 LOSSES = ("auxiliary", "log_determinant")

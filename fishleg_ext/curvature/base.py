@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fishleg_ext.layout import BlockLayout
+from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.observe import Observation
 
 

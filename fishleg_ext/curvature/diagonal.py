@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext.arguments import checked_damping
+from fishleg_ext.common.arguments import checked_damping
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
-from fishleg_ext.dtypes import widened
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 
 

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Optional, Union
 import torch
 from torch import Tensor
 
-from fishleg_ext.arguments import checked_count, checked_damping
+from fishleg_ext.common.arguments import checked_count, checked_damping
+from fishleg_ext.common.dtypes import ieee_products, widened
+from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature.adam import Adam, AdamFactors
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
 from fishleg_ext.curvature.block import BlockFisher
@@ -24,8 +26,6 @@ from fishleg_ext.curvature.kronecker import (
     matrix_shape,
     zero_moment,
 )
-from fishleg_ext.dtypes import ieee_products, widened
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import FisherProduct, Observation
 
 STRUCTURES = ("rows", "kronecker", "block", "diagonal")

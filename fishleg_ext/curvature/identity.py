@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature.base import Blocks, Curvature
-from fishleg_ext.dtypes import widened
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
 
 

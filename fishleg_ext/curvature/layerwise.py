@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
-from fishleg_ext.arguments import checked_damping
+from fishleg_ext.common.arguments import checked_damping
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, state_entry
-from fishleg_ext.dtypes import widened
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
-from fishleg_ext.progress import progress_bar
 
 
 class Layerwise(Curvature):

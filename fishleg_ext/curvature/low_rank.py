@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fishleg_ext.arguments import checked_count, checked_damping
+from fishleg_ext.common.arguments import checked_count, checked_damping
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
-from fishleg_ext.dtypes import widened
-from fishleg_ext.layout import BlockLayout
 from fishleg_ext.observe import Observation
-from fishleg_ext.progress import progress_bar
 
 # Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
 COLUMNS = 8192

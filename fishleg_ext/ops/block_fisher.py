@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import block_fisher as reference

@@ -23,7 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from fishleg_ext.dtypes import ieee_products
+from fishleg_ext.common.dtypes import ieee_products
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import obs as reference

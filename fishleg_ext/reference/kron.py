@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 
 
 def dtype_of(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor]) -> torch.dtype:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fishleg_ext.dtypes import widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.reference.batches import batches
 from fishleg_ext.reference.block_fisher import damped_cholesky
 
