@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fishleg_ext.observe import call, chunks, running
+from fishleg_ext.observation.batches import chunks
+from fishleg_ext.observation.forward import call, running
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)

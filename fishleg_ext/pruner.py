@@ -21,9 +21,10 @@ from fishleg_ext.estimate import Estimate, Stopwatch
 from fishleg_ext.first_order import FirstOrderStep, first_order_step
 from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.flops import weight_uses
-from fishleg_ext.labels import Likelihood, LossFunction
 from fishleg_ext.masks import Masks
-from fishleg_ext.observe import recalibrate_batchnorm, require_rereadable
+from fishleg_ext.observation.batches import require_rereadable
+from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
+from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
 from fishleg_ext.parameters import ParameterChoice, biases_of, check_weight, choose_parameters

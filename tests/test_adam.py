@@ -11,7 +11,8 @@ from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, CurvatureError, FishLeg
 from fishleg_ext.curvature.adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
-from fishleg_ext.observe import Observation, observe
+from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.types import Observation
 from tests.oracles import batches, kronecker_matrix, trained
 
 DAMPING = 0.1

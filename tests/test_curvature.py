@@ -14,7 +14,8 @@ from fishleg_ext.curvature import (
     LowRankFisher,
     make_curvature,
 )
-from fishleg_ext.observe import Observation, input_rows
+from fishleg_ext.observation.layer_inputs import input_rows
+from fishleg_ext.observation.types import Observation
 from tests.oracles import kronecker_matrix
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}

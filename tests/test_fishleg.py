@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker, LossCurves
-from fishleg_ext.observe import Observation, observe
+from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.types import Observation
 from tests.oracles import batches, kronecker_matrix, trained
 
 

@@ -6,7 +6,7 @@ import torch
 from fishleg_ext import fixed_order
 from fishleg_ext.curvature import BlockFisher, CurvatureError, Layerwise
 from fishleg_ext.fixed_order import fixed_order_prune
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 
 def estimated(inputs, weight, damping=1e-3):

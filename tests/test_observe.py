@@ -12,8 +12,12 @@ from oracles import batches
 from torch import nn
 from torch.nn import functional as F
 
-from fishleg_ext.labels import label_sampler
-from fishleg_ext.observe import Observation, gradient_bytes, input_rows, observe, recalibrate_batchnorm
+from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
+from fishleg_ext.observation.gradients import gradient_bytes
+from fishleg_ext.observation.layer_inputs import input_rows
+from fishleg_ext.observation.likelihoods import label_sampler
+from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.types import Observation
 
 
 @dataclass

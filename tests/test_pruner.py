@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fishleg_ext
 from fishleg_ext.curvature import BlockFisher, Curvature, CurvatureError, Layerwise
-from fishleg_ext.observe import observe
+from fishleg_ext.observation.observe import observe
 
 CURVATURES = ["identity", "diagonal", "block", "low_rank", "layerwise"]
 SALIENCIES = ["exact", "simultaneous"]

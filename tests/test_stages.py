@@ -9,7 +9,7 @@ from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import BlockFisher, Blocks, Identity
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 from fishleg_ext.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.selection import select
 

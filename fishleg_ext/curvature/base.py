@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 
 class CurvatureError(RuntimeError):

@@ -13,7 +13,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 
 class BlockFisher(Curvature):

@@ -10,7 +10,7 @@ from fishleg_ext.common.arguments import checked_damping
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature.base import Blocks, Curvature, load_tensors, state_entry
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 
 class DiagonalFisher(Curvature):

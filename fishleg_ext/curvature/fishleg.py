@@ -26,7 +26,7 @@ from fishleg_ext.curvature.kronecker import (
     matrix_shape,
     zero_moment,
 )
-from fishleg_ext.observe import FisherProduct, Observation
+from fishleg_ext.observation.types import FisherProduct, Observation
 
 STRUCTURES = ("rows", "kronecker", "block", "diagonal")
 # Larger factors are not made unless asked for: one of 8,192 takes 256 MiB in float32.

@@ -9,7 +9,7 @@ from torch import Tensor
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature.base import Blocks, Curvature
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 
 class Identity(Curvature):

@@ -13,7 +13,7 @@ from fishleg_ext.common.dtypes import ieee_products, widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 # Of the conjugate gradients that find the joint cost: at most so many steps, or until one gains less than this share.
 JOINT_STEPS = 100

@@ -11,7 +11,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
-from fishleg_ext.observe import Observation
+from fishleg_ext.observation.types import Observation
 
 # Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
 COLUMNS = 8192

@@ -1,0 +1,118 @@
+"""Gradients of groups of samples, and products with the Fisher matrix."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from fishleg_ext.observation.forward import call, scalar_loss
+from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
+from fishleg_ext.observation.types import DrawLabels, FisherProduct
+
+COPIES = 3
+
+
+def gradient_bytes(weights: Iterable[Tensor]) -> int:
+    """Memory that one gradient of these weights takes while it is computed among others."""
+    return COPIES * sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+class GradientObserver:
+    """Gradients of the mean loss over groups of samples, by vmap where the model allows it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        weights: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        draw: Optional[DrawLabels],
+    ) -> None:
+        self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.vectorized: Optional[bool] = None
+        self.any_nonzero = False
+
+    def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
+        """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
+        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
+        targets = pytree.tree_map(lambda x: x[:samples], targets)
+        scale: Union[float, Tensor] = 1.0
+        if self.draw is not None:
+            targets, scale = self.draw(call(self.model, self.weights, inputs), samples, count)
+        group = lambda x: x.unflatten(0, (count, -1))
+        values = self._compute(pytree.tree_map(group, inputs), pytree.tree_map(group, targets), count)
+        return self._masked(values, scale)
+
+    def fisher_product(self, inputs: Any, samples: int, hessian: LossHessian) -> FisherProduct:
+        """J^T H J v, J the outputs' derivative by the weights and H the loss's second one by the outputs."""
+        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
+        function = lambda weights: call(self.model, weights, inputs)
+
+        def multiply(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            tangents = {name: v.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in self.weights.items()}
+            outputs, tangent = jvp(function, (self.weights,), (tangents,))[:2]
+            return vjp(function, self.weights)[1](hessian(outputs, tangent))[0]
+
+        return multiply
+
+    def _compute(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+        """Gradients of inputs and targets [count, group, ...]."""
+        if self.vectorized is False:
+            return self._loop(inputs, targets, count)
+        try:
+            vmapped = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
+            values = vmapped(self.weights, inputs, targets)
+        except Exception as error:
+            if self.vectorized:  # it worked before, so this is not about vmap
+                raise
+            values = self._loop(inputs, targets, count)  # raises what is wrong with the model or the data itself
+            self.vectorized = False
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                "torch.func.vmap cannot run this model, so gradients are computed one by one, which is slower: "
+                f"{reason[0] if reason else type(error).__name__}",
+                stacklevel=2,
+            )
+        else:
+            self.vectorized = True
+        return values
+
+    def _loss(self, values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+        return scalar_loss(self.loss_fn, call(self.model, values, inputs), targets)
+
+    def _loop(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+        """The same by plain autograd, for models that torch.func cannot run."""
+        weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        result = {name: weight.new_empty((count, *weight.shape)) for name, weight in self.weights.items()}
+        for i in range(count):
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # may be written to
+            with torch.enable_grad():
+                one = pytree.tree_map(lambda x, i=i: x[i], (inputs, targets))
+                loss = self._loss(weights | buffers, *one)
+            for name, gradient in zip(result, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                result[name][i] = gradient
+        return result
+
+    def _masked(self, values: dict[str, Tensor], scale: Union[float, Tensor]) -> dict[str, Tensor]:
+        """Finite, scaled (all, or each gradient), and zero where a mask is False; in place."""
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
+        if not sums.isfinite().all():
+            bad = [name for name, value in values.items() if not value.isfinite().all()]
+            if bad:
+                raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+        self.any_nonzero = self.any_nonzero or any(bool(value.any()) for value in values.values())
+        for name, value in values.items():
+            if 0 in value.stride():  # a gradient that is zero for all may be expanded
+                values[name] = value = value.clone()
+            if isinstance(scale, Tensor):
+                value *= scale.view(-1, *[1] * (value.dim() - 1))
+            elif scale != 1:
+                value *= scale
+            if name in self.masks:
+                value *= self.masks[name]
+        return values
