@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, CurvatureError, FishLeg
-from fishleg_ext.curvature.adam import AdamFactors
+from fishleg_ext.curvature.fishleg_adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation

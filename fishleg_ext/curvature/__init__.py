@@ -3,16 +3,16 @@
 from typing import Any, Optional, Union
 
 from fishleg_ext.common.arguments import checked_damping
-from fishleg_ext.curvature.adam import Adam
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError
 from fishleg_ext.curvature.block import BlockFisher
-from fishleg_ext.curvature.curves import LossCurves
 from fishleg_ext.curvature.diagonal import DiagonalFisher
 from fishleg_ext.curvature.fishleg import FishLeg
+from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.identity import Identity
-from fishleg_ext.curvature.kronecker import Kronecker
+from fishleg_ext.curvature.kfac import Kronecker
 from fishleg_ext.curvature.layerwise import Layerwise
 from fishleg_ext.curvature.low_rank import LowRankFisher
+from fishleg_ext.curvature.monitor import LossCurves
 
 __all__ = [
     "Adam",
