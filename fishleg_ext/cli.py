@@ -17,8 +17,8 @@ import torch
 
 import fishleg_ext
 from fishleg_ext import checkpoint, cuda
-from fishleg_ext.masks import pack_masks
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.sparsity.masks import pack_masks
 
 
 def main(argv: Sequence[str] | None = None) -> int:

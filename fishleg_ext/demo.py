@@ -18,8 +18,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.parameters import choose_parameters
 from fishleg_ext.pruner import prune
+from fishleg_ext.sparsity.parameters import choose_parameters
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

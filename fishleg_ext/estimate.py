@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.masks import Masks, pack_masks
 from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.gradients import gradient_bytes
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, label_sampler
 from fishleg_ext.observation.observe import CHUNK_BYTES, observe
+from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 
 class Stopwatch:

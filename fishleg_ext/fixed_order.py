@@ -16,7 +16,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature import Curvature, CurvatureError
-from fishleg_ext.patterns import UNSTRUCTURED, Pattern
+from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 COLUMNS = 128  # of which, unless a pattern is about fewer, the cheapest are chosen together
 

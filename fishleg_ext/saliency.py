@@ -10,7 +10,7 @@ from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.patterns import UNSTRUCTURED, Pattern
+from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 
 def simultaneous_costs(

@@ -13,8 +13,8 @@ from fishleg_ext.curvature import Adam, FishLeg, Kronecker
 from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
-from fishleg_ext.parameters import biases_of
 from fishleg_ext.saliency import exact_costs
+from fishleg_ext.sparsity.parameters import biases_of
 from tests.oracles import batches, kronecker_matrix, naive_elimination, trained
 
 MODELS = {

@@ -7,7 +7,7 @@ from torch import nn
 
 from fishleg_ext import ops
 from fishleg_ext.check import device_of
-from fishleg_ext.masks import Masks
+from fishleg_ext.sparsity.masks import Masks
 
 SHAPES = [(1,), (8,), (9,), (3, 5), (2, 3, 7), (0,), (), (1000,)]
 

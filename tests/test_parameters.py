@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg_ext.parameters import choose_parameters
+from fishleg_ext.sparsity.parameters import choose_parameters
 
 
 class Net(nn.Module):

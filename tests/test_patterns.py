@@ -14,10 +14,10 @@ from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import BlockFisher, Layerwise
-from fishleg_ext.flops import weight_uses
-from fishleg_ext.patterns import Pattern
 from fishleg_ext.saliency import exact_costs
 from fishleg_ext.selection import select
+from fishleg_ext.sparsity.flops import weight_uses
+from fishleg_ext.sparsity.patterns import Pattern
 
 WAYS = [
     *itertools.product(["identity", "diagonal"], ["simultaneous"]),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from fishleg_ext.common.arguments import checked_sparsity
-from fishleg_ext.masks import Masks
-from fishleg_ext.patterns import Pattern
+from fishleg_ext.sparsity.masks import Masks
+from fishleg_ext.sparsity.patterns import Pattern
 
 Sparsity = Union[float, Mapping[str, float]]
 
