@@ -30,12 +30,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
-from fishleg_ext.compensation import exact_update
 from fishleg_ext.curvature import Adam, FishLeg, Kronecker
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.pruning.compensation import exact_update
 
 WEIGHTS = r"re:(conv\d|linear)\.weight$"
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_count, checked_function, checked_sparsity, checked_type
-from fishleg_ext.compensation import exact_update, simultaneous_update
-from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import Curvature, make_curvature
 from fishleg_ext.estimate import Estimate, Stopwatch
-from fishleg_ext.first_order import FirstOrderStep, first_order_step
-from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.dispatch import check_impl
-from fishleg_ext.saliency import exact_costs, simultaneous_costs
+from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
+from fishleg_ext.pruning.costs import Costs, total_cost
+from fishleg_ext.pruning.first_order import FirstOrderStep, first_order_step
+from fishleg_ext.pruning.fixed_order import fixed_order_prune
+from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
+from fishleg_ext.pruning.selection import select
 from fishleg_ext.schedule import Schedule
-from fishleg_ext.selection import select
 from fishleg_ext.sparsity.budget import Budget, Sparsity, check_names
 from fishleg_ext.sparsity.flops import weight_uses
 from fishleg_ext.sparsity.masks import Masks

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
-from fishleg_ext.compensation import exact_update, simultaneous_update
 from fishleg_ext.curvature import Adam, FishLeg, Kronecker
-from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
-from fishleg_ext.saliency import exact_costs
+from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
+from fishleg_ext.pruning.fixed_order import fixed_order_prune
+from fishleg_ext.pruning.saliency import exact_costs
 from fishleg_ext.sparsity.parameters import biases_of
 from tests.oracles import batches, kronecker_matrix, naive_elimination, trained
 

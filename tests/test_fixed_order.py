@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fishleg_ext import fixed_order
 from fishleg_ext.curvature import BlockFisher, CurvatureError, Layerwise
-from fishleg_ext.fixed_order import fixed_order_prune
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.pruning import fixed_order
+from fishleg_ext.pruning.fixed_order import fixed_order_prune
 
 
 def estimated(inputs, weight, damping=1e-3):

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 import fishleg_ext
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import BlockFisher, Layerwise
-from fishleg_ext.saliency import exact_costs
-from fishleg_ext.selection import select
+from fishleg_ext.pruning.costs import Costs
+from fishleg_ext.pruning.saliency import exact_costs
+from fishleg_ext.pruning.selection import select
 from fishleg_ext.sparsity.flops import weight_uses
 from fishleg_ext.sparsity.patterns import Pattern
 

@@ -6,12 +6,12 @@ from oracles import cholesky_inverse
 
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.compensation import exact_update, simultaneous_update
-from fishleg_ext.costs import Costs, total_cost
 from fishleg_ext.curvature import BlockFisher, Blocks, Identity
 from fishleg_ext.observation.types import Observation
-from fishleg_ext.saliency import exact_costs, simultaneous_costs
-from fishleg_ext.selection import select
+from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
+from fishleg_ext.pruning.costs import Costs, total_cost
+from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
+from fishleg_ext.pruning.selection import select
 
 SHAPES = {"a": (5, 9), "b": (3, 7)}
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.costs import Costs
 from fishleg_ext.curvature import Curvature
+from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
-from fishleg_ext.costs import Costs
+from fishleg_ext.pruning.costs import Costs
 
 
 def select(
