@@ -11,9 +11,10 @@ import math
 import pytest
 import torch
 
-from fishleg_ext import cases, check, ops
+from fishleg_ext import ops
 from fishleg_ext.bench import harness, networks
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases, check
 
 pytestmark = pytest.mark.benchmark(timer=harness.synchronised)
 SIZES = (50, 128, 192)

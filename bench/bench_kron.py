@@ -13,8 +13,9 @@ import math
 import pytest
 import torch
 
-from fishleg_ext import cases, ops
+from fishleg_ext import ops
 from fishleg_ext.bench import harness, networks
+from fishleg_ext.testing import cases
 
 pytestmark = pytest.mark.benchmark(timer=harness.synchronised)
 ON_GPU = harness.DEVICE.type == "cuda"

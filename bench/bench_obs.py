@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 
-from fishleg_ext import cases, check, ops
+from fishleg_ext import ops
 from fishleg_ext.bench import harness
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases, check
 
 pytestmark = pytest.mark.benchmark(timer=harness.synchronised)
 SIZES = (32, 50, 128, 192)

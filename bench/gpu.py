@@ -98,8 +98,8 @@ def small_calls() -> int:
     """Run the kernels on small problems, for a sanitizer to watch; returns how many calls there were."""
     import torch
 
-    from fishleg_ext import cases, check
     from fishleg_ext.ops.dispatch import OPS
+    from fishleg_ext.testing import cases, check
 
     calls = 0
     for op in OPS.values():

@@ -26,8 +26,8 @@ import pytest
 import torch
 
 import fishleg_ext
-from fishleg_ext.check import device_of
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing.check import device_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, WARMUP_ROUNDS = 20, 3

@@ -145,7 +145,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fishleg_ext.check import check, device_of, ops_named
+    from fishleg_ext.testing.check import check, device_of, ops_named
 
     names = ops_named(arguments.ops or None)
     if arguments.json and not arguments.json.parent.is_dir():

@@ -22,8 +22,9 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from fishleg_ext import cases, check, kernels
+from fishleg_ext import kernels
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases, check
 
 
 class NoDevice(DriverBase):

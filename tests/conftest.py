@@ -8,8 +8,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fishleg_ext.cases import random_spd
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing.cases import random_spd
 
 if os.environ.pop("PYTEST_XDIST_WORKER", None):  # by which pytest-benchmark would know, and not run test_bench.py's
     os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start

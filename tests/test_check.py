@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from fishleg_ext import cases, check
 from fishleg_ext.cli import main
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases, check
 
 IMPLEMENTATIONS = [
     pytest.param(name, impl, marks=[getattr(pytest.mark, impl)] if impl != "reference" else [])

@@ -11,8 +11,8 @@ import host
 import pytest
 import torch
 
-from fishleg_ext import cases, check
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases, check
 
 REASON = host.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fishleg_ext import ops
-from fishleg_ext.check import device_of
+from fishleg_ext.testing.check import device_of
 from tests.oracles import kronecker_matrix
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fishleg_ext import ops
-from fishleg_ext.check import device_of
 from fishleg_ext.sparsity.masks import Masks
+from fishleg_ext.testing.check import device_of
 
 SHAPES = [(1,), (8,), (9,), (3, 5), (2, 3, 7), (0,), (), (1000,)]
 

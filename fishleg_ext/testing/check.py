@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext.cases import CASES, Case, Inputs
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.ops.dispatch import OPS, Op
+from fishleg_ext.testing.cases import CASES, Case, Inputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WITHOUT_DTYPE = ("pack_mask", "unpack_mask")
