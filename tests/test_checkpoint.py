@@ -267,7 +267,12 @@ def test_what_does_not_belong_together_is_refused(net, pruned, tmp_path):
 def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, suffix):
     """The same weights and masks, to the bit, killed by SIGKILL at random times."""
     options = "--kills 4 --steps 40 --every 3 --curvature fishleg --num-grads 64 --checkpoint"
-    command = [sys.executable, ROOT / "bench" / "gradual_digits.py", *options.split(), tmp_path / f"run.{suffix}"]
+    command = [
+        sys.executable,
+        ROOT / "bench" / "studies" / "gradual_digits.py",
+        *options.split(),
+        tmp_path / f"run.{suffix}",
+    ]
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert report["kills"] == 4
     assert report["sparsity"] == pytest.approx(0.95, abs=1e-4)

@@ -1,6 +1,6 @@
 """Prunes ResNet-20 on CIFAR-10 by every method, without fine-tuning: accuracy, time of each stage, peak memory.
 
-    python bench/prune_resnet20.py --data DIR [--parts one table models ...]
+    python bench/studies/resnet20.py --data DIR [--parts one table models ...]
 
 DIR holds `models/resnet20_cifar10.pt` (a state dict of the ResNet-20 of He et al. 2016, option A shortcuts) and
 `cifar10/` (lossless sheets of 100 x 100 images and JSON labels). Gradients are of training images k * num_grads
@@ -582,7 +582,7 @@ def main() -> None:
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")
     parser.add_argument("--draws", type=int, default=1, help="samples of gradients; not for table, layerwise, damping")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_cifar10.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "resnet20_cifar10.json")
     parser.add_argument("--only", default="", help="expression for the names of methods in fishleg, models, carried")
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Pruning over a training run against pruning in one shot, by every curvature model.
 
-    python bench/gradual.py                                # the network of `fishleg-ext demo`
-    python bench/gradual.py --network resnet20 --data DIR  # that of prune_resnet20.py, which says what is in DIR
+    python bench/studies/gradual.py                                # the network of `fishleg-ext demo`
+    python bench/studies/gradual.py --network resnet20 --data DIR  # that of prune_resnet20.py, which says what is in DIR
 
 Each begins from the trained network. "One shot" is as pruned; "one shot, trained" and "gradual" take the same steps of
 training on the same batches, after the pruning and around it. Accuracies are of all test images, with the standard
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fishleg_ext
 from fishleg_ext import demo, prune
-from fishleg_ext.bench.gradual_digits import Run, adamw
+from fishleg_ext.bench.studies.gradual_digits import Run, adamw
 from fishleg_ext.common.progress import progress_bar
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def of_resnet20(
     arguments: argparse.Namespace, seed: int
 ) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
     """The same of ResNet-20, of which there is one."""
-    from fishleg_ext.bench.prune_resnet20 import WEIGHTS, Cifar10, ResNet20
+    from fishleg_ext.bench.studies.resnet20 import WEIGHTS, Cifar10, ResNet20
 
     cifar = Cifar10(arguments.data / "cifar10")
     model = ResNet20()

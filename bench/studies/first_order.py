@@ -1,6 +1,6 @@
 """What the first-order term gives where training has not ended: the network of `fishleg-ext demo` after few epochs.
 
-    python bench/first_order.py
+    python bench/studies/first_order.py
 
 Pruned in one shot without it, with it as by default, and with the whole step.
 """

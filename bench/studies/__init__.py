@@ -1,0 +1,1 @@
+"""Studies of whole networks: accuracy, time and memory of every method."""
