@@ -13,12 +13,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "fishleg_ext"
 ARCHITECTURES = os.environ.get("FISHLEG_EXT_CUDA_ARCHITECTURES", "80;90")
+MAPPED = {"fishleg_ext.kernels": "kernels", "fishleg_ext.bench": "bench"}  # packages of folders beside the package
 LIBRARIES = ("_build", "_C")  # CMake's targets, each a file in the package
 
 
@@ -124,6 +125,12 @@ record(PACKAGE, decision)
 if obstacle:
     install_pure(obstacle)
 setup(
+    packages=[
+        *find_packages(include=["fishleg_ext*"]),
+        *MAPPED,
+        *(f"{name}.{inner}" for name, folder in MAPPED.items() for inner in find_packages(folder)),
+    ],
+    package_dir=MAPPED,
     # Optional: where the build fails, the installation goes on without them.
     ext_modules=[Extension(f"fishleg_ext.{name}", sources=[], optional=True) for name in LIBRARIES if not obstacle],
     cmdclass={"build_ext": CMakeBuild},

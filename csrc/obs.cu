@@ -1,6 +1,7 @@
 #include "obs.h"
 
 #include "obs.cuh"
+#include "obs_panel.cuh"
 
 namespace fishleg_ext {
 

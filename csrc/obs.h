@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "elimination.h"
+#include "obs_types.h"
 
 namespace fishleg_ext {
 

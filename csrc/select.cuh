@@ -22,7 +22,7 @@
 #include <cstdint>
 
 #include "memory.cuh"
-#include "selection.h"
+#include "select_types.h"
 
 namespace fishleg_ext {
 

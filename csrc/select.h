@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "selection.h"
+#include "select_types.h"
 
 namespace fishleg_ext {
 

@@ -1,7 +1,7 @@
 """Pruning over a training run against pruning in one shot, by every curvature model.
 
     python bench/studies/gradual.py                                # the network of `fishleg-ext demo`
-    python bench/studies/gradual.py --network resnet20 --data DIR  # that of prune_resnet20.py, which says what is in DIR
+    python bench/studies/gradual.py --network resnet20 --data DIR  # that of resnet20.py, which says what is in DIR
 
 Each begins from the trained network. "One shot" is as pruned; "one shot, trained" and "gradual" take the same steps of
 training on the same batches, after the pruning and around it. Accuracies are of all test images, with the standard

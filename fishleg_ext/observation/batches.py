@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-CHUNK_SAMPLES = 64
+CHUNK_SAMPLES = 64  # whose activations are held at a time
 
 
 def chunks(data: Iterable[Any], size: int, limit: int, device: torch.device) -> Iterator[tuple[Any, Any, int]]:

@@ -13,7 +13,7 @@ from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
 from fishleg_ext.observation.types import DrawLabels, FisherProduct
 
-COPIES = 3
+COPIES = 3  # of its own size that a vectorised gradient takes while it is computed
 
 
 def gradient_bytes(weights: Iterable[Tensor]) -> int:

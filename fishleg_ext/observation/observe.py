@@ -1,4 +1,8 @@
-"""Runs a model over data and hands a curvature model what it observes, a chunk at a time."""
+"""Runs a model over data and hands a curvature model what it observes, a chunk at a time.
+
+The model runs in eval mode, so that BatchNorm uses its running statistics and dropout is off. Nothing of the model is
+changed: parameters are replaced functionally, training flags and PyTorch's RNG are put back.
+"""
 
 import functools
 import warnings
@@ -16,8 +20,8 @@ from fishleg_ext.observation.layer_inputs import LayerObserver
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, label_sampler, loss_hessian
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer
 
-# Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples.
-# Vectorised gradients take COPIES times their own size while they are computed. One is computed in any case.
+# Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples. One
+# gradient is computed in any case.
 CHUNK_BYTES = 2**28
 
 

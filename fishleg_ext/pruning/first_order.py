@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fishleg_ext.estimate import Estimate
 from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.losses import losses_along, mean_gradient
 from fishleg_ext.pruning.compensation import exact_update
-from fishleg_ext.pruning.first_order_losses import losses_along, mean_gradient
 
 SHARES = (0.0, *(2.0**-k for k in range(16)))  # of the step, at which the loss is looked at
 

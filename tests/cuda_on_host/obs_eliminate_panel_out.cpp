@@ -1,4 +1,4 @@
-#include "obs.cuh"
+#include "obs_panel.cuh"
 
 #include "arguments.h"
 

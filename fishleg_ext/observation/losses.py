@@ -1,4 +1,4 @@
-"""First-order."""
+"""The mean loss over samples, and its gradient."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
