@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fishleg_ext
 from fishleg_ext.curvature import FishLeg
+from fishleg_ext.pruning import first_order
 from fishleg_ext.schedule import Cubic, Geometric, Linear, OneShot
 
 
@@ -277,14 +278,14 @@ def ops_keep(score, count):
 def test_the_first_order_term_lowers_the_loss_of_a_model_that_is_not_at_a_minimum(net, data, curvature, saliency):
     net = trained(net, *(torch.cat(part) for part in zip(*data, strict=True)), steps=5)
     losses = {}
-    for first_order in (False, True):
+    for wanted in (False, True):
         copied = copy.deepcopy(net)
         options = {"num_grads": 96, "damping": 1e-2, "progress": False}
         result = fishleg_ext.prune(
-            copied, data, sparsity=0.3, curvature=curvature, saliency=saliency, first_order=first_order, **options
+            copied, data, sparsity=0.3, curvature=curvature, saliency=saliency, first_order=wanted, **options
         )
         with torch.no_grad():
-            losses[first_order] = float(sum(F.cross_entropy(copied(x), y) for x, y in data))
+            losses[wanted] = float(sum(F.cross_entropy(copied(x), y) for x, y in data))
     assert losses[True] < losses[False]
     assert 0 < result.history[0]["first_order_share"] <= 1
 
@@ -348,10 +349,8 @@ def test_every_layer_alike_along_a_schedule(data):
 
 def test_the_first_order_step_reads_as_much_as_the_estimate(net, data, monkeypatch):
     read = []
-    seen = fishleg_ext.first_order.mean_gradient
-    monkeypatch.setattr(
-        fishleg_ext.first_order, "mean_gradient", lambda *a, **k: read.append(k["num_samples"]) or seen(*a, **k)
-    )
+    seen = first_order.mean_gradient
+    monkeypatch.setattr(first_order, "mean_gradient", lambda *a, **k: read.append(k["num_samples"]) or seen(*a, **k))
     curvature = FishLeg(carry_over=64)
     pruner = pruner_of(
         net, data, curvature=curvature, first_order=True, refine_grads=16, schedule=lambda step: 0.3 * step

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from matplotlib.axes import Axes
+from oracles import batches, kronecker_matrix, trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +13,6 @@ from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, FishLeg, Kronecker, LossCurves
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation
-from tests.oracles import batches, kronecker_matrix, trained
 
 
 @pytest.fixture(scope="module")

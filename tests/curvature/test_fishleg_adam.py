@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from oracles import batches, kronecker_matrix, trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from fishleg_ext.curvature.fishleg_adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation
-from tests.oracles import batches, kronecker_matrix, trained
 
 DAMPING = 0.1
 SETTINGS = {

@@ -584,7 +584,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from fishleg_ext.observe import observe
+from fishleg_ext.observation.observe import observe
 
 class Counter:
     observes = frozenset({"gradients"})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import kronecker_matrix
 
 from fishleg_ext.curvature import (
     BlockFisher,
@@ -16,7 +17,6 @@ from fishleg_ext.curvature import (
 )
 from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
-from tests.oracles import kronecker_matrix
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
 DAMPING = 0.05

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from oracles import batches, kronecker_matrix, naive_elimination, trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
 from fishleg_ext.pruning.fixed_order import fixed_order_prune
 from fishleg_ext.pruning.saliency import exact_costs
 from fishleg_ext.sparsity.parameters import biases_of
-from tests.oracles import batches, kronecker_matrix, naive_elimination, trained
 
 MODELS = {
     "fishleg": lambda: FishLeg(0.05, batch_size=16),

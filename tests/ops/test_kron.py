@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from oracles import kronecker_matrix
 
 from fishleg_ext import ops
 from fishleg_ext.testing.check import device_of
-from tests.oracles import kronecker_matrix
 
 
 def factors(o, i, dtype, generator):
