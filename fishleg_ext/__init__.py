@@ -5,10 +5,24 @@ own. Importing this initialises no CUDA.
 """
 
 from fishleg_ext import checkpoint, curvature, ops, schedule
+from fishleg_ext.config import PruneConfig
 from fishleg_ext.curvature import CurvatureError
+from fishleg_ext.oneshot import prune
 from fishleg_ext.ops import use_impl
-from fishleg_ext.pruner import Pruner, PruneResult, prune
+from fishleg_ext.pruner import Pruner
+from fishleg_ext.result import PruneResult
 
 __version__ = "0.1.0"
 
-__all__ = ["CurvatureError", "PruneResult", "Pruner", "checkpoint", "curvature", "ops", "prune", "schedule", "use_impl"]
+__all__ = [
+    "CurvatureError",
+    "PruneConfig",
+    "PruneResult",
+    "Pruner",
+    "checkpoint",
+    "curvature",
+    "ops",
+    "prune",
+    "schedule",
+    "use_impl",
+]

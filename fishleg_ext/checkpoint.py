@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.arguments import checked_type
-from fishleg_ext.pruner import PruneResult
+from fishleg_ext.config import PruneConfig
+from fishleg_ext.result import PruneResult
 
 STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata
 EXPORT = "fishleg_ext.export"  # says which files were written together
@@ -74,7 +75,7 @@ def export_pruned(
         model: its state dict becomes model.safetensors; tensors that share memory are written once for each name.
         result: its masks become masks.safetensors, the rest of it pruning.json.
         folder: made if it is not there.
-        notes: more for pruning.json, such as the arguments of `prune`.
+        notes: more for pruning.json.
 
     Raises:
         ValueError: weights that a mask of the result prunes are not zero.
@@ -96,6 +97,7 @@ def export_pruned(
         "layer_sparsity": result.layer_sparsity,
         "predicted_loss_increase": result.predicted_loss_increase,
         "history": result.history,
+        "config": None if result.config is None else result.config.to_dict(),
         "notes": dict(notes or {}),
     }
     text = json.dumps(report, indent=1) + "\n"
@@ -106,7 +108,7 @@ def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
     """Load what `export_pruned` wrote into a model of the same architecture; if anything is raised it is as before.
 
     Returns:
-        the result of the pruning, as of then.
+        the result of the pruning, as of then. Its config is None where the file has none, or one with a function.
 
     Raises:
         ValueError: a file is truncated or foreign, or they do not belong together or to the model.
@@ -132,7 +134,11 @@ def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
         listed = ", ".join(f"{n} is {shapes.get(n, 'missing')}, not {given.get(n, 'there')}" for n in odd)
         raise ValueError(f"expected a model with the tensors of {folder}: {listed}")
     model.load_state_dict(state)
-    return PruneResult(masks=masks, **fields)
+    try:
+        config = PruneConfig.from_dict(report["config"])
+    except (ValueError, TypeError, KeyError, AttributeError):  # none, as of older versions, or one that held a function
+        config = None
+    return PruneResult(masks=masks, config=config, **fields)
 
 
 def _check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], of: str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 import fishleg_ext
 from fishleg_ext import checkpoint, cuda
+from fishleg_ext.config import PruneConfig
 from fishleg_ext.ops.dispatch import OPS
 from fishleg_ext.sparsity.masks import pack_masks
 
@@ -91,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
     prune.add_argument("data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches")
-    prune.add_argument("--sparsity", type=float, help="pruned weights over all, in [0, 1); not with n:m")
     prune.add_argument("--checkpoint", type=Path, help="a state dict, or an earlier --out, to load first")
     prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
     prune.add_argument(
@@ -100,32 +100,39 @@ def _parser() -> argparse.ArgumentParser:
         help="(outputs, targets) -> scalar; default cross entropy",
     )
     prune.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after")
-    prune.add_argument(
-        "--curvature",
-        default="block",
-        help="identity, diagonal, block (default), low_rank, layerwise, kronecker or fishleg",
-    )
-    prune.add_argument("--allocation", help="another curvature, that says how many weights each layer loses")
-    prune.add_argument("--saliency", choices=("exact", "simultaneous", "fixed_order"))
-    prune.add_argument("--scope", choices=("global", "flops", "layer"))
-    prune.add_argument("--pattern", default="unstructured", help="or n:m, such as 2:4, or blockN, such as block4")
-    prune.add_argument("--min-density", type=float, default=0.0, help="that every parameter keeps at least")
-    prune.add_argument("--first-order", action="store_true", help="for models that are not at a minimum of their loss")
-    prune.add_argument("--params", action="append", metavar="NAME", help='a name or "re:..."; may be repeated')
-    prune.add_argument("--num-grads", type=int)
-    prune.add_argument("--grad-batch-size", type=int, default=1)
-    prune.add_argument("--recomputations", type=int, default=1, metavar="ROUNDS")
-    prune.add_argument("--block-size", type=int, default=128)
-    prune.add_argument("--damping", type=float)
-    prune.add_argument("--labels", choices=("data", "model"))
-    prune.add_argument("--likelihood", choices=("categorical", "gaussian", "bernoulli"))
-    prune.add_argument("--recalibrate-batchnorm", action="store_true")
-    prune.add_argument("--max-memory", type=int, metavar="BYTES")
-    prune.add_argument("--impl", choices=("auto", "reference", "triton", "cuda"), default="auto")
-    prune.add_argument("--seed", type=int, default=0)
-    prune.add_argument("--quiet", action="store_true", help="no progress bars")
+    for field in dataclasses.fields(PruneConfig):
+        _add_setting(prune, field)
     prune.set_defaults(run=_prune)
     return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
+    """Add the option of one setting, made from its default, type and help."""
+    option, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
+    how: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+    kind = field.metadata.get("plain") or str(field.type).partition(" ")[0].strip("<>'")
+    if field.name == "progress":
+        parser.add_argument("--quiet", **how | {"help": "no progress bars"}, action="store_false")
+    elif field.type is bool:
+        parser.add_argument(option, **how, action="store_true")
+    elif kind == "share":
+        parser.add_argument(option, **how, nargs="?", type=float, const=True, metavar="SHARE")
+    elif kind == "list":
+        parser.add_argument(option, **how, action="append", metavar="NAME")
+    elif kind == "scope":
+        parser.add_argument(option, **how, type=_scope, metavar="global|flops|layer|NAME=SPARSITY,...")
+    else:
+        types: dict[Any, Callable[[str], Any]] = {"int": int, "float": float}
+        name = types.get(kind, types.get(getattr(field.type, "__name__", ""), str))
+        parser.add_argument(option, **how, type=name, choices=field.metadata.get("choices"))
+
+
+def _scope(text: str) -> str | dict[str, float]:
+    """A scope by name, or the sparsities of "name=sparsity,name=sparsity"."""
+    if "=" not in text:
+        return text
+    pairs = (part.rpartition("=") for part in text.split(","))
+    return {name.strip(): float(sparsity) for name, _, sparsity in pairs}
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -261,12 +268,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     loss_fn = _load(arguments.loss) if arguments.loss else torch.nn.functional.cross_entropy
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate else None
-    names = (
-        "sparsity curvature allocation saliency scope pattern min_density first_order params num_grads grad_batch_size "
-        "recomputations block_size damping labels likelihood recalibrate_batchnorm max_memory impl seed"
-    )
-    options = {name: getattr(arguments, name) for name in names.split()}
-    result = fishleg_ext.prune(model, data, loss_fn, progress=not arguments.quiet, **options)
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(PruneConfig) if hasattr(arguments, f.name)}
+    config = PruneConfig(**given)
+    result = fishleg_ext.prune(model, data, loss_fn, **vars(config))
 
     after = float(evaluate(model)) if evaluate else None
 
@@ -281,7 +285,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         "model": arguments.model,
         "data": arguments.data,
         "checkpoint": arguments.checkpoint and str(arguments.checkpoint),
-        "options": options,
+        "options": config.to_dict(),
         "sparsity": result.sparsity,
         "evaluation": {"before": before, "after": after} if evaluate else None,
         "history": result.history,

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.pruner import prune
+from fishleg_ext.oneshot import prune
 from fishleg_ext.sparsity.parameters import choose_parameters
 
 matplotlib.use("Agg")

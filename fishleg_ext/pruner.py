@@ -2,77 +2,59 @@
 
 import contextlib
 import copy
-import functools
+import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fishleg_ext.common.arguments import checked_count, checked_function, checked_sparsity, checked_type
-from fishleg_ext.curvature import Curvature, make_curvature
-from fishleg_ext.estimate import Estimate, Stopwatch
+from fishleg_ext.common.arguments import checked_count, checked_function, checked_type
+from fishleg_ext.common.state import state_entry
+from fishleg_ext.config import PruneConfig, documented
+from fishleg_ext.curvature import Curvature, Estimate
+from fishleg_ext.estimator import Estimator, Stopwatch
 from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
-from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
+from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops import use_impl
-from fishleg_ext.ops.dispatch import check_impl
-from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
-from fishleg_ext.pruning.costs import Costs, total_cost
+from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.first_order import FirstOrderStep, first_order_step
-from fishleg_ext.pruning.fixed_order import fixed_order_prune
-from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.pruning.selection import select
+from fishleg_ext.pruning.solvers import SOLVERS, Problem, Solver
+from fishleg_ext.result import PruneResult
 from fishleg_ext.schedule import Schedule
 from fishleg_ext.sparsity.budget import Budget, Sparsity, check_names
-from fishleg_ext.sparsity.flops import weight_uses
+from fishleg_ext.sparsity.flops import flops_per_weight
 from fishleg_ext.sparsity.masks import Masks
-from fishleg_ext.sparsity.parameters import ParameterChoice, biases_of, check_weight, choose_parameters
+from fishleg_ext.sparsity.parameters import biases_of, check_weight, choose_parameters
 from fishleg_ext.sparsity.patterns import Pattern
 
-SALIENCIES = ("exact", "simultaneous", "fixed_order")
+NOT_OF_PRUNER = ("sparsity", "recomputations")  # settings that `prune` alone has as keywords
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """What was pruned.
-
-    Attributes:
-        masks: name -> bool tensor, True = kept.
-        sparsity: pruned weights over all weights that could be pruned.
-        layer_sparsity: name -> the same for one parameter.
-        predicted_loss_increase: by the curvature model, the exact joint cost of losing these weights with all others
-            free to make up for it (for block models those of the same block); summed over rounds. Of layerwise
-            curvature that is half the squared error of all layers' outputs, not of the network's loss.
-        history: a dict for each round: "sparsity", "layer_sparsity", "num_grads", "predicted_loss_increase",
-            "damping_raised" (name -> blocks) and "seconds" (stage -> seconds); with first_order also
-            "first_order_share", how much of the step was taken. JSON-able.
-    """
-
-    masks: dict[str, Tensor] = field(repr=False)
-    sparsity: float
-    layer_sparsity: dict[str, float] = field(repr=False)
-    predicted_loss_increase: float
-    history: list[dict[str, Any]] = field(repr=False)
-
-
+@documented
 class Pruner:
     """Prunes a model step by step: `estimate` the curvature, `prune_to` a sparsity, train if you like, and again.
 
     A pruner holds masks and curvature; the model is changed by `prune_to`, `step`, `apply_masks` and `finalize` alone.
 
-    Args, beside those of `prune`:
-        schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. With one
-            curvature="fishleg" carries its estimate over from one pruning to the next.
+    Args:
+        model: any module.
+        config: a `PruneConfig`; the keywords below may stand in its place, or change some of its settings. Its
+            sparsity is what `prune_to` prunes to when it is given none; its recomputations must be 1.
+        schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. FishLeg's
+            `carry_over` then has another default.
         data, loss_fn: what `step` estimates the curvature from, as in `prune`; may be given to `estimate` instead.
+        refine_grads: gradients of every estimate but the first, where the curvature starts from the previous estimate;
+            None is `num_grads`.
         masks: to begin with, name -> bool tensor, True = kept: those of an earlier pruning (`PruneResult.masks`), and
             so, unless `params` says otherwise, which parameters. Weights that are not zero yet are left alone until an
             attached optimizer's step, or `apply_masks`.
-        refine_grads: gradients of every estimate but the first, where the curvature carries over what it has learned;
-            None is `num_grads`.
+    {settings}
 
     >>> model = nn.Linear(4, 2)
     >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
@@ -85,44 +67,19 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
+        config: PruneConfig | None = None,
         *,
-        curvature: Union[str, Curvature] = "block",
-        saliency: Optional[str] = None,
-        scope: Union[str, Mapping[str, float], None] = None,
-        pattern: str = "unstructured",
-        params: Optional[ParameterChoice] = None,
-        num_grads: Optional[int] = None,
-        grad_batch_size: int = 1,
-        block_size: int = 128,
-        damping: Optional[float] = None,
-        labels: Optional[str] = None,
-        likelihood: Optional[Likelihood] = None,
-        recalibrate_batchnorm: bool = False,
-        max_memory: Optional[int] = None,
-        impl: str = "auto",
-        seed: int = 0,
-        progress: bool = True,
-        allocation: Union[str, Curvature, None] = None,
-        min_density: float = 0.0,
-        first_order: Union[bool, float] = False,
-        schedule: Optional[Schedule] = None,
-        data: Optional[Iterable[Any]] = None,
+        schedule: Schedule | None = None,
+        data: Iterable[Any] | None = None,
         loss_fn: LossFunction = nn.functional.cross_entropy,
-        refine_grads: Optional[int] = None,
-        masks: Optional[Mapping[str, Tensor]] = None,
+        refine_grads: int | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        **settings: Any,
     ) -> None:
-        checked_type("model", model, nn.Module, "an nn.Module")
-        self.curvature = make_curvature(curvature, block_size=block_size, damping=damping)
-        if schedule is not None and curvature == "fishleg":
-            self.curvature.carry_over = self.curvature.default_num_grads
-        self.saliency = self.curvature.default_saliency if saliency is None else saliency
-        if self.saliency not in SALIENCIES:
-            raise ValueError(f"expected saliency to be one of {', '.join(SALIENCIES)}, got {saliency!r}")
-        self.pattern = Pattern.parse(pattern)
-        check_impl(impl)
-        self.impl, self.seed, self.progress = impl, seed, progress
-        self.recalibrate_batchnorm = recalibrate_batchnorm
-        self.model = model
+        self.model = checked_type("model", model, nn.Module, "an nn.Module")
+        self.config = _config_of(config, settings)
+        self.pattern = Pattern.parse(self.config.pattern)
+        params = self.config.params
         if masks is not None:
             checked_type("masks", masks, Mapping, "a dict of tensors")
             params = list(masks) if params is None else params
@@ -131,71 +88,44 @@ class Pruner:
         self._masks = Masks(self.weights)
         if masks is not None:
             self._masks.set(masks)
-            if odd := [name for name, mask in masks.items() if not self.pattern.allows(mask)]:
-                raise ValueError(f"expected masks of pattern={pattern!r}, got others of {', '.join(odd)}")
-        self.history: list[dict[str, Any]] = []
-        self._timed = Stopwatch()
-        self._damping_raised: dict[str, int] = {}
-        # Of the last estimate, for BatchNorm and the next step, or given for all.
-        self._data, self._loss_fn = _checked_source(data, loss_fn)
+            if unfit := [name for name, mask in masks.items() if not self.pattern.allows(mask)]:
+                raise ValueError(f"expected masks of pattern={self.pattern.name!r}, got others of {', '.join(unfit)}")
+
+        self._data, self._loss_fn = _checked_source(data, loss_fn)  # of the last estimate, or given for all
         self.schedule, self._step = schedule, 0
+        recipe, allocation = self.config.recipes()
         if schedule is not None:
             checked_function("schedule", schedule, "a function of the step")
             if data is not None:
                 require_rereadable(data, "each step that prunes")
-            if isinstance(scope, Mapping):
-                raise ValueError("expected no dict of sparsities as scope with a schedule, which says how many go")
-        if not isinstance(first_order, (bool, float, int)) or not 0 <= first_order <= 1:
-            raise ValueError(f"expected first_order to be a bool or a share of the step in [0, 1], got {first_order!r}")
-        self.first_order = first_order if isinstance(first_order, bool) else float(first_order)
-        if first_order and self.curvature.observes == {"inputs"}:
-            raise ValueError(
-                f"expected no first_order with {type(self.curvature).__name__}, which knows the errors of outputs, "
-                "not the loss"
-            )
-        self._first = FirstOrderStep()
+            if isinstance(self.config.scope, Mapping):
+                raise ValueError("scope={...} cannot be combined with schedule=: the schedule sets the sparsity")
+            recipe = recipe.with_schedule()
+            allocation = None if allocation is None else allocation.with_schedule()
         self.refine_grads = None if refine_grads is None else checked_count("refine_grads", refine_grads)
-        if self.refine_grads and not self.curvature.carry_over:
+        if self.refine_grads and not recipe.prior_weight:
             raise ValueError(
-                f"expected no refine_grads with {type(self.curvature).__name__} that carries nothing over from one "
-                "estimate to the next"
+                f"refine_grads={refine_grads} cannot be combined with {type(recipe).__name__} that starts every "
+                "estimate from scratch"
             )
-        self._handles: list[RemovableHandle] = []
-        num_grads = None if num_grads is None else checked_count("num_grads", num_grads)
-        max_memory = None if max_memory is None else checked_count("max_memory", max_memory)
-        estimate = functools.partial(
-            Estimate,
-            model,
-            self.weights,
-            self._biases,
-            num_grads=num_grads,
-            grad_batch_size=checked_count("grad_batch_size", grad_batch_size),
-            labels=labels,
-            likelihood=likelihood,
-            max_memory=max_memory,
-            sharing=1 if allocation is None else 2,
-            progress=progress,
-            timed=self._timed,
-        )
-        self._estimate = estimate(self.curvature, stage="observation")
-        self._allocation: Optional[Estimate] = None
+
+        self.solver = self.config.solver_of(recipe)
+        self.history: list[dict[str, Any]] = []
+        self._timed = Stopwatch()
+        self._damping_raised: dict[str, int] = {}
+        self.estimator = self._estimator(recipe, "observation", 1 if allocation is None else 2)
+        self.allocator = None if allocation is None else self._estimator(allocation, "allocation", 2)
+        self._check_blocks(recipe, self.solver)
         if allocation is not None:
-            if self.pattern.m:
-                raise ValueError(f"expected no allocation with pattern={pattern!r}, where all parameters lose as much")
-            if scope is not None:
-                raise ValueError(f"expected either allocation or scope, got {allocation!r} and {scope!r}")
-            allocating = make_curvature(allocation, block_size=block_size, argument="allocation")
-            if allocating is self.curvature:
-                raise ValueError("expected another curvature as allocation, got the same instance twice")
-            if allocating.sequential:
-                raise ValueError("expected an allocation of all parameters at once, got one with sequential inputs")
-            self._allocation = estimate(allocating, stage="allocation")
-            scope = "global"
-        self.scope = self.curvature.default_scope if scope is None else scope
-        self._check_scope()
-        self._check_blocks()
-        self._budget = Budget(self.scope, self.pattern, checked_sparsity(min_density, "min_density"))
-        self._uses: dict[str, float] = {}  # of each weight of a parameter, with scope="flops"
+            self._check_blocks(allocation, SOLVERS[allocation.default_saliency])
+        scope = self.config.scope_of(recipe)
+        if isinstance(scope, Mapping):
+            check_names(scope, self._masks)
+        self._budget = Budget(scope, self.pattern, self.config.min_density)
+        self._flops_per_weight: dict[str, float] = {}  # with scope="flops"
+        self._first = FirstOrderStep()
+        self._handles: list[RemovableHandle] = []
+        self._restoring = False
         final = getattr(schedule, "final_sparsity", None)
         if final is not None:
             self._budget.check_final(final, self._masks)
@@ -205,12 +135,29 @@ class Pruner:
         """Name -> bool tensor, True = kept; copies."""
         return {name: mask.clone() for name, mask in self._masks.items()}
 
-    def estimate(
-        self,
-        data: Optional[Iterable[Any]] = None,
-        loss_fn: Optional[LossFunction] = None,
-    ) -> None:
-        """Estimate the curvature of the model as it is now, forgetting earlier estimates, or carrying them over.
+    @property
+    def curvature(self) -> Estimate[Any]:
+        """The last estimate: `mul`, `diag`, `blocks`, `state_dict`; its settings are `curvature.recipe`."""
+        return self.estimator.estimate
+
+    def target(self) -> Sparsity:
+        """Return the sparsity that the settings name, of all together or of each parameter.
+
+        Raises:
+            ValueError: they name none, or one that cannot be reached.
+        """
+        target: Sparsity | None = self.config.sparsity
+        if isinstance(self.config.scope, Mapping):
+            target = self.config.scope
+        elif target is None:
+            target = self.pattern.sparsity
+        if target is None:
+            raise ValueError("expected a sparsity in [0, 1), got None")
+        self._budget.check_final(target, self._masks)
+        return target
+
+    def estimate(self, data: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> None:
+        """Estimate the curvature of the model as it is now, from scratch or starting from the previous estimate.
 
         Where `max_memory` splits the estimate it is `prune_to` that reads the data, twice for each part but the last;
         with sequential inputs it reads it once for each parameter.
@@ -231,139 +178,165 @@ class Pruner:
         )
         self._check_parameters()
         self._warn_of_revived()
-        cleared = self.curvature.masked or self.curvature.maskable
-        if self.saliency == "simultaneous" and not cleared and any(self._masks.num_pruned().values()):
-            raise ValueError(
-                f"expected saliency='exact' or 'fixed_order' where weights are pruned already: single-weight scores of "
-                f"{type(self.curvature).__name__} would count on these to make up for others"
-            )
-        readers = [estimate for estimate in self._estimates() if estimate.curvature.observes]
-        if data is not None and len(readers) > 1:
-            require_rereadable(data, "allocation= reads it once more")
-        if self.schedule is not None and data is not None:
-            require_rereadable(data, "each step that prunes")
-        if self.scope == "flops":
+        self.solver.check(self.estimator.recipe, any(self._masks.pruned_counts().values()))
+        if data is not None:
+            if sum(bool(estimator.recipe.observes) for estimator in self._estimators()) > 1:
+                require_rereadable(data, "allocation= reads it once more")
+            if self.schedule is not None:
+                require_rereadable(data, "each step that prunes")
+        if self._budget.scope == "flops":
             if data is None:
                 raise ValueError("scope='flops' needs data, got None")
             require_rereadable(data, "scope='flops' reads it once more")
-            self._uses = weight_uses(self.model, data, self.weights, seed=self.seed)
+            self._flops_per_weight = flops_per_weight(self.model, data, self.weights, seed=self.config.seed)
         self._timed.seconds, self._damping_raised = {}, {}
-        seed = self.seed + 2**20 * self._step  # other samples of shuffled data, and other labels, in each step
+        seed = self.config.seed + 2**20 * self._step  # other samples of shuffled data, and other labels, in each step
         with self._implementation():
-            for estimate in self._estimates():
-                refine_grads = self.refine_grads if self.history and estimate.carries_over else None
-                estimate.begin(data, loss_fn, self._masks, num_grads=refine_grads, seed=seed)
+            for estimator in self._estimators():
+                refine_grads = self.refine_grads if self.history and estimator.carries_over else None
+                estimator.begin(data, loss_fn, self._masks, num_grads=refine_grads, seed=seed)
             self._first = FirstOrderStep()
-            if self.first_order:
+            if self.config.first_order:
                 self._first = self._first_order_step(data, loss_fn, seed)
         self._data, self._loss_fn = data, loss_fn
 
-    def prune_to(self, sparsity: Optional[Sparsity] = None) -> PruneResult:
-        """Prune weights, move the others to make up for it, and mask. If anything is raised, nothing is changed.
+    def prune_to(self, sparsity: Sparsity | None = None) -> PruneResult:
+        """Prune weights, compensate with the others, and mask. If anything is raised, nothing is changed.
 
         Several calls after one estimate go on where the last one stopped, under the same curvature; where `max_memory`
         splits the estimate, or inputs are sequential, each call needs its own.
 
         Args:
-            sparsity: pruned weights over all weights afterwards, in [0, 1), earlier ones included; or name -> that of
-                each parameter, the others staying as they are. None takes `scope`, if that is such a dict.
+            sparsity: pruned weights over all weights afterwards, in [0, 1), earlier ones included; or name -> sparsity
+                of each parameter, the others staying as they are. None is what the settings name.
 
         Raises:
             RuntimeError: `estimate` was not called, or parameters of the model were replaced.
             ValueError: sparsity out of range or below what is pruned already, or weights with NaN or inf.
         """
-        if not all(estimate.ready for estimate in self._estimates()):
-            split = any(len(estimate.groups) > 1 for estimate in self._estimates())
+        if not all(estimator.ready for estimator in self._estimators()):
+            split = any(len(estimator.groups) > 1 for estimator in self._estimators())
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
-        num_pruned = self._budget.num_pruned(sparsity, self._masks)
+        counts = self._budget.counts(self.target() if sparsity is None else sparsity, self._masks)
         self._check_parameters()
         masks: dict[str, Tensor] = {}
         increase = 0.0
-        with self._implementation(), torch.no_grad(), _restored_on_error(self._parameters()):
-            if self._allocation is not None:
-                num_pruned = self._allocated(self._allocation, num_pruned)
-            groups = self._estimate.groups
-            for part in [[group] for group in groups] if self.curvature.sequential else [groups]:
-                increase += self._prune(part, num_pruned, masks)
+        with self._implementation(), torch.no_grad(), self.restoring():
+            if self.allocator is not None:
+                counts = self._allocated(self.allocator, counts)
+            groups = self.estimator.groups
+            for part in [[group] for group in groups] if self.estimator.recipe.sequential else [groups]:
+                increase += self._prune(part, counts, masks)
             self._masks.set(masks)
         increase, share = increase - self._first.gain, self._first.share
         self._first = FirstOrderStep()  # the weights are in the minimum of the quadratic model, as far as they may be
-        for estimate in self._estimates():
-            if len(estimate.groups) > 1:
-                estimate.release()  # the parts not held would be estimated on the weights of now
+        for estimator in self._estimators():
+            if len(estimator.groups) > 1:
+                estimator.release()  # the parts not held would be estimated on the weights of now
         self._record(increase, share)
         return self._result()
 
-    def _first_order_step(self, data: Optional[Iterable[Any]], loss_fn: LossFunction, seed: int) -> FirstOrderStep:
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Put weights and biases back as they were should anything be raised within; one copy of them is kept."""
+        if self._restoring:  # an outer block does it
+            yield
+            return
+        names = {id(parameter): parameter for parameter in [*self.weights.values(), *self._bias_parameters().values()]}
+        before = [(parameter, parameter.detach().clone()) for parameter in names.values()]
+        self._restoring = True
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            raise
+        finally:
+            self._restoring = False
+
+    def _estimator(self, recipe: Curvature, stage: str, sharing: int) -> Estimator:
+        return Estimator(
+            self.model,
+            self.weights,
+            self._biases,
+            recipe,
+            max_memory=self.config.max_memory,
+            sharing=sharing,
+            progress=self.config.progress,
+            timed=self._timed,
+            stage=stage,
+        )
+
+    def _first_order_step(self, data: Iterable[Any] | None, loss_fn: LossFunction, seed: int) -> FirstOrderStep:
         if data is None:
             raise ValueError("first_order needs data, got None")
         require_rereadable(data, "first_order= reads it twice more")
+        share = self.config.first_order
         with self._timed("first order"), torch.no_grad():
             return first_order_step(
-                self._estimate,
+                self.estimator,
                 self._masks,
                 data,
                 loss_fn,
-                share=None if self.first_order is True else float(self.first_order),
-                dead_move=not self.curvature.masked,
+                share=None if share is True else float(share),
+                dead_move=not self.estimator.recipe.conditions_on_masks,
                 seed=seed,
-                progress=self.progress,
+                progress=self.config.progress,
             )
 
-    def _start(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and biases that costs are counted from: as they are, or after the first-order step."""
-        weights, biases = self._estimate.weights(names), self._estimate.biases(names)
-        return self._first.taken({name: name for name in names}, weights), self._first.taken(self._biases, biases)
+    def _problem(self, estimator: Estimator, names: list[str]) -> Problem:
+        """These parameters under their curvature, expanded about the weights, or after the first-order step."""
+        estimate = estimator.hold(names)
+        weights, biases = estimator.weights(names), estimator.biases(names)
+        if estimator is self.estimator:
+            weights, biases = self._first.subtract_from(weights), self._first.subtract_from(biases, self._biases)
+        return Problem(
+            estimate,
+            weights,
+            biases,
+            {name: self._masks[name] for name in names},
+            self.pattern,
+            conditioned=estimator.is_conditioned_on(self._masks),
+            progress=self.config.progress,
+        )
 
-    def _allocated(self, estimate: Estimate, num_pruned: Union[int, Mapping[str, int]]) -> dict[str, int]:
-        """How many weights each parameter loses where all of them compete under another curvature."""
+    def _allocated(self, allocator: Estimator, counts: int | Mapping[str, int]) -> dict[str, int]:
+        """How many weights of each parameter are pruned where all of them compete under another curvature."""
         costs: dict[str, Costs] = {}
-        for group in estimate.groups:
-            estimate.hold(group)  # which is timed
+        solver = SOLVERS[allocator.recipe.default_saliency]
+        for group in allocator.groups:
+            problem = self._problem(allocator, group)  # which is timed
             with self._timed("allocation"):
-                weights = estimate.weights(group)
-                costs |= self._costs(estimate, estimate.curvature.default_saliency, weights)
-            self._damping_raised |= estimate.curvature.damping_raised
-        return {name: int((~mask).sum()) for name, mask in self._select(costs, num_pruned).items()}
+                costs |= solver.costs(problem)
+            self._damping_raised |= problem.estimate.damping_raised
+        return {name: int((~mask).sum()) for name, mask in self._select(costs, counts).items()}
 
-    def _prune(
-        self, groups: list[list[str]], num_pruned: Union[int, Mapping[str, int]], masks: dict[str, Tensor]
-    ) -> float:
+    def _prune(self, groups: list[list[str]], counts: int | Mapping[str, int], masks: dict[str, Tensor]) -> float:
         """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
-        estimate, costs = self._estimate, dict[str, Costs]()
+        solver, costs = self.solver, dict[str, Costs]()
         chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
-        if self.saliency != "fixed_order":
-            for group in groups:
-                estimate.hold(group)
-                with self._timed("saliency"):
-                    costs |= self._costs(estimate, self.saliency, self._start(group)[0])
-                self._damping_raised |= self.curvature.damping_raised
+        for group in () if solver.sweeps else groups:
+            problem = self._problem(self.estimator, group)
+            with self._timed("saliency"):
+                costs |= solver.costs(problem)
+            self._damping_raised |= problem.estimate.damping_raised
+        if not solver.sweeps:
             with self._timed("selection"):
-                chosen = self._select(costs, num_pruned)
-        costs_add_up = self.saliency == "exact" and self.curvature.block_diagonal
+                chosen = self._select(costs, counts)
         for group in reversed(groups):  # the last one is still held
-            estimate.hold(group)
-            show = self.progress
+            problem = self._problem(self.estimator, group)
             with self._timed("compensation"):
-                weights, biases = self._start(group)
-                if self.saliency == "fixed_order":
-                    assert isinstance(num_pruned, Mapping)
-                    alive = {name: self._masks[name] for name in group}
-                    kept, moved = fixed_order_prune(
-                        self.curvature, weights, alive, num_pruned, biases, self.pattern, progress=show
-                    )
-                    chosen |= kept
-                elif self.saliency == "simultaneous":
-                    kept = {name: chosen[name] for name in group}
-                    moved = simultaneous_update(self.curvature, weights, kept, biases)
+                if solver.sweeps:
+                    assert isinstance(counts, Mapping)
+                    kept, moved = solver.sweep(problem, counts)
                 else:
-                    moved = exact_update(self.curvature, weights, chosen, biases, progress=show)
+                    kept = {name: chosen[name] for name in group}
+                    moved = solver.compensate(problem, kept)
+                chosen |= kept
                 updated |= moved
-                if not costs_add_up:
-                    increase += self.curvature.joint_cost(weights, {name: ~chosen[name] for name in group})
-            self._damping_raised |= self.curvature.damping_raised
-        if costs_add_up:
-            increase = total_cost(costs, chosen)
+                increase += solver.joint_cost(problem, costs, kept)
+            self._damping_raised |= problem.estimate.damping_raised
         for name, weight in updated.items():
             if not weight.isfinite().all():
                 raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
@@ -388,13 +361,13 @@ class Pruner:
         if self.schedule is None:
             raise RuntimeError("expected a Pruner with a schedule; without one call estimate and prune_to")
         sparsity = self.schedule(self._step)
-        due = sparsity is not None and self._budget.is_beyond(sparsity, self._masks)
+        due = sparsity is not None and self._budget.exceeds(sparsity, self._masks)
         if due:
             self.estimate()
             self.prune_to(sparsity)
-            for estimate in self._estimates():
-                if not estimate.carries_over:
-                    estimate.release()  # the next step has its own
+            for estimator in self._estimators():
+                if not estimator.carries_over:
+                    estimator.release()  # the next step has its own
         self._step += 1
         return due
 
@@ -444,9 +417,9 @@ class Pruner:
         self._warn_of_revived()
         self._warn_of_incomplete()
         self.apply_masks()
-        if self.recalibrate_batchnorm:
+        if self.config.recalibrate_batchnorm:
             data = () if self._data is None else self._data
-            recalibrate_batchnorm(self.model, data, seed=self.seed, progress=self.progress)
+            recalibrate_batchnorm(self.model, data, seed=self.config.seed, progress=self.config.progress)
         for handle in self._handles:
             handle.remove()
         return self._result()
@@ -460,16 +433,16 @@ class Pruner:
         return {
             "pattern": self.pattern.name,
             "masks": self._masks.state_dict(),
-            **self._estimate.state_dict(),
-            "allocation": None if self._allocation is None else self._allocation.state_dict(),
+            "estimate": self.estimator.state_dict(),
+            "allocation": None if self.allocator is None else self.allocator.state_dict(),
             "history": copy.deepcopy(self.history),
             "step": self._step,
-            "first_order": self._first._asdict(),
-            "uses": dict(self._uses),
+            "first_order": self._first.state_dict(),
+            "flops_per_weight": dict(self._flops_per_weight),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, for a pruner of the same model made with the same arguments.
+        """Take what `state_dict` returned, for a pruner of the same model made with the same arguments.
 
         The model's own weights are not part of the state; load them beside it. Nor are settings, such as damping:
         those of this pruner hold.
@@ -478,57 +451,41 @@ class Pruner:
             ValueError: the state is of other parameters, shapes, curvature models or another pattern; nothing is
                 changed then.
         """
-        missing = {
-            "pattern",
-            "masks",
-            "masks_at_estimate",
-            "model",
-            "curvature",
-            "held",
-            "used_grads",
-            "allocation",
-            "history",
-            "step",
-            "first_order",
-            "uses",
-        } - state.keys()
-        if missing:
-            raise ValueError(f"expected the state of a Pruner, but it has no {', '.join(sorted(missing))}")
-        if state["pattern"] != self.pattern.name:
-            raise ValueError(f"expected the state of pattern={self.pattern.name!r}, got one of {state['pattern']!r}")
-        if (state["allocation"] is None) != (self._allocation is None):
+        state = _of_today(state)
+        pattern, packed, estimate, allocation, history, step, first, flops = (
+            state_entry(state, key, "a Pruner")
+            for key in (
+                "pattern",
+                "masks",
+                "estimate",
+                "allocation",
+                "history",
+                "step",
+                "first_order",
+                "flops_per_weight",
+            )
+        )
+        if pattern != self.pattern.name:
+            raise ValueError(f"expected the state of pattern={self.pattern.name!r}, got one of {pattern!r}")
+        if (allocation is None) != (self.allocator is None):
             raise ValueError("expected the state of a Pruner with the same allocation")
         masks = Masks(self.weights)
-        masks.load_state_dict(state["masks"])
-        first = FirstOrderStep(**state["first_order"])
-        moving = {p: self.model.get_parameter(p) for p in [*self.weights, *self.curvature.biases.values()]}
-        for name, own in moving.items() if first.step else ():
-            if name not in first.step or first.step[name].shape != own.shape or len(first.step) != len(moving):
-                raise ValueError(f"expected a first-order step of {', '.join(moving)}, got {', '.join(first.step)}")
-        first = first._replace(step={name: step.to(moving[name].device) for name, step in first.step.items()})
-        if state["uses"] and state["uses"].keys() != self.weights.keys():
-            raise ValueError(f"expected uses of {', '.join(self.weights)}, got {', '.join(state['uses'])}")
-        changed = [part for estimate in self._estimates() for part in (estimate, estimate.curvature)]
-        before = [dict(vars(part)) for part in changed]
-        try:
-            self._estimate.load_state_dict(state)
-            if self._allocation is not None:
-                self._allocation.load_state_dict(state["allocation"])
-        except BaseException:
-            for part, values in zip(changed, before, strict=True):
-                vars(part).update(values)
-            raise
-        self._masks = masks
-        self.history = copy.deepcopy(list(state["history"]))
-        self._step = int(state["step"])
-        self._first, self._uses = first, dict(state["uses"])
+        masks.load_state_dict(packed)
+        moving = {n: self.model.get_parameter(n) for n in [*self.weights, *self.estimator.known_biases.values()]}
+        first_order = FirstOrderStep.of_state(first, moving)
+        if flops and flops.keys() != self.weights.keys():
+            raise ValueError(f"expected flops_per_weight of {', '.join(self.weights)}, got {', '.join(flops)}")
+        estimator = self.estimator.loaded(estimate)
+        self.allocator = None if self.allocator is None else self.allocator.loaded(allocation)
+        self.estimator, self._masks, self._first = estimator, masks, first_order
+        self.history, self._step, self._flops_per_weight = copy.deepcopy(list(history)), int(step), dict(flops)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """All that may change: weights and biases."""
-        return [*self.weights.values(), *map(self.model.get_parameter, self._biases.values())]
+    def _bias_parameters(self) -> dict[str, nn.Parameter]:
+        """Biases that may be compensated."""
+        return {name: self.model.get_parameter(name) for name in self._biases.values()}
 
-    def _estimates(self) -> list[Estimate]:
-        return [self._estimate] if self._allocation is None else [self._allocation, self._estimate]
+    def _estimators(self) -> list[Estimator]:
+        return [self.estimator] if self.allocator is None else [self.allocator, self.estimator]
 
     def _check_parameters(self) -> None:
         """The parameters are still those of the model, and finite."""
@@ -540,7 +497,7 @@ class Pruner:
 
     def _warn_of_revived(self) -> None:
         if moved := self._masks.num_revived():
-            pruned = sum(self._masks.num_pruned().values())
+            pruned = sum(self._masks.pruned_counts().values())
             warnings.warn(
                 f"{moved} of {pruned} pruned weights are not zero: was an optimizer not attached? attach(optimizer) "
                 "keeps them at zero while it trains the others; apply_masks() sets them to zero now",
@@ -549,29 +506,12 @@ class Pruner:
 
     def _warn_of_incomplete(self) -> None:
         wanted, sparsity = getattr(self.schedule, "final_sparsity", None), self._masks.sparsity()
-        if wanted is not None and self._budget.is_beyond(wanted, self._masks):
+        if wanted is not None and self._budget.exceeds(wanted, self._masks):
             warnings.warn(f"finalized at a sparsity of {sparsity:.4g}, the schedule ends at {wanted}", stacklevel=3)
-        pruned = {name: count for name, count in self._masks.num_pruned().items() if self.pattern.m and count}
-        partly = [n for n, count in pruned.items() if count != self.pattern.most_pruned(self.weights[n].numel())]
+        pruned = {name: count for name, count in self._masks.pruned_counts().items() if self.pattern.m and count}
+        partly = [n for n, count in pruned.items() if count != self.pattern.max_count(self.weights[n].numel())]
         if partly:
             warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
-
-    def _check_scope(self) -> None:
-        if isinstance(self.scope, Mapping):
-            check_names(self.scope, self._masks)
-            for name, sparsity in self.scope.items():
-                checked_sparsity(sparsity, f"sparsity of {name}")
-        elif self.scope not in ("global", "flops", "layer"):
-            raise ValueError(
-                f"expected scope to be 'global', 'flops', 'layer' or a dict of sparsities, got {self.scope!r}"
-            )
-        elif self.scope != "layer" and self._allocation is None:
-            if self.saliency == "fixed_order":
-                raise ValueError(
-                    "expected scope='layer', a dict of sparsities or allocation= with saliency='fixed_order'"
-                )
-            if self.curvature.sequential:
-                raise ValueError("expected scope='layer', a dict of sparsities or allocation= with sequential inputs")
 
     def _fitting(self, weights: dict[str, nn.Parameter], *, chosen: bool) -> dict[str, nn.Parameter]:
         """Those whose fan-in the pattern divides; an error where users chose others themselves."""
@@ -585,44 +525,32 @@ class Pruner:
         warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=4)
         return {name: weight for name, weight in weights.items() if name not in misfits}
 
-    def _check_blocks(self) -> None:
-        """Patterns lie within the blocks of exact elimination."""
-        pairs = [(estimate.curvature, estimate.curvature.default_saliency) for estimate in self._estimates()]
-        pairs[-1] = (self.curvature, self.saliency)
-        for curvature, saliency in pairs:
-            for name, weight in self.weights.items() if saliency != "simultaneous" else ():
-                size = curvature.layout(name, weight.detach()).block_size
-                if size % self.pattern.unit:
-                    raise ValueError(
-                        f"expected blocks of a multiple of {self.pattern.unit} weights with "
-                        f"pattern={self.pattern.name!r}, but {type(curvature).__name__} has blocks of {size} in {name}"
-                    )
+    def _check_blocks(self, recipe: Curvature, solver: Solver) -> None:
+        """Raise ValueError unless the pattern divides the blocks that the solver works in."""
+        for name, weight in self.weights.items() if solver.in_blocks else ():
+            size = recipe.layout(name, weight.detach()).block_size
+            if size % self.pattern.unit:
+                raise ValueError(
+                    f"expected blocks of a multiple of {self.pattern.unit} weights with "
+                    f"pattern={self.pattern.name!r}, but {type(recipe).__name__} has blocks of {size} in {name}"
+                )
 
-    def _costs(self, estimate: Estimate, saliency: str, weights: Mapping[str, Tensor]) -> dict[str, Costs]:
-        masks = {name: self._masks[name] for name in weights}
-        if saliency == "simultaneous":
-            return simultaneous_costs(estimate.curvature, weights, masks, self.pattern)
-        dead_first = not estimate.knows_as_dead(self._masks)
-        return exact_costs(
-            estimate.curvature, weights, masks, self.pattern, dead_first=dead_first, progress=self.progress
-        )
-
-    def _select(self, costs: Mapping[str, Costs], num_pruned: Union[int, Mapping[str, int]]) -> dict[str, Tensor]:
-        limited = self._budget.most_pruned(self._masks) if self._budget.min_density else {}
-        return select(costs, num_pruned, savings=self._uses, most_pruned=limited)
+    def _select(self, costs: Mapping[str, Costs], counts: int | Mapping[str, int]) -> dict[str, Tensor]:
+        limits = self._budget.max_counts(self._masks) if self._budget.min_density else None
+        return select(costs, counts, flops_per_weight=self._flops_per_weight, max_counts=limits)
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
-        return contextlib.nullcontext() if self.impl == "auto" else use_impl(self.impl)
+        return contextlib.nullcontext() if self.config.impl == "auto" else use_impl(self.config.impl)
 
     def _record(self, increase: float, share: float) -> None:
         self.history.append(
             {
                 "sparsity": self._masks.sparsity(),
                 "layer_sparsity": self._masks.layer_sparsity(),
-                "num_grads": self._estimate.used_grads,
+                "num_grads": self.estimator.used_grads,
                 "predicted_loss_increase": increase,
-                **({"first_order_share": share} if self.first_order else {}),
+                **({"first_order_share": share} if self.config.first_order else {}),
                 "damping_raised": dict(self._damping_raised),
                 "seconds": self._timed.seconds,
             }
@@ -631,169 +559,51 @@ class Pruner:
 
     def _result(self) -> PruneResult:
         return PruneResult(
-            masks={name: mask.clone() for name, mask in self._masks.items()},
+            masks=self.masks,
             sparsity=self._masks.sparsity(),
             layer_sparsity=self._masks.layer_sparsity(),
             predicted_loss_increase=sum(entry["predicted_loss_increase"] for entry in self.history),
             history=copy.deepcopy(self.history),
+            config=self.config,
         )
 
 
-def prune(
-    model: nn.Module,
-    data: Optional[Iterable[Any]],
-    loss_fn: LossFunction = nn.functional.cross_entropy,
-    *,
-    sparsity: Optional[float] = None,
-    curvature: Union[str, Curvature] = "block",
-    saliency: Optional[str] = None,
-    scope: Union[str, Mapping[str, float], None] = None,
-    pattern: str = "unstructured",
-    params: Optional[ParameterChoice] = None,
-    num_grads: Optional[int] = None,
-    grad_batch_size: int = 1,
-    recomputations: int = 1,
-    block_size: int = 128,
-    damping: Optional[float] = None,
-    labels: Optional[str] = None,
-    likelihood: Optional[Likelihood] = None,
-    recalibrate_batchnorm: bool = False,
-    max_memory: Optional[int] = None,
-    impl: str = "auto",
-    seed: int = 0,
-    progress: bool = True,
-    allocation: Union[str, Curvature, None] = None,
-    min_density: float = 0.0,
-    first_order: Union[bool, float] = False,
-) -> PruneResult:
-    """Prune a model in place, in one call. If anything is raised, the model is as before the call.
-
-    Args:
-        model: any module.
-        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). May
-            be None with curvature="identity".
-        loss_fn: (outputs, targets) -> scalar, the mean over the batch.
-        sparsity: pruned weights over all weights, in [0, 1): exactly round(sparsity * n) become zero, of all
-            n weights or, with scope="layer", of each parameter's. With pattern="n:m" it is 1 - n/m, and may be omitted.
-        curvature: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), "low_rank" (M-FAC),
-            "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a `fishleg_ext.curvature.Curvature`. Under "kronecker"
-            and "fishleg" the biases of the pruned layers move with the weights; no other parameters ever change.
-        saliency: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order"
-            (SparseGPT: column after column; not with scope="global"). None is the curvature's default: simultaneous for
-            identity, diagonal and low_rank, exact for the others.
-        scope: "global" (one threshold for all parameters), "flops" (the same, for costs over how often a sample's
-            forward pass uses the weight), "layer" (the same sparsity in each), or a dict name -> sparsity; parameters
-            not in it stay dense. None is the curvature's default: "layer" for layerwise, "global" for the others.
-        pattern: "unstructured"; "n:m", such as "2:4", keeps n of each m consecutive weights along the fan-in of each
-            output; "blockN" keeps or prunes N consecutive weights together, the nearest multiple of N to sparsity.
-            Parameters whose fan-in is no multiple of m or N stay dense, with a warning, unless `params` names them.
-        params: a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool.
-            None is the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them),
-            whether or not it requires a gradient.
-        num_grads: gradients the Fisher matrix is estimated from; None is the curvature's default, 1,024, for fishleg
-            2,048.
-        grad_batch_size: samples in each gradient.
-        recomputations: rounds of estimating and pruning; the density falls geometrically.
-        block_size: weights in a block of the Fisher matrix.
-        damping: added to the Fisher's diagonal; None is the curvature's default, 1e-5, for kronecker and fishleg 1e-6.
-            For layerwise a share of the mean of the diagonal, 1e-4.
-        labels: "data" (empirical Fisher) or "model" (sampled from the likelihood: true Fisher; the classes of
-            cross_entropy by importance, so that networks that are sure of their answers give as much as others). None
-            is the curvature's default: "model" for kronecker and fishleg, "data" for the others.
-        likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be
-            None with cross_entropy.
-        recalibrate_batchnorm: afterwards recompute running statistics on all of the data.
-        max_memory: bytes for curvature at a time; splits the parameters over several passes over the data.
-        impl: "auto", "reference", "triton" or "cuda"; for every op.
-        seed: of sampled labels, and of PyTorch's RNG while the data is read.
-        progress: show progress bars (where standard error is a terminal).
-        allocation: another curvature, by name or as an instance, in place of `scope`: with its own default saliency and
-            one threshold for all parameters it says how many weights each of them loses. Of `max_memory` each of the
-            two may take half.
-        min_density: each parameter keeps at least this fraction of its weights, and others lose more; an error where
-            sparsity leaves less to a parameter, or to all of them.
-        first_order: count the gradient of the loss, too, which is not zero where training has not ended (WoodTaylor):
-            the weights also take part of the step to where the curvature says the loss is lowest. A number is which
-            part, 1.0 as published; True looks for the part at which the loss on the same samples is lowest, and takes
-            half of that. Reads the data twice more.
-
-    Raises:
-        ValueError, TypeError: an argument that does not fit; empty data; NaN or inf in weights or gradients, by
-            parameter; one-shot data that is needed more than once.
-        CurvatureError: a Fisher matrix that cannot be inverted, by parameter.
-
-    >>> model = nn.Linear(4, 2)
-    >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
-    >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
-    0.75
-    """
-    recomputations = checked_count("recomputations", recomputations)
-    target: Optional[Sparsity] = Pattern.parse(pattern).sparsity if sparsity is None else sparsity
-    if isinstance(scope, Mapping):
-        if sparsity is not None:
-            raise ValueError("expected either sparsity or a dict of sparsities as scope, got both")
-        target = scope
-    elif target is None:
-        raise ValueError("expected a sparsity in [0, 1), got None")
-    pruner = Pruner(
-        model,
-        curvature=curvature,
-        saliency=saliency,
-        scope=scope,
-        pattern=pattern,
-        params=params,
-        num_grads=num_grads,
-        grad_batch_size=grad_batch_size,
-        block_size=block_size,
-        damping=damping,
-        labels=labels,
-        likelihood=likelihood,
-        recalibrate_batchnorm=recalibrate_batchnorm,
-        max_memory=max_memory,
-        impl=impl,
-        seed=seed,
-        progress=progress,
-        allocation=allocation,
-        min_density=min_density,
-        first_order=first_order,
-        loss_fn=loss_fn,
-    )
-    pruner._budget.check_final(target, pruner._masks)
-    if data is not None and recomputations > 1:
-        require_rereadable(data, f"recomputations={recomputations}")
-    if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
-        require_rereadable(data, "recalibrate_batchnorm=True")
-    with _restored_on_error(pruner._parameters()):
-        for done in range(1, recomputations + 1):
-            pruner.estimate(data, loss_fn)
-            pruner.prune_to(_part_way(target, done / recomputations))
-        return pruner.finalize()
+def _config_of(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
+    """The settings of a Pruner, from a config, keywords or both."""
+    for name in NOT_OF_PRUNER:
+        if name in settings:
+            raise TypeError(f"Pruner takes no {name}: call prune_to, as often as you like, or give it a schedule")
+    if config is None:
+        return PruneConfig(**settings)
+    checked_type("config", config, PruneConfig, "a PruneConfig")
+    return dataclasses.replace(config, **settings)
 
 
-def _checked_source(data: Optional[Iterable[Any]], loss_fn: LossFunction) -> tuple[Any, LossFunction]:
-    """Both, if they are what they should be."""
+def _checked_source(data: Iterable[Any] | None, loss_fn: LossFunction) -> tuple[Any, LossFunction]:
+    """Data and loss, if they are what they should be."""
     if data is not None and not hasattr(data, "__getitem__"):  # which is enough to be iterated over
         checked_type("data", data, Iterable, "an iterable of batches")
     return data, checked_function("loss_fn", loss_fn, "a function of outputs and targets")
 
 
-def _part_way(target: Sparsity, part: float) -> Sparsity:
-    """The sparsity whose density lies geometrically between 1 and the target's."""
-    if part == 1:
-        return target
-    if isinstance(target, Mapping):
-        return {name: 1 - (1 - sparsity) ** part for name, sparsity in target.items()}
-    return 1 - (1 - target) ** part
+def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a Pruner as versions before 0.2 wrote it, in today's layout."""
+    if "held" not in state:
+        return state
+    of_estimate = ("held", "used_grads", "masks_at_estimate", "model", "curvature")
+    rest = {key: value for key, value in state.items() if key not in (*of_estimate, "uses")}
+    estimate = {key: state[key] for key in of_estimate if key in state}
+    return {**rest, "estimate": estimate, "flops_per_weight": state.get("uses", {})}
 
 
-@contextlib.contextmanager
-def _restored_on_error(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters as they were, should anything be raised."""
-    before = [(weight, weight.detach().clone()) for weight in weights]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for weight, value in before:
-                weight.copy_(value)
-        raise
+def _signature() -> inspect.Signature:
+    """The signature of Pruner, with the settings in the place of **settings."""
+    own = list(inspect.signature(Pruner.__init__).parameters.values())[1:-1]
+    fields = [field for field in dataclasses.fields(PruneConfig) if field.name not in NOT_OF_PRUNER]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        own + [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields]
+    )
+
+
+Pruner.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -40,8 +40,8 @@ class _Curve(ABC):
     steps_per_epoch: Optional[int] = None
 
     def __post_init__(self) -> None:
-        checked_sparsity(self.final_sparsity, "final_sparsity")
-        checked_sparsity(self.init_sparsity, "init_sparsity")
+        checked_sparsity("final_sparsity", self.final_sparsity)
+        checked_sparsity("init_sparsity", self.init_sparsity)
         if self.init_sparsity > self.final_sparsity:
             raise ValueError(
                 f"expected init_sparsity <= final_sparsity, got {self.init_sparsity} and {self.final_sparsity}"

@@ -1,9 +1,11 @@
 """Slow and plain float64 versions of what the library computes."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+
+from fishleg_ext.curvature import Curvature, Estimate
 
 
 def cholesky_inverse(matrix: Tensor) -> Tensor:
@@ -58,3 +60,26 @@ def order_of(rank: Tensor) -> list[int]:
     """Indices of one block in the order in which they were eliminated."""
     reached = (rank >= 0) & (rank < len(rank))
     return torch.where(reached, rank, len(rank)).argsort(stable=True)[: int(reached.sum())].tolist()
+
+
+def usable(curvature: Any = "block", allocation: Any = None, **settings: Any) -> dict[str, Any]:
+    """Those settings that a model by this name can use; an instance has settings of its own."""
+    with_blocks, without_damping = {"block", "low_rank", "fishleg"}, {"identity"}
+    named = {name for name in (curvature, allocation) if isinstance(name, str)}
+    usable = {
+        "block_size": bool(named & with_blocks),
+        "damping": isinstance(curvature, str) and curvature not in without_damping,
+        "labels": bool({curvature, allocation} - {"identity", "layerwise", None}),
+    }
+    return {name: value for name, value in settings.items() if usable.get(name, True)}
+
+
+def with_estimate(recipe: type[Curvature], estimate: type[Estimate]) -> type[Curvature]:
+    """A recipe as `recipe`, whose estimates are of the given class."""
+
+    class Recipe(recipe):
+        def start(self, weights, biases=None, **options):
+            return estimate(self, weights, biases, **options)
+
+    Recipe.__name__ = recipe.__name__
+    return Recipe

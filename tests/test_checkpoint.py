@@ -183,7 +183,7 @@ def test_parts_of_a_split_estimate_are_all_made_anew(net, data):
     for carry_over in (0, 64):
         model = copy.deepcopy(net)
         pruner = fishleg_ext.Pruner(model, curvature=FishLeg(carry_over=carry_over), **options)
-        assert len(pruner._estimate.groups) == 2
+        assert len(pruner.estimator.groups) == 2
         for sparsity in (0.3, 0.6):
             pruner.estimate(data, F.cross_entropy)
             pruner.prune_to(sparsity)

@@ -19,7 +19,7 @@ def test_data_is_split_without_overlap_and_network_is_reproducible():
 
 def test_a_short_run_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SPARSITIES", (0.5, 0.8))
-    options = {name: o | {"num_grads": 64, "block_size": 32} for name, o in demo.METHODS.items()}
+    options = {name: o | {"num_grads": 64} for name, o in demo.METHODS.items()}
     monkeypatch.setattr(demo, "METHODS", options)
     train = demo.train
     monkeypatch.setattr(demo, "train", lambda *args, **kwargs: train(*args, epochs=4, **kwargs))

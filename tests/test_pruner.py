@@ -10,12 +10,14 @@ import weakref
 
 import pytest
 import torch
-from oracles import batches, joint_cost
+from oracles import batches, joint_cost, usable, with_estimate
 from torch import nn
 from torch.nn import functional as F
 
 import fishleg_ext
-from fishleg_ext.curvature import BlockFisher, Curvature, CurvatureError, Layerwise
+from fishleg_ext.curvature import BlockFisher, CurvatureError, Layerwise
+from fishleg_ext.curvature.block import BlockEstimate
+from fishleg_ext.curvature.layerwise import LayerwiseEstimate
 from fishleg_ext.observation.observe import observe
 
 CURVATURES = ["identity", "diagonal", "block", "low_rank", "layerwise"]
@@ -47,12 +49,8 @@ def data(generator):
 
 
 def prune(net, data, *loss_fn, **options):
-    defaults = {
-        "num_grads": 32,
-        "block_size": 16,
-        "damping": None if isinstance(options.get("curvature"), Curvature) else 1e-3,
-        "progress": False,
-    }
+    models = {name: options[name] for name in ("curvature", "allocation") if name in options}
+    defaults = usable(**models, num_grads=32, block_size=16, damping=1e-3, progress=False)
     return fishleg_ext.prune(net, data, *loss_fn, **(defaults | options))
 
 
@@ -96,7 +94,8 @@ def test_signatures_of_the_contract():
         "first_order",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
-    over_time = {"schedule", "data", "refine_grads", "masks"}
+    over_time = {"config", "schedule", "data", "refine_grads", "masks"}
+    assert list(pruner)[:2] == ["model", "config"]
     assert set(pruner) == set(parameters) - {"sparsity", "recomputations"} | over_time
     assert all(pruner[n].default == parameters[n].default for n in set(pruner) - over_time - {"data"})
     assert all(pruner[n].default is None for n in over_time)
@@ -158,7 +157,8 @@ def test_predicted_loss_increase_is_the_joint_cost_of_the_masks(curvature, data)
         fisher = torch.kron(torch.eye(3), moment + 1e-3 * moment.diagonal().mean() * torch.eye(6))
     for saliency in SALIENCIES:
         again = copy.deepcopy(net)
-        result = prune(again, [(x, y)], sparsity=0.5, curvature=curvature, saliency=saliency, block_size=18)
+        options = {"curvature": curvature, "saliency": saliency} | usable(curvature, block_size=18)
+        result = prune(again, [(x, y)], sparsity=0.5, **options)
         gone = ~result.masks["weight"].flatten()
         expected = joint_cost(weight.flatten(), torch.linalg.inv(fisher.double()), gone)
         assert result.predicted_loss_increase == pytest.approx(float(expected), rel=1e-6)
@@ -195,7 +195,7 @@ def test_sequential_inputs_are_those_that_the_pruned_layers_give(vectors):
 
 
 def test_sequential_pruning_that_fails_half_way_changes_nothing(vectors):
-    class FailingSecond(Layerwise):
+    class FailingSecond(LayerwiseEstimate):
         def blocks(self, name):
             if name == "1.weight":
                 raise RuntimeError("no")
@@ -204,7 +204,7 @@ def test_sequential_pruning_that_fails_half_way_changes_nothing(vectors):
     net = deep_net()
     before = snapshot(net)
     with pytest.raises(RuntimeError, match="no"):
-        prune(net, vectors, sparsity=0.5, curvature=FailingSecond(inputs="sequential"), damping=None)
+        prune(net, vectors, sparsity=0.5, curvature=with_estimate(Layerwise, FailingSecond)(inputs="sequential"))
     assert_same(before, snapshot(net))
 
 
@@ -271,7 +271,7 @@ def test_allocation_in_parts_is_the_same_and_serves_one_prune_to(data):
     free, tight = make_net(), make_net()
     expected = fishleg_ext.prune(free, data, sparsity=0.6, **options)
     pruner = fishleg_ext.Pruner(tight, max_memory=2 * 131_000, **options)
-    assert len(pruner._allocation.groups) > 1
+    assert len(pruner.allocator.groups) > 1
     pruner.estimate(data, F.cross_entropy)
     got = pruner.prune_to(0.6)
     assert all(torch.equal(mask, got.masks[name]) for name, mask in expected.masks.items())
@@ -280,7 +280,7 @@ def test_allocation_in_parts_is_the_same_and_serves_one_prune_to(data):
 
 
 def test_allocation_and_sequential_inputs_read_data_more_than_once(data):
-    for options in ({"allocation": "block"}, {"curvature": Layerwise(inputs="sequential"), "damping": None}):
+    for options in ({"allocation": "block"}, {"curvature": Layerwise(inputs="sequential")}):
         with pytest.raises(ValueError, match="can be read again, as .*(allocation|sequential)"):
             prune(make_net(), iter(data), sparsity=0.5, **({"curvature": "layerwise"} | options))
 
@@ -326,24 +326,26 @@ def test_only_the_weights_change(net, data, curvature):
     net[4].weight.requires_grad_(False)
     F.cross_entropy(net(data[0][0]), data[0][1]).backward()
     before = snapshot(net)
-    prune(net, data, sparsity=0.5, curvature=curvature, recomputations=2, labels="model")
+    prune(net, data, sparsity=0.5, curvature=curvature, recomputations=2, **usable(curvature, labels="model"))
     after = snapshot(net)
     for name in prunable(net):
         before[0][name], after[0][name] = torch.zeros(()), torch.zeros(())
     assert_same(before, after)
 
 
-class Failing(BlockFisher):
-    """Breaks in the middle of the second round."""
+def failing():
+    """A recipe whose estimates break in the middle of the second round."""
+    calls = []
 
-    rounds = 0
+    class FailingEstimate(BlockEstimate):
+        def blocks(self, name):
+            if name == "6.weight":
+                calls.append(name)
+                if len(calls) == 4:
+                    raise KeyboardInterrupt
+            return super().blocks(name)
 
-    def blocks(self, name):
-        if name == "6.weight":
-            self.rounds += 1
-            if self.rounds == 4:
-                raise KeyboardInterrupt
-        return super().blocks(name)
+    return with_estimate(BlockFisher, FailingEstimate)(16, 1e-3)
 
 
 def test_an_exception_leaves_the_model_as_it_was(net, data):
@@ -353,7 +355,7 @@ def test_an_exception_leaves_the_model_as_it_was(net, data):
             net,
             data,
             sparsity=0.8,
-            curvature=Failing(16, 1e-3),
+            curvature=failing(),
             recomputations=3,
             recalibrate_batchnorm=True,
         )
@@ -361,7 +363,7 @@ def test_an_exception_leaves_the_model_as_it_was(net, data):
 
 
 def test_a_failed_prune_to_leaves_weights_and_masks(net, data):
-    pruner = fishleg_ext.Pruner(net, curvature=Failing(16, 1e-3), num_grads=16, progress=False)
+    pruner = fishleg_ext.Pruner(net, curvature=failing(), num_grads=16, progress=False)
     pruner.estimate(data, F.cross_entropy)
     pruner.prune_to(0.3)
     before, masks = snapshot(net), pruner.masks
@@ -436,8 +438,8 @@ def test_max_memory_changes_passes_not_results(data, curvature, saliency):
     budget = {"diagonal": 15_400, "block": 131_000}[curvature]  # just enough for the largest layer
     expected = prune(free, loader, **options)
     got = prune(tight, loader, max_memory=budget, **options)
-    pruner = fishleg_ext.Pruner(make_net(), curvature=curvature, block_size=16, max_memory=budget)
-    assert len(pruner._estimate.groups) > 1
+    pruner = fishleg_ext.Pruner(make_net(), curvature=curvature, max_memory=budget, **usable(curvature, block_size=16))
+    assert len(pruner.estimator.groups) > 1
     for name, mask in expected.masks.items():
         assert torch.equal(mask, got.masks[name])
         torch.testing.assert_close(tight.state_dict()[name], free.state_dict()[name])
@@ -536,7 +538,7 @@ def test_state_survives(net, data, tmp_path):
     torch.testing.assert_close(again.curvature.diag(), pruner.curvature.diag())
     with pytest.raises(
         ValueError,
-        match="no allocation, curvature, first_order, held, history, masks, masks_at_estimate, model, pattern, step,",
+        match="state of a Pruner with 'pattern'",
     ):
         again.load_state_dict({})
     other = fishleg_ext.Pruner(make_net(), curvature="layerwise", progress=False)
@@ -569,7 +571,7 @@ def test_order_of_calls_is_explained(net, data):
     pruner.prune_to(0.5)
     with pytest.raises(ValueError, match=r"sparsity 0.4 is \d+ weights, but \d+ are pruned already"):
         pruner.prune_to(0.4)
-    with pytest.raises(ValueError, match="expected a sparsity, got None"):
+    with pytest.raises(ValueError, match=r"expected a sparsity in \[0, 1\), got None"):
         pruner.prune_to()
 
 
@@ -596,17 +598,29 @@ def test_recalibration_needs_data_where_there_is_batchnorm():
         ({"sparsity": 0.5, "curvature": "full"}, ValueError, "got 'full'"),
         ({"sparsity": 0.5, "saliency": "greedy"}, ValueError, "got 'greedy'"),
         ({"sparsity": 0.5, "scope": "row"}, ValueError, "got 'row'"),
-        ({"sparsity": 0.5, "scope": "global", "allocation": "block"}, ValueError, "either allocation or scope"),
+        (
+            {"sparsity": 0.5, "scope": "global", "allocation": "block"},
+            ValueError,
+            "allocation cannot be .* scope='global'",
+        ),
         ({"sparsity": 0.5, "allocation": "blocks"}, ValueError, "got 'blocks'"),
-        ({"sparsity": 0.5, "allocation": Layerwise(inputs="sequential")}, ValueError, "one with sequential inputs"),
+        (
+            {"sparsity": 0.5, "allocation": Layerwise(inputs="sequential")},
+            ValueError,
+            "of sequential inputs",
+        ),
         (
             {"sparsity": 0.5, "curvature": "layerwise", "saliency": "simultaneous", "recomputations": 2},
             ValueError,
             "single-weight scores of Layerwise would count on these",
         ),
-        ({"sparsity": 0.5, "saliency": "fixed_order"}, ValueError, "scope='layer'.* with saliency='fixed_order'"),
+        (
+            {"sparsity": 0.5, "saliency": "fixed_order"},
+            ValueError,
+            "fixed_order' cannot .* scope='layer'",
+        ),
         ({"sparsity": 0.5, "curvature": "layerwise", "damping": 0.0}, ValueError, "damping"),
-        ({"sparsity": 0.5, "scope": {"0.weight": 0.5}}, ValueError, "got both"),
+        ({"sparsity": 0.5, "scope": {"0.weight": 0.5}}, ValueError, "sparsity= cannot be combined with scope="),
         ({"scope": {"0.wait": 0.5}}, ValueError, "0.wait not among"),
         ({"scope": {"0.weight": 1.5}}, ValueError, "sparsity of 0.weight"),
         ({"sparsity": 0.5, "pattern": "4:2"}, ValueError, "got '4:2'"),
@@ -669,7 +683,7 @@ def test_bad_weights_are_named(net, data):
     assert_same(before, snapshot(net))
 
 
-class Singular(BlockFisher):
+class SingularEstimate(BlockEstimate):
     """A Gram matrix that no damping mends."""
 
     def update(self, observation):
@@ -680,7 +694,7 @@ class Singular(BlockFisher):
 def test_a_block_that_cannot_be_inverted_is_named(net, data):
     before = snapshot(net)
     with pytest.raises(CurvatureError, match=r"4.weight: 1 of 40 Fisher blocks cannot be inverted"):
-        prune(net, data, sparsity=0.5, curvature=Singular(16, 1e-3))
+        prune(net, data, sparsity=0.5, curvature=with_estimate(BlockFisher, SingularEstimate)(16, 1e-3))
     assert_same(before, snapshot(net))
 
 
@@ -711,11 +725,11 @@ def test_progress_is_drawn_on_a_terminal_only(net, data, capfd, monkeypatch):
 # every argument reaches its stage
 
 
-class Spy(BlockFisher):
-    """Keeps the gradients of the last estimate."""
+class Spy(BlockEstimate):
+    """Keeps its gradients."""
 
-    def start(self, weights):
-        super().start(weights)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.seen = []
 
     def update(self, observation):
@@ -726,15 +740,17 @@ class Spy(BlockFisher):
         return torch.cat([chunk[name] for chunk in self.seen])
 
 
+SPYING = with_estimate(BlockFisher, Spy)(16, 1e-3)
+
+
 def test_gradients_of_the_pruned_are_masked_in_later_rounds(net, data):
-    spy = Spy(16, 1e-3)
-    pruner = fishleg_ext.Pruner(net, curvature=spy, num_grads=16, progress=False)
+    pruner = fishleg_ext.Pruner(net, curvature=SPYING, num_grads=16, progress=False)
     for sparsity in (0.5, 0.8):
         masks = pruner.masks
         pruner.estimate(data, F.cross_entropy)
         for name, mask in masks.items():
-            assert not spy.gradients(name)[:, ~mask].any()
-            assert spy.gradients(name)[:, mask].any()
+            assert not pruner.curvature.gradients(name)[:, ~mask].any()
+            assert pruner.curvature.gradients(name)[:, mask].any()
         pruner.prune_to(sparsity)
 
 
@@ -748,13 +764,12 @@ def test_gradients_of_the_pruned_are_masked_in_later_rounds(net, data):
     ],
 )
 def test_what_is_observed_is_what_was_asked_for(net, data, options):
-    spy, recorder = Spy(16, 1e-3), Spy(16, 1e-3)
-    fishleg_ext.Pruner(net, curvature=spy, num_grads=12, progress=False, **options).estimate(data, F.cross_entropy)
-    weights = prunable(net)
-    recorder.start(weights)
+    pruner = fishleg_ext.Pruner(net, curvature=SPYING, num_grads=12, progress=False, **options)
+    pruner.estimate(data, F.cross_entropy)
+    spy, weights = pruner.curvature, prunable(net)
+    recorder = SPYING.start(weights)
     observe(net, data, F.cross_entropy, recorder, weights, num_grads=12, **options)
-    plain = Spy(16, 1e-3)
-    plain.start(weights)
+    plain = SPYING.start(weights)
     observe(net, data, F.cross_entropy, plain, weights, num_grads=12)
     for name in weights:
         assert torch.equal(spy.gradients(name), recorder.gradients(name))
@@ -762,11 +777,9 @@ def test_what_is_observed_is_what_was_asked_for(net, data, options):
 
 
 def test_max_memory_bounds_the_chunks(net, data):
-    spy = Spy(16, 1e-3)
-    fishleg_ext.Pruner(net, curvature=spy, num_grads=16, max_memory=150_000, progress=False).estimate(
-        data, F.cross_entropy
-    )
-    assert max(len(chunk["4.weight"]) for chunk in spy.seen) == (150_000 - 128_000) // (3 * 4 * 706)
+    pruner = fishleg_ext.Pruner(net, curvature=SPYING, num_grads=16, max_memory=150_000, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    assert max(len(chunk["4.weight"]) for chunk in pruner.curvature.seen) == (150_000 - 128_000) // (3 * 4 * 706)
 
 
 def test_impl_governs_every_stage(net, data):
@@ -900,7 +913,7 @@ def test_masks_handed_out_are_copies(net):
 @pytest.mark.parametrize("models", [{}, {"curvature": "layerwise"}, {"curvature": "layerwise", "allocation": "block"}])
 def test_pruning_goes_on_from_a_saved_estimate(models, data, tmp_path):
     once, twice = make_net(), make_net()
-    options = models | {"num_grads": 16, "block_size": 16, "progress": False}
+    options = models | usable(**models, num_grads=16, block_size=16, progress=False)
     pruner = fishleg_ext.Pruner(once, **options)
     pruner.estimate(data, F.cross_entropy)
     pruner.prune_to(0.5)
@@ -917,14 +930,16 @@ def test_pruning_goes_on_from_a_saved_estimate(models, data, tmp_path):
     assert all(torch.equal(v, twice.state_dict()[k]) for k, v in once.state_dict().items())
 
 
-@pytest.mark.parametrize("other", [{"block_size": 32}, {"curvature": "diagonal"}, {"curvature": "low_rank"}])
+@pytest.mark.parametrize(
+    "other", [{"curvature": BlockFisher(32)}, {"curvature": "diagonal"}, {"curvature": "low_rank"}]
+)
 def test_a_state_of_other_arguments_changes_nothing(data, other):
     options = {"num_grads": 16, "block_size": 16, "progress": False}
     pruner = fishleg_ext.Pruner(make_net(), **options)
     pruner.estimate(data, F.cross_entropy)
     pruner.prune_to(0.5)
     net = make_net()
-    again = fishleg_ext.Pruner(net, **(options | other))
+    again = fishleg_ext.Pruner(net, **other, **usable(**other, num_grads=16, block_size=16, progress=False))
     again.estimate(data, F.cross_entropy)
     with pytest.raises(ValueError, match="expected"):
         again.load_state_dict(pruner.state_dict())

@@ -1,48 +1,77 @@
-"""Checks of what users give: it, numbers in their plain type, or an error that says what was expected."""
+"""Checks of arguments: each takes a name and a value, and returns the value in its plain type or raises."""
 
 import numbers
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 def checked_type(name: str, value: T, kind: type, what: str) -> T:
-    """`value` if it is of this kind."""
+    """Return `value` if it is of this kind."""
     if not isinstance(value, kind):
         raise TypeError(f"expected {name} to be {what}, got {value!r:.200}")
     return value
 
 
 def checked_function(name: str, value: T, what: str) -> T:
-    """`value` if it can be called."""
+    """Return `value` if it can be called."""
     if not callable(value):
         raise TypeError(f"expected {name} to be {what}, got {value!r:.200}")
     return value
 
 
-def checked_count(name: str, count: Any) -> int:
-    """`count` if it is an integer >= 1."""
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-        raise TypeError(f"expected {name} to be an integer >= 1, got {count!r}")
-    if count < 1:
-        raise ValueError(f"expected {name} >= 1, got {count}")
-    return int(count)
+def checked_integer(name: str, value: Any, least: int = 0) -> int:
+    """Return `value` as an int if it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"expected {name} to be an integer >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}")
+    return int(value)
 
 
-def checked_damping(damping: float, *, positive: bool) -> float:
-    """`damping` if it is finite and not negative, or positive if it must be."""
-    if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
-        raise TypeError(f"expected damping to be a number, got {damping!r}")
-    damping = float(damping)
-    if not 0 <= damping < float("inf") or (positive and damping == 0):
-        raise ValueError(f"expected damping to be finite and {'>' if positive else '>='} 0, got {damping}")
-    return damping
+def checked_count(name: str, value: Any) -> int:
+    """Return `value` as an int if it is an integer >= 1."""
+    return checked_integer(name, value, 1)
 
 
-def checked_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """`sparsity`, or another fraction that is named, if it is in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise TypeError(f"expected {name} to be a number in [0, 1), got {sparsity!r}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"expected {name} in [0, 1), got {sparsity}")
-    return float(sparsity)
+def checked_damping(name: str, value: Any) -> float:
+    """Return `value` as a float if it is finite and not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    if not 0 <= float(value) < float("inf"):
+        raise ValueError(f"expected {name} to be finite and >= 0, got {value}")
+    return float(value)
+
+
+def checked_positive(name: str, value: Any) -> float:
+    """Return `value` as a float if it is finite and positive."""
+    if (checked := checked_damping(name, value)) == 0:
+        raise ValueError(f"expected {name} to be finite and > 0, got {value}")
+    return checked
+
+
+def checked_sparsity(name: str, value: Any) -> float:
+    """Return `value` as a float if it is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a number in [0, 1), got {value!r}")
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"expected {name} in [0, 1), got {value}")
+    return float(value)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is a bool."""
+    return checked_type(name, value, bool, "a bool")
+
+
+def one_of(*choices: str) -> Callable[[str, Any], str]:
+    """Make the check that a value is one of these strings."""
+
+    def checked(name: str, value: Any) -> str:
+        if value not in choices:
+            listed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
+            raise ValueError(f"expected {name} to be {listed}, got {value!r}")
+        return value
+
+    return checked

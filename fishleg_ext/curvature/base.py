@@ -1,24 +1,33 @@
-"""What every curvature model can do."""
+"""What every curvature model can do: a recipe holds settings, an estimate holds what was observed under them."""
 
+import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from fishleg_ext.common.arguments import checked_count, one_of
 from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.settings import Settings, setting
+from fishleg_ext.common.state import state_entry
+from fishleg_ext.observation.likelihoods import Likelihood, checked_likelihood
 from fishleg_ext.observation.types import Observation
 
 
 class CurvatureError(RuntimeError):
-    """A curvature model that cannot be inverted; the message names the parameter."""
+    """A curvature model cannot be inverted; the message names the parameter."""
 
 
 class Blocks(NamedTuple):
     """The inverse of one parameter as exact elimination needs it: scale * inverse * scale, block by block.
 
-    A layer's bias is one more weight of each of its rows, the last, that moves with the others but is never lost.
+    A layer's bias is one more weight of each of its rows, the last, that is compensated with the others and never
+    pruned.
 
     Attributes:
         inverse: [K or 1, B, B], or [K or 1, B + 1, B + 1] with the bias.
@@ -27,10 +36,10 @@ class Blocks(NamedTuple):
     """
 
     inverse: Tensor
-    weight_scale: Optional[Tensor] = None
-    cost_scale: Optional[Tensor] = None
+    weight_scale: Tensor | None = None
+    cost_scale: Tensor | None = None
 
-    def rows(self, layout: BlockLayout, weight: Tensor, bias: Optional[Tensor], *masks: Tensor) -> list[Tensor]:
+    def rows(self, layout: BlockLayout, weight: Tensor, bias: Tensor | None, *masks: Tensor) -> list[Tensor]:
         """A parameter as [K, B] in the units of the inverse, with the bias where the inverse has it; and masks [K, B].
 
         The bias is in no mask. Both are in the wider dtype of the two.
@@ -60,71 +69,169 @@ class Blocks(NamedTuple):
         return weight if self.weight_scale is None else weight * self.weight_scale[:, : weight.shape[1]]
 
 
-class Curvature(ABC):
-    """A model of the Fisher matrix F of some weights, and of its inverse. Knows nothing of pruning.
+@dataclass(frozen=True, kw_only=True)
+class Curvature(Settings, ABC):
+    """A recipe: the settings of a model of the Fisher matrix F. Frozen, hashable and comparable; it holds no state.
 
-    `start` names the weights, `update` takes in observations, the rest is then answered for those weights. Tensors go
-    by parameter name and have the parameter's shape.
+    `start` begins an `Estimate` of some weights under these settings, which holds all that is observed.
+
+    Args:
+        num_grads: gradients an estimate is made from; None is `default_num_grads`.
+        grad_batch_size: samples whose mean loss each gradient is of; None is 1.
+        labels: "data" (empirical Fisher matrix) or "model" (targets sampled from the likelihood, true Fisher matrix);
+            None is `default_labels`.
+        likelihood: of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets; may be
+            None with cross_entropy.
 
     Attributes:
-        observes: what `update` needs: any of "gradients", "inputs", "output_gradients".
-        block_diagonal: whether F has no entries between the blocks of `blocks`, so that costs of blocks add up.
-        separable: whether each parameter can be estimated without the others.
-        masked: whether the inverse is that of the weights that were alive at the estimate, as masked gradients make
-            it. Else gradients are not masked, the inverse is that of all weights, and elimination must deal with the
-            dead first.
-        maskable: whether, where it is not masked, the rows and columns of the dead may be cleared from the inverse for
-            single-weight scores, as FishLeg masks its scale.
-        takes_biases: whether it can model a layer's bias together with the weight.
-        biases: of the weights, whose layer has one -> its name. These biases move with the weights and are never lost;
-            `update` and `mul` take them by name, beside the weights, and `mul` returns them. Set it before `start`.
-        sequential: whether parameters are to be estimated and pruned one after the other.
+        name: what `prune(curvature=...)` calls it; empty where it has no name.
+        observes: what `Estimate.update` needs: {"gradients"}, {"gradients", "fisher_products"}, or any of "inputs" and
+            "output_gradients"; empty where it needs nothing.
+        block_diagonal: whether F has no entries between the blocks of `Estimate.blocks`, so that their costs add up.
+        per_parameter: whether each parameter can be estimated without the others.
+        conditions_on_masks: whether an estimate is of the weights kept at the time, as masked gradients make it. Else
+            gradients are not masked, the inverse is that of all weights, and elimination must deal with the pruned
+            first.
+        supports_mask: whether, where an estimate does not condition on masks, rows and columns of the pruned may be
+            cleared from its inverse for single-weight scores, as FishLeg masks its scale.
+        takes_biases: whether a layer's bias can be modelled together with its weight.
         default_saliency, default_scope, default_labels, default_num_grads: what `prune` does unless told otherwise.
-        damping_raised: name -> number of blocks whose damping had to be raised to invert them.
-        progress: whether to show progress bars; `Pruner` sets it.
-        carry_over: how many gradients an estimate counts for in the next one, which begins from it; 0 forgets it.
-        passes: how often an estimate observes the same data, each time with other labels where these are sampled.
     """
 
+    num_grads: int | None = setting(None, checked_count)
+    grad_batch_size: int | None = setting(None, checked_count)
+    labels: str | None = setting(None, one_of("data", "model"))
+    likelihood: Likelihood | None = setting(None, checked_likelihood)
+
+    name: ClassVar[str] = ""
     observes: ClassVar[frozenset[str]] = frozenset({"gradients"})
     block_diagonal: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    masked: ClassVar[bool] = True
-    maskable: ClassVar[bool] = False
+    per_parameter: ClassVar[bool] = True
+    conditions_on_masks: ClassVar[bool] = True
+    supports_mask: ClassVar[bool] = False
     takes_biases: ClassVar[bool] = False
     default_saliency: ClassVar[str] = "exact"
     default_scope: ClassVar[str] = "global"
     default_labels: ClassVar[str] = "data"
     default_num_grads: ClassVar[int] = 1024
-    carry_over: int = 0
 
-    def __init__(self) -> None:
-        self.progress = False
-        self.sequential = False
-        self.passes = 1
-        self.damping_raised: dict[str, int] = {}
-        self.biases: dict[str, str] = {}
-        self.layouts: dict[str, BlockLayout] = {}
+    def __post_init__(self) -> None:
+        """Check every setting, and that the model has a use for it."""
+        super().__post_init__()
+        for name in ("labels", "likelihood"):
+            if getattr(self, name) is not None and not self.observes - {"inputs"}:
+                what = "layer inputs alone" if self.observes else "nothing"
+                raise ValueError(f"{type(self).__name__} takes no {name}: it observes {what}")
 
-    def check(self, names: Collection[str]) -> None:  # noqa: B027
+    @property
+    def sequential(self) -> bool:
+        """Whether parameters are estimated and pruned one after the other."""
+        return False
+
+    @property
+    def num_passes(self) -> int:
+        """How often an estimate observes the same data, each time with other labels where these are sampled."""
+        return 1
+
+    @property
+    def prior_weight(self) -> int:
+        """How many gradients an estimate counts as in the next one, which starts from it; 0 starts from nothing."""
+        return 0
+
+    @property
+    def uses_likelihood(self) -> bool:
+        """Whether labels are sampled, or products with the Fisher matrix computed, by the likelihood."""
+        samples = (self.labels or self.default_labels) == "model" and self.observes - {"inputs"}
+        return bool(samples) or "fisher_products" in self.observes
+
+    def with_schedule(self) -> Self:
+        """Fill in the settings whose default is another where a schedule prunes again and again."""
+        return self
+
+    def with_settings(self, **given: Any) -> Self:
+        """Fill in settings that are None.
+
+        Raises:
+            ValueError: a setting is there already and another is given.
+        """
+        for name, value in given.items():
+            own = getattr(self, name)
+            if own is not None and own != value:
+                raise ValueError(f"{name}={value!r} cannot be combined with {type(self).__name__}({name}={own!r})")
+        return dataclasses.replace(self, **given)
+
+    def check(self, names: Collection[str]) -> None:
         """Raise ValueError where settings do not fit these parameters, which are all that `start` will ever name."""
 
     @abstractmethod
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
-        """How `blocks` cuts a parameter."""
-
-    def start(self, weights: Mapping[str, Tensor]) -> None:
-        """Forget everything observed and prepare for these weights."""
-        self.layouts = {name: self.layout(name, weight) for name, weight in weights.items()}
-        self.damping_raised = {}
+        """How `Estimate.blocks` cuts a parameter."""
 
     @abstractmethod
-    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """Bytes held for this weight while observations stream in."""
+    def start(
+        self,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, str] | None = None,
+        *,
+        previous: "Estimate[Any] | None" = None,
+        progress: bool = False,
+    ) -> "Estimate[Any]":
+        """Begin an estimate of these weights.
 
-    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """Bytes needed for a while, beside the state, to learn from an observation or to invert this weight's part."""
-        return 2 * self.state_bytes(name, weight, num_grads)
+        Args:
+            weights: name -> tensor; of the values nothing is kept.
+            biases: name of a weight -> name of its layer's bias, where there is one. These biases are compensated with
+                the weights and never pruned; `update` and `mul` take them by name, beside the weights, and `mul`
+                returns them. Models that take no biases ignore it.
+            previous: an estimate of the same recipe, to start from where `prior_weight` is not 0.
+            progress: whether to show progress bars.
+        """
+
+    @abstractmethod
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Bytes held for this weight, and its bias if there is one, while observations stream in."""
+
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Peak temporary bytes of `update` and `blocks` for this weight, beyond its state."""
+        return 2 * self.state_bytes(name, weight, num_grads, has_bias)
+
+
+Recipe = TypeVar("Recipe", bound=Curvature)
+
+
+class Estimate(ABC, Generic[Recipe]):
+    """What was observed of some weights under a recipe, and what follows for F and its inverse.
+
+    `update` takes in observations, the rest is then answered for the weights that it was started for. Tensors go by
+    parameter name and have the parameter's shape.
+
+    Attributes:
+        recipe: the settings.
+        biases: name of a weight -> name of the bias that is modelled with it.
+        layouts: name of a weight -> how `blocks` cuts it.
+        damping_raised: name of a weight -> number of blocks whose damping had to be raised to invert them.
+        progress: whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, str] | None = None,
+        *,
+        previous: "Estimate[Any] | None" = None,
+        progress: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.progress = progress
+        self.biases = {n: b for n, b in (biases or {}).items() if n in weights} if recipe.takes_biases else {}
+        self.layouts = {name: recipe.layout(name, weight) for name, weight in weights.items()}
+        self.damping_raised: dict[str, int] = {}
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What `update` needs; see `Curvature`."""
+        return self.recipe.observes
 
     @abstractmethod
     def update(self, observation: Observation) -> None:
@@ -132,34 +239,81 @@ class Curvature(ABC):
 
     @abstractmethod
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """F^-1 v."""
+        """Return F^-1 v."""
 
     @abstractmethod
     def diag(self) -> dict[str, Tensor]:
-        """The diagonal of F^-1."""
+        """Return the diagonal of F^-1."""
 
     @abstractmethod
     def blocks(self, name: str) -> Blocks:
-        """The diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says; computed at each call."""
+        """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
 
     @abstractmethod
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """The least loss increase of losing the set P of weights: 1/2 w_P^T (F^-1[P, P])^-1 w_P."""
+        """Return the least loss increase of pruning the set P of weights, 1/2 w_P^T (F^-1[P, P])^-1 w_P."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed, as tensors and numbers. Models without state have none."""
+        """Return what was observed, as tensors and numbers. Models without state have none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, after `start` with the same weights; ValueError if it does not fit them."""
+        """Take what `state_dict` returned for an estimate of the same weights; ValueError if it does not fit them."""
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+            raise ValueError(f"{type(self.recipe).__name__} keeps no state, got {sorted(state)}")
+
+    def merge(self, other: "Estimate[Any]") -> None:
+        """Add what another estimate of the same recipe has observed of the same weights, as if this one had.
+
+        Raises:
+            ValueError: the other is of another recipe or of other weights.
+            NotImplementedError: the model cannot tell what an estimate from all observations would be.
+        """
+        if other.recipe != self.recipe:
+            raise ValueError(f"expected an estimate of {self.recipe}, got one of {getattr(other, 'recipe', other)}")
+        if other.layouts != self.layouts or other.biases != self.biases:
+            raise ValueError(f"expected an estimate of {self._weights()}, got one of {other._weights()}")
+        self._merge(other)
+
+    @abstractmethod
+    def _merge(self, other: Any) -> None:
+        """Add the sums of another estimate that fits."""
+
+    def _weights(self) -> str:
+        return ", ".join(f"{name} {list(layout.shape)}" for name, layout in self.layouts.items())
+
+    def _check_inverted(self, name: str, info: Tensor, damping: float, what: str) -> None:
+        """Note where damping was raised, with a warning; CurvatureError where a matrix has no inverse all the same.
+
+        Args:
+            name: of the parameter.
+            info: as of `ops.block_inverse`.
+            damping: that was asked for.
+            what: was inverted, in the plural.
+        """
+        if failed := int((info < 0).sum()):
+            raise CurvatureError(
+                f"{name}: {failed} of {len(info)} {what} cannot be inverted, even with damping raised from "
+                f"{damping:g} twelve times; use a larger damping, or more gradients"
+            )
+        raised = int((info > 0).sum())
+        if raised and name not in self.damping_raised:
+            self.damping_raised[name] = raised
+            warnings.warn(
+                f"{name}: {raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it was "
+                f"raised tenfold up to {int(info.max())} times for these",
+                stacklevel=3,
+            )
+
+
+def curvature_entry(state: Mapping[str, Any], key: str) -> Any:
+    """Return an entry of a saved estimate, or raise ValueError if it is that of another model."""
+    return state_entry(state, key, "a curvature model")
 
 
 def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy a saved tensor into each own one; ValueError where names or shapes differ."""
-    if own.keys() != state.keys():
-        raise ValueError(f"expected curvature of {', '.join(own)}, got that of {', '.join(state)}")
+    check_names(own, state)
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise ValueError(
@@ -169,8 +323,7 @@ def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
         tensor.copy_(state[name])
 
 
-def state_entry(state: Mapping[str, Any], key: str) -> Any:
-    """An entry of a saved state, or ValueError if it is that of another model."""
-    if key not in state:
-        raise ValueError(f"expected the state of a curvature model with {key!r}, got {sorted(state)}")
-    return state[key]
+def check_names(own: Collection[str], state: Collection[str]) -> None:
+    """Raise ValueError unless a saved state is of the same parameters."""
+    if set(own) != set(state):
+        raise ValueError(f"expected curvature of {', '.join(own)}, got that of {', '.join(state)}")

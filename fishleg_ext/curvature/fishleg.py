@@ -1,23 +1,28 @@
 """The learned inverse Fisher matrix of FishLeg."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, Optional, Union
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fishleg_ext.common.arguments import checked_count, checked_damping
+from fishleg_ext.common.arguments import checked_count, checked_integer, checked_positive
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, load_tensors, state_entry
+from fishleg_ext.common.settings import setting
+from fishleg_ext.curvature.base import Blocks, CurvatureError, Estimate, check_names, curvature_entry, load_tensors
 from fishleg_ext.curvature.block import BlockFisher
 from fishleg_ext.curvature.diagonal import DiagonalFisher
 from fishleg_ext.curvature.fishleg_adam import Adam, AdamFactors
 from fishleg_ext.curvature.kronecker import (
     Factors,
-    KroneckerInverse,
+    KroneckerCurvature,
+    KroneckerEstimate,
     factor_bytes,
     inversion_bytes,
     matrix_shape,
@@ -31,157 +36,209 @@ LARGEST_FACTOR = 8192
 Monitor = Callable[[str, int, float], None]
 
 
-class FishLeg(KroneckerInverse):
+def _checked_structure(name: str, value: Any) -> str | tuple[tuple[str, str], ...]:
+    """One structure, or a tuple of (parameter, structure) from a mapping or such a tuple."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    for structure in [pairs] if isinstance(pairs, str) else [structure for _, structure in pairs]:
+        if structure not in STRUCTURES:
+            raise ValueError(f"expected {name} to be one of {', '.join(STRUCTURES)}, got {structure!r}")
+    return pairs
+
+
+@dataclass(frozen=True)
+class FishLeg(KroneckerCurvature):
     """The inverse Q of F + damping I itself, learned from gradients as the minimum of FishLeg's auxiliary loss.
 
     A(Q) = E_u[1/2 u^T Q (F + damping I) Q u - u^T Q u], u ~ N(0, I), is least where Q is the inverse. Garcia et al.,
     FishLeg, ICLR 2023; McGowan et al., FishLeg Surgeon, arXiv 2412.02328. The expectation over u is exact and takes no
     samples: A = 1/2 E_s|Q g_s|^2 + 1/2 damping |Q|_F^2 - tr Q, a problem of its own for each parameter. Within
-    Q = P (x) M each batch of gradients improves both factors in closed form, by turns (see `LearnedFactors`): there is
-    no step size to choose. Over blocks and over diagonal matrices the minimum is the inverse of F's own blocks.
+    Q = P (x) M each batch of gradients updates one factor, then the other, in closed form (see `LearnedFactors`): there
+    is no step size to choose. Over blocks and over diagonal matrices the minimum is the inverse of F's own blocks.
 
     Structures of Q for a parameter [o, i] = [out, fan-in]:
 
-    - "rows": diag(p) (x) M. Rows share M up to a factor and do not make up for each other, as in exact elimination,
-      which compensates within a row: what that needs is the inverse of F's blocks.
+    - "rows": diag(p) (x) M, a diagonal row factor. Rows share M up to a factor and do not compensate for each other, as
+      in exact elimination, which compensates within a row: what that needs is the inverse of F's blocks.
     - "kronecker": P (x) M, as in the papers. Where rows can move together for nothing, as those of a softmax layer can,
       the loss is least for a P that turns to this direction, in which M tells little of a row's weights apart.
     - "block": blocks of block_size consecutive weights.
     - "diagonal".
 
-    A layer's bias is one more column of its weight in the first two, where `biases` names it.
+    A layer's bias is one more column of its weight in the first two.
 
     With labels sampled from the model, the default, F is the true Fisher matrix.
 
     Args:
         damping: gamma, > 0, in the units of a squared gradient.
         passes: over the data, each of num_grads gradients, with labels of its own where these are sampled.
-        batch_size: gradients from which P and M are improved once.
-        structure: of all parameters, or a dict name -> structure of some. Else it is "rows" for matrices and
-            convolutions with a fan-in of at most 8,192, and "block" for others.
+        batch_size: gradients from which P and M are updated once.
+        structure: of all parameters, or name -> structure of some, kept as a tuple of pairs. Else it is "rows" for
+            matrices and convolutions with a fan-in of at most 8,192, and "block" for others.
         block_size: weights in a block, of "block".
-        carry_over: how many gradients the last estimate counts for, at most, in the next one, which begins from it; 0
-            forgets it, as does an estimate that max_memory splits.
-        adam: descend the loss by Adam, as the papers do, instead of learning by turns: for comparison. Not with
-            carry_over.
+        carry_over: prior weight, in gradients, of the previous estimate; 0 estimates from scratch, as does an estimate
+            that max_memory splits. None is 0, but 2,048 with a schedule (0 with `adam`).
+        adam: descend the loss by Adam, as the papers do, instead of alternating closed-form updates: for comparison.
+            Not with carry_over.
         monitor: called with (parameter, gradients of this estimate so far, auxiliary loss on the last of them before
-            they were learned from; where an earlier estimate is carried over, its first loss is at the best scale of Q
-            for them), such as a `LossCurves`.
+            they were learned from; after a warm start the first loss is at the best scale of Q for them), such as a
+            `LossCurves`. Recipes are compared without it.
     """
 
-    default_num_grads: ClassVar[int] = 2048
-    stores_factors: ClassVar[bool] = True
+    damping: float = setting(1e-6, checked_positive)
+    passes: int = setting(1, checked_count)
+    batch_size: int = setting(64, checked_count)
+    structure: str | Mapping[str, str] | tuple[tuple[str, str], ...] | None = setting(None, _checked_structure)
+    block_size: int = setting(128, checked_count)
+    carry_over: int | None = setting(None, checked_integer)
+    adam: Adam | None = None
+    monitor: Monitor | None = setting(None, compare=False)
 
-    def __init__(
-        self,
-        damping: float = 1e-6,
-        passes: int = 1,
-        batch_size: int = 64,
-        structure: Union[str, Mapping[str, str], None] = None,
-        block_size: int = 128,
-        carry_over: int = 0,
-        adam: Optional[Adam] = None,
-        monitor: Optional[Monitor] = None,
-    ) -> None:
-        super().__init__()
-        self.damping = checked_damping(damping, positive=True)
-        self.passes = checked_count("passes", passes)
-        self.batch_size = checked_count("batch_size", batch_size)
-        self.block_size = checked_count("block_size", block_size)
-        if isinstance(carry_over, bool) or not isinstance(carry_over, int) or carry_over < 0:
-            raise ValueError(f"expected carry_over to be a number of gradients >= 0, got {carry_over!r}")
-        if carry_over and adam is not None:
-            raise ValueError(f"expected carry_over=0 with adam, got {carry_over}")
-        self.carry_over = carry_over
-        for wanted in structure.values() if isinstance(structure, Mapping) else [structure or "block"]:
-            if wanted not in STRUCTURES:
-                raise ValueError(f"expected structure to be one of {', '.join(STRUCTURES)}, got {wanted!r}")
-        self.structure, self.adam, self.monitor = structure, adam, monitor
-        self._learned: dict[str, LearnedFactors] = {}
-        self._descended: dict[str, AdamFactors] = {}  # of those that are warmed up
-        self._others: dict[str, Curvature] = {}  # of the parameters that are not Kronecker-factored
+    name: ClassVar[str] = "fishleg"
+    default_num_grads: ClassVar[int] = 2048
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        super().__post_init__()
+        if self.carry_over and self.adam is not None:
+            raise ValueError(
+                f"carry_over={self.carry_over} cannot be combined with adam: Adam's roots have no warm start"
+            )
 
     @property
+    @override
     def observes(self) -> frozenset[str]:  # type: ignore[override]
-        """Gradients, and Fisher-vector products for those who descend by them."""
         together = self.adam is not None and self.adam.products == "gauss_newton"
         return frozenset({"gradients", "fisher_products"} if together else {"gradients"})
 
     @property
+    @override
     def block_diagonal(self) -> bool:  # type: ignore[override]
-        """Unless rows make up for each other."""
-        given = self.structure.values() if isinstance(self.structure, Mapping) else [self.structure]
-        return "kronecker" not in given
+        given = self.structures
+        return "kronecker" not in (given.values() if given else [self.structure])
+
+    @property
+    @override
+    def num_passes(self) -> int:
+        return self.passes
+
+    @property
+    @override
+    def prior_weight(self) -> int:
+        return self.carry_over or 0
+
+    @property
+    def structures(self) -> dict[str, str]:
+        """Name -> structure of those parameters that have one of their own."""
+        return dict(self.structure) if isinstance(self.structure, tuple) else {}
+
+    @override
+    def with_schedule(self) -> "FishLeg":
+        if self.carry_over is not None or self.adam is not None:
+            return self
+        return dataclasses.replace(self, carry_over=self.default_num_grads)
 
     def check(self, names: Collection[str]) -> None:
-        """Structures are those of parameters that there are."""
-        if isinstance(self.structure, Mapping) and (unknown := self.structure.keys() - set(names)):
+        """Raise ValueError where `structure` names parameters that there are not."""
+        if unknown := self.structures.keys() - set(names):
             raise ValueError(
                 f"structure names {', '.join(map(str, unknown))}, not among the parameters {', '.join(names)}"
             )
 
+    @override
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
-        """That of the parameter's structure."""
-        other = self._other(name, weight)
+        other = self.other(name, weight)
         return super().layout(name, weight) if other is None else other.layout(name, weight)
 
-    def start(self, weights: Mapping[str, Tensor]) -> None:
-        """Q = I / damping, or what was learned before."""
-        super().start(weights)
-        before = self._learned if self.carry_over else {}
-        self._learned, self._descended, self._others = {}, {}, {}
-        self._waiting: dict[str, list[Tensor]] = {}  # gradients that do not make up a batch yet
-        for name, weight in weights.items():
-            if (other := self._other(name, weight)) is not None:
-                other.start({name: weight})
-                self._others[name] = other
-                continue
-            apart = self._structure(name, weight) == "rows"
-            fresh = LearnedFactors.start(self.damping, apart, self._like[name], *self._shape(name))
-            last = before.get(name)
-            if last is not None and (last.row.shape, last.col.shape) == (fresh.row.shape, fresh.col.shape):
-                fresh.carry_over(last, self.carry_over)
-            self._learned[name] = fresh
-            self._waiting[name] = []
+    @override
+    def start(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, str] | None = None, **options: Any
+    ) -> "FishLegEstimate":
+        return FishLegEstimate(self, weights, biases, **options)
 
-    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """Two factors and their moments, and the gradients of a batch."""
-        if (other := self._other(name, weight)) is not None:
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Count two factors and their moments, and the gradients of a batch."""
+        if (other := self.other(name, weight)) is not None:
             return other.state_bytes(name, weight, num_grads)
-        shape, apart = self._matrix_shape(name, weight), self._structure(name, weight) == "rows"
+        shape, diagonal_rows = matrix_shape(weight, has_bias), self.structure_of(name, weight) == "rows"
         batch = self.batch_size * math.prod(shape) * widened(weight.dtype).itemsize
-        factors = factor_bytes(shape, weight.dtype, apart)
+        factors = factor_bytes(shape, weight.dtype, diagonal_rows)
         # Adam has a root, its gradient and two moments of each factor and of the scale.
         adam = 0 if self.adam is None else 4 * (factors + batch // self.batch_size)
         return 2 * factors + adam + batch
 
-    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """A batch four times over, and the inversion of the larger factor; with Adam what autograd holds as well."""
-        if (other := self._other(name, weight)) is not None:
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Count a batch four times, and the inversion of the larger factor; with Adam what autograd holds as well."""
+        if (other := self.other(name, weight)) is not None:
             return other.workspace_bytes(name, weight, num_grads)
-        shape, apart = self._matrix_shape(name, weight), self._structure(name, weight) == "rows"
+        shape, diagonal_rows = matrix_shape(weight, has_bias), self.structure_of(name, weight) == "rows"
         batch = self.batch_size * math.prod(shape) * widened(weight.dtype).itemsize
-        factors = factor_bytes(shape, weight.dtype, apart) + inversion_bytes(shape, apart)
+        factors = factor_bytes(shape, weight.dtype, diagonal_rows) + inversion_bytes(shape, diagonal_rows)
         return (4 if self.adam is None else 8) * batch + factors
 
+    def structure_of(self, name: str, weight: Tensor) -> str:
+        """Structure of Q for one parameter."""
+        given = self.structure if isinstance(self.structure, str) else self.structures.get(name)
+        fits = weight.dim() > 1 and matrix_shape(weight)[1] <= LARGEST_FACTOR
+        return given or ("rows" if fits else "block")
+
+    def other(self, name: str, weight: Tensor) -> DiagonalFisher | BlockFisher | None:
+        """Recipe of a parameter without Kronecker factors, None where it has them."""
+        structure = self.structure_of(name, weight)
+        if structure == "diagonal":
+            return DiagonalFisher(self.damping)
+        return BlockFisher(self.block_size, self.damping) if structure == "block" else None
+
+
+class FishLegEstimate(KroneckerEstimate[FishLeg]):
+    """The factors that were learned, and gradients that do not make up a batch yet."""
+
+    stores_factors: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        recipe: FishLeg,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, str] | None = None,
+        *,
+        previous: Estimate[Any] | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(recipe, weights, biases, progress=progress)
+        before = previous._learned if isinstance(previous, FishLegEstimate) and recipe.prior_weight else {}
+        self._learned: dict[str, LearnedFactors] = {}
+        self._descended: dict[str, AdamFactors] = {}  # of those that are warmed up
+        self._others: dict[str, Estimate[Any]] = {}  # of the parameters that are not Kronecker-factored
+        self._waiting: dict[str, list[Tensor]] = {}  # gradients that do not make up a batch yet
+        for name, weight in weights.items():
+            if (other := recipe.other(name, weight)) is not None:
+                self._others[name] = other.start({name: weight})
+                continue
+            diagonal_rows = recipe.structure_of(name, weight) == "rows"
+            fresh = LearnedFactors.start(recipe.damping, diagonal_rows, self._like[name], *self._shape(name))
+            last = before.get(name)
+            if last is not None and (last.row.shape, last.col.shape) == (fresh.row.shape, fresh.col.shape):
+                fresh.warm_start(last, recipe.prior_weight)
+            self._learned[name] = fresh
+            self._waiting[name] = []
+
+    @override
     def update(self, observation: Observation) -> None:
-        """Learn from every batch_size gradients."""
         for name, other in self._others.items():
             other.update(Observation(observation.count, gradients={name: observation.gradients[name]}))
         for name in self._learned:
             grads, waiting = self._matrix(name, observation.gradients), self._waiting[name]
             while len(grads):
-                room = self.batch_size - sum(map(len, waiting))
+                room = self.recipe.batch_size - sum(map(len, waiting))
                 # A copy: the observer's tensor may be written again before the batch is full.
                 waiting.append(grads[:room].to(self._like[name].dtype, copy=True))
                 grads = grads[room:]
-                if sum(map(len, waiting)) == self.batch_size:
+                if sum(map(len, waiting)) == self.recipe.batch_size:
                     self._learn(name)
         if observation.fisher_product is not None and self._descended:
             self._descend_together(observation.fisher_product)
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Two products of matrices, or what the parameter's structure takes."""
+        """Return Q v."""
         result = super().mul({name: x for name, x in v.items() if name not in self._others})
         for name, other in self._others.items():
             if name in v:
@@ -189,18 +246,18 @@ class FishLeg(KroneckerInverse):
         return result
 
     def diag(self) -> dict[str, Tensor]:
-        """Of Q."""
+        """Return the diagonal of Q."""
         result = super().diag()
         for other in self._others.values():
             result |= other.diag()
         return result
 
     def blocks(self, name: str) -> Blocks:
-        """Rows that share M, or the blocks of the parameter's structure."""
+        """Return M for all rows, or the blocks of the parameter's structure."""
         return self._others[name].blocks(name) if name in self._others else super().blocks(name)
 
+    @override
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """The sum over parameters."""
         total = super().joint_cost({name: w for name, w in weights.items() if name in self._learned}, pruned)
         for name, other in self._others.items():
             if name in weights:
@@ -208,14 +265,14 @@ class FishLeg(KroneckerInverse):
         return total
 
     def factors(self, name: str) -> Factors:
-        """P and M as learned from all gradients so far."""
+        """Return P and M as learned from all gradients so far."""
         if self._waiting[name]:
             self._learn(name)
         learned = self._descended[name] if name in self._descended else self._learned[name]
         return learned.factors()
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors, their moments and how many gradients went into them; with Adam its state, too."""
+        """Return factors, their moments and how many gradients went into them; with Adam its state, too."""
         for name in self._learned:
             self.factors(name)
         return {
@@ -227,14 +284,14 @@ class FishLeg(KroneckerInverse):
             "others": {name: other.state_dict() for name, other in self._others.items()},
         }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        learned, descended, others = (state_entry(state, part) for part in ("learned", "descended", "others"))
-        if descended and self.adam is None:
+        learned, descended, others = (curvature_entry(state, part) for part in ("learned", "descended", "others"))
+        if descended and self.recipe.adam is None:
             raise ValueError("expected the state of FishLeg without adam, got one with it")
         for part in LEARNED_TENSORS:
             own = {name: getattr(mine, part) for name, mine in self._learned.items()}
-            load_tensors(own, {name: state_entry(theirs, part) for name, theirs in learned.items()})
+            load_tensors(own, {name: curvature_entry(theirs, part) for name, theirs in learned.items()})
         for name, mine in self._learned.items():
             mine.seen, mine.carried = (int(learned[name][part]) for part in ("seen", "carried"))
         self._descended = {}
@@ -242,16 +299,22 @@ class FishLeg(KroneckerInverse):
         for name, theirs in descended.items():
             self._descended[name] = self._begin_descent(name)
             self._descended[name].load_state_dict(theirs)
-        if others.keys() != self._others.keys():
-            raise ValueError(f"expected curvature of {', '.join(self._others)}, got that of {', '.join(others)}")
+        check_names(self._others, others)
         for name, other in self._others.items():
             other.load_state_dict(others[name])
 
+    @override
+    def _merge(self, other: "FishLegEstimate") -> None:
+        raise NotImplementedError(
+            "estimates of FishLeg cannot be merged: each batch was weighted by the inverse that its own estimate had "
+            "learned by then; estimate one from all of the data"
+        )
+
     def _learn(self, name: str) -> None:
-        """From the gradients that wait."""
+        """Learn from the gradients that wait."""
         grads, learned = torch.cat(self._waiting[name]), self._learned[name]
         self._waiting[name].clear()
-        if self.adam is None or learned.seen < self.adam.warm_up:
+        if self.recipe.adam is None or learned.seen < self.recipe.adam.warm_up:
             loss = learned.learn(grads, functools.partial(self.invert, name))
         else:
             if name not in self._descended:
@@ -260,16 +323,16 @@ class FishLeg(KroneckerInverse):
             loss = self._descended[name].learn(grads)
             if not loss.isfinite():
                 raise CurvatureError(f"{name}: Adam's loss is not finite; use more damping or a smaller learning_rate")
-        if self.monitor is not None:
-            self.monitor(name, learned.seen - learned.carried, float(loss))
+        if self.recipe.monitor is not None:
+            self.recipe.monitor(name, learned.seen - learned.carried, float(loss))
 
     def _begin_descent(self, name: str) -> AdamFactors:
-        assert self.adam is not None
+        assert self.recipe.adam is not None
         seed = list(self.layouts).index(name)
-        return AdamFactors(self.adam, self.damping, self._learned[name].factors(), seed)
+        return AdamFactors(self.recipe.adam, self.recipe.damping, self._learned[name].factors(), seed)
 
     def _descend_together(self, fisher_product: FisherProduct) -> None:
-        """A step of all parameters that are warmed up, with probes through the whole network."""
+        """Take a step with all parameters that are warmed up, with probes through the whole network."""
         probes = {name: descended.probe() for name, descended in self._descended.items()}
         products = [
             fisher_product(dict(part for name, (_, v) in probes.items() for part in self._parts(name, v[i])))
@@ -284,15 +347,3 @@ class FishLeg(KroneckerInverse):
 
     def _has_bias(self, name: str) -> bool:
         return super()._has_bias(name) and name not in self._others
-
-    def _structure(self, name: str, weight: Tensor) -> str:
-        given = self.structure.get(name) if isinstance(self.structure, Mapping) else self.structure
-        fits = weight.dim() > 1 and matrix_shape(weight)[1] <= LARGEST_FACTOR
-        return given or ("rows" if fits else "block")
-
-    def _other(self, name: str, weight: Tensor) -> Optional[Curvature]:
-        """A model of this parameter alone, unless it has factors."""
-        structure = self._structure(name, weight)
-        if structure == "diagonal":
-            return DiagonalFisher(self.damping)
-        return BlockFisher(self.block_size, self.damping) if structure == "block" else None

@@ -1,53 +1,74 @@
 """The identity: pruning by magnitude."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.curvature.base import Blocks, Curvature
+from fishleg_ext.curvature.base import Blocks, Curvature, Estimate
 from fishleg_ext.observation.types import Observation
 
 
+@dataclass(frozen=True)
 class Identity(Curvature):
-    """F = I: the cost of a weight is w^2 / 2 and nothing is compensated for. Needs no data."""
+    """F = I: the cost of a weight is w^2 / 2 and nothing is compensated. Needs no data.
 
+    num_grads and grad_batch_size say how many samples `first_order=` reads; without it nothing is read.
+    """
+
+    name: ClassVar[str] = "identity"
     observes: ClassVar[frozenset[str]] = frozenset()
-    default_saliency = "simultaneous"
+    default_saliency: ClassVar[str] = "simultaneous"
 
+    @override
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
-        """Each weight is a block."""
         return BlockLayout(weight.shape, 1)
 
-    def start(self, weights: Mapping[str, Tensor]) -> None:
-        """Remember shapes alone."""
-        super().start(weights)
+    @override
+    def start(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, str] | None = None, **options: Any
+    ) -> "IdentityEstimate":
+        return IdentityEstimate(self, weights, biases, **options)
+
+    @override
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        return 0
+
+
+class IdentityEstimate(Estimate[Identity]):
+    """The identity of the shape of some weights."""
+
+    def __init__(self, recipe: Identity, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
+        super().__init__(recipe, weights, *args, **options)
         self._ones = {
             name: torch.ones((), dtype=widened(w.dtype), device=w.device).expand(w.shape) for name, w in weights.items()
         }
 
-    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """None."""
-        return 0
-
+    @override
     def update(self, observation: Observation) -> None:
-        """Nothing is observed."""
+        pass
 
+    @override
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """V itself."""
         return dict(v)
 
+    @override
     def diag(self) -> dict[str, Tensor]:
-        """Ones."""
         return dict(self._ones)
 
     def blocks(self, name: str) -> Blocks:
-        """One block of size 1, shared by all weights."""
+        """Return one block of size 1, shared by all weights."""
         return Blocks(self._ones[name].new_ones(1, 1, 1))
 
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """1/2 |w_P|^2."""
+        """Return 1/2 |w_P|^2."""
         return sum(float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items())
+
+    @override
+    def _merge(self, other: "IdentityEstimate") -> None:
+        pass

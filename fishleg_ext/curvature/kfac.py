@@ -1,26 +1,32 @@
 """K-FAC: Kronecker factors of layer inputs and output gradients, or of gradients."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fishleg_ext.common.arguments import checked_damping
-from fishleg_ext.curvature.base import CurvatureError, load_tensors, state_entry
+from fishleg_ext.common.arguments import checked_positive, one_of
+from fishleg_ext.common.settings import setting
+from fishleg_ext.curvature.base import CurvatureError, curvature_entry, load_tensors
 from fishleg_ext.curvature.kronecker import (
     Factors,
-    KroneckerInverse,
+    KroneckerCurvature,
+    KroneckerEstimate,
     add_moment_,
     diagonal_of,
     factor_bytes,
     inversion_bytes,
+    matrix_shape,
     zero_moment,
 )
 from fishleg_ext.observation.types import Observation
 
 
-class Kronecker(KroneckerInverse):
+@dataclass(frozen=True)
+class Kronecker(KroneckerCurvature):
     """F = (S + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I) for each parameter, with factors of two kinds.
 
     "layers", K-FAC: A = E sum_t a_t a_t^T of the layer's inputs and S = E mean_t d_t d_t^T of the gradients by its
@@ -33,8 +39,8 @@ class Kronecker(KroneckerInverse):
 
     pi = sqrt(mean diag A / mean diag S) damps both factors by the same share.
 
-    Structures: "rows" keeps the diagonal of S alone, so that rows do not make up for each other, as in exact
-    elimination, which compensates within a row; "kronecker" keeps all of it.
+    Structures: "rows" keeps the diagonal of S alone, a diagonal row factor, so that rows do not compensate for each
+    other, as in exact elimination, which compensates within a row; "kronecker" keeps all of it.
 
     Args:
         damping: in the units of a squared gradient, > 0.
@@ -42,46 +48,51 @@ class Kronecker(KroneckerInverse):
         structure: "rows" or "kronecker".
     """
 
-    def __init__(self, damping: float = 1e-6, factors: str = "layers", structure: str = "rows") -> None:
-        super().__init__()
-        self.damping = checked_damping(damping, positive=True)
-        if factors not in ("layers", "gradients"):
-            raise ValueError(f"expected factors to be 'layers' or 'gradients', got {factors!r}")
-        if structure not in ("rows", "kronecker"):
-            raise ValueError(f"expected structure to be 'rows' or 'kronecker', got {structure!r}")
-        self.kind, self.structure = factors, structure
+    damping: float = setting(1e-6, checked_positive)
+    factors: str = setting("layers", one_of("layers", "gradients"))
+    structure: str = setting("rows", one_of("rows", "kronecker"))
+
+    name: ClassVar[str] = "kronecker"
 
     @property
+    @override
     def block_diagonal(self) -> bool:  # type: ignore[override]
-        """With rows apart."""
         return self.structure == "rows"
 
     @property
+    @override
     def observes(self) -> frozenset[str]:  # type: ignore[override]
-        """Layer inputs and output gradients, or gradients."""
-        return frozenset({"gradients"} if self.kind == "gradients" else {"inputs", "output_gradients"})
+        return frozenset({"gradients"} if self.factors == "gradients" else {"inputs", "output_gradients"})
 
-    def start(self, weights: Mapping[str, Tensor]) -> None:
-        """Zero moments."""
-        super().start(weights)
-        self._moments = {
-            name: Factors(zero_moment(like, rows, self.block_diagonal), zero_moment(like, cols))
-            for name, like in self._like.items()
-            for rows, cols in [self._shape(name)]
-        }
+    @override
+    def start(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, str] | None = None, **options: Any
+    ) -> "KfacEstimate":
+        return KfacEstimate(self, weights, biases, **options)
+
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Count S and A."""
+        return factor_bytes(matrix_shape(weight, has_bias), weight.dtype, self.block_diagonal)
+
+    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Count both factors, and the inversion of the larger."""
+        shape = matrix_shape(weight, has_bias)
+        return factor_bytes(shape, weight.dtype, self.block_diagonal) + inversion_bytes(shape, self.block_diagonal)
+
+
+class KfacEstimate(KroneckerEstimate[Kronecker]):
+    """Sums of the outer products that S and A are the means of."""
+
+    def __init__(self, recipe: Kronecker, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
+        super().__init__(recipe, weights, *args, **options)
+        self._moments: dict[str, Factors] = {}
+        for name, like in self._like.items():
+            rows, cols = self._shape(name)
+            self._moments[name] = Factors(zero_moment(like, rows, recipe.block_diagonal), zero_moment(like, cols))
         self._counts = {name: [0, 0] for name in weights}  # of what went into S and A
 
-    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """S and A."""
-        return factor_bytes(self._matrix_shape(name, weight), weight.dtype, self.block_diagonal)
-
-    def workspace_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """Both factors, and the inversion of the larger."""
-        shape, apart = self._matrix_shape(name, weight), self.block_diagonal
-        return factor_bytes(shape, weight.dtype, apart) + inversion_bytes(shape, apart)
-
+    @override
     def update(self, observation: Observation) -> None:
-        """Add second moments."""
         for name in self.layouts if observation.gradients else ():
             matrices = self._matrix(name, observation.gradients)
             row, col, _ = self._moments[name]
@@ -100,7 +111,7 @@ class Kronecker(KroneckerInverse):
             self._counts[name][1] += observation.count
 
     def factors(self, name: str) -> Factors:
-        """The inverses of the damped moments; computed at each call."""
+        """Compute the inverses of the damped moments."""
         if not all(self._counts[name]):
             raise CurvatureError(
                 f"{name}: its layer was not called while the data was read, or the loss does not depend on it; "
@@ -108,29 +119,39 @@ class Kronecker(KroneckerInverse):
             )
         sums = self._moments[name]
         row, col = (moment / count for moment, count in zip(sums[:2], self._counts[name], strict=True))
-        if self.kind == "gradients":
+        if self.recipe.factors == "gradients":
             col /= float(diagonal_of(row).sum()) or 1.0
         # Damped by the same share each: a factor that is all zero has no scale.
         pi = ((float(diagonal_of(col).mean()) or 1.0) / (float(diagonal_of(row).mean()) or 1.0)) ** 0.5
-        damping = self.damping**0.5
+        damping = self.recipe.damping**0.5
         return Factors(self.invert(name, row, damping / pi), self.invert(name, col, damping * pi))
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of outer products and their counts."""
+        """Return sums of outer products and their counts."""
         return {
-            "factors": self.kind,
-            "structure": self.structure,
+            "factors": self.recipe.factors,
+            "structure": self.recipe.structure,
             "counts": {name: list(counts) for name, counts in self._counts.items()},
             "row": {name: moments.row for name, moments in self._moments.items()},
             "col": {name: moments.col for name, moments in self._moments.items()},
         }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        if (kind := state_entry(state, "factors")) != self.kind:
-            raise ValueError(f"expected the state of Kronecker(factors={self.kind!r}), got that of {kind!r}")
-        if (structure := state_entry(state, "structure")) != self.structure:
-            raise ValueError(f"expected the state of structure {self.structure!r}, got that of {structure!r}")
+        for setting_name in ("factors", "structure"):
+            own, saved = getattr(self.recipe, setting_name), curvature_entry(state, setting_name)
+            if saved != own:
+                raise ValueError(f"expected the state of Kronecker({setting_name}={own!r}), got that of {saved!r}")
         for part in ("row", "col"):
-            load_tensors({name: getattr(m, part) for name, m in self._moments.items()}, state_entry(state, part))
-        self._counts = {name: list(counts) for name, counts in state_entry(state, "counts").items()}
+            load_tensors(
+                {name: getattr(m, part) for name, m in self._moments.items()},
+                curvature_entry(state, part),
+            )
+        self._counts = {name: list(counts) for name, counts in curvature_entry(state, "counts").items()}
+
+    @override
+    def _merge(self, other: "KfacEstimate") -> None:
+        for name, moments in self._moments.items():
+            for own, theirs in zip(moments[:2], other._moments[name][:2], strict=True):
+                own += theirs.to(own.device)
+            self._counts[name] = [a + b for a, b in zip(self._counts[name], other._counts[name], strict=True)]

@@ -1,20 +1,25 @@
 """The curvature of each layer's own output error, from its inputs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fishleg_ext import ops
-from fishleg_ext.common.arguments import checked_damping
+from fishleg_ext.common.arguments import checked_positive, one_of
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, state_entry
+from fishleg_ext.common.settings import setting
+from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, check_names, curvature_entry
+from fishleg_ext.curvature.joint_cost import joint_cost
 from fishleg_ext.observation.types import Observation
 
 
+@dataclass(frozen=True)
 class Layerwise(Curvature):
     """F = A + damping * mean(diag A) * I for each row of a layer's weight matrix, A = E[a a^T] over the layer's inputs.
 
@@ -34,34 +39,45 @@ class Layerwise(Curvature):
             One pass over the data for each layer.
     """
 
+    damping: float = setting(1e-4, checked_positive)
+    inputs: str = setting("dense", one_of("dense", "sequential"))
+
+    name: ClassVar[str] = "layerwise"
     observes: ClassVar[frozenset[str]] = frozenset({"inputs"})
-    masked: ClassVar[bool] = False
+    conditions_on_masks: ClassVar[bool] = False
     default_scope: ClassVar[str] = "layer"
 
-    def __init__(self, damping: float = 1e-4, inputs: str = "dense") -> None:
-        super().__init__()
-        self.damping = checked_damping(damping, positive=True)
-        if inputs not in ("dense", "sequential"):
-            raise ValueError(f"expected inputs to be 'dense' or 'sequential', got {inputs!r}")
-        self.sequential = inputs == "sequential"
+    @property
+    @override
+    def sequential(self) -> bool:
+        return self.inputs == "sequential"
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
-        """A block for each row, of fan-in size."""
+        """Cut a block for each row, of fan-in size."""
         return BlockLayout(weight.shape, max(1, weight[:1].numel()))
 
-    def start(self, weights: Mapping[str, Tensor]) -> None:
-        """No inputs."""
-        super().start(weights)
-        self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
-        self._gram: dict[str, Tensor] = {}  # sums of a a^T, [groups, fan-in, fan-in]
-        self._count = dict.fromkeys(weights, 0)  # samples
+    @override
+    def start(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, str] | None = None, **options: Any
+    ) -> "LayerwiseEstimate":
+        return LayerwiseEstimate(self, weights, biases, **options)
 
-    def state_bytes(self, name: str, weight: Tensor, num_grads: int) -> int:
-        """A fan-in x fan-in matrix; a convolution with groups has one for each."""
+    def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
+        """Count a matrix of fan-in x fan-in; a convolution with groups has one for each."""
         return weight[:1].numel() ** 2 * widened(weight.dtype).itemsize
 
+
+class LayerwiseEstimate(Estimate[Layerwise]):
+    """Sums of a a^T over samples and positions, [groups, fan-in, fan-in] for each layer."""
+
+    def __init__(self, recipe: Layerwise, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
+        super().__init__(recipe, weights, *args, **options)
+        self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
+        self._gram: dict[str, Tensor] = {}
+        self._count = dict.fromkeys(weights, 0)  # samples
+
+    @override
     def update(self, observation: Observation) -> None:
-        """Add the outer products of the inputs."""
         for name, rows in observation.inputs.items():
             grouped = (rows if rows.dim() == 3 else rows[None]).transpose(0, 1)  # [rows, groups, fan-in]
             if name not in self._gram:
@@ -71,12 +87,12 @@ class Layerwise(Curvature):
             self._count[name] += observation.count
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One inversion a layer, one product a row."""
+        """Return F^-1 v, by one inversion a layer and one product a row."""
         bar = progress_bar(v.items(), what="products", show=self.progress)
         return {name: self._apply(name, self._inverse(name), x) for name, x in bar}
 
     def diag(self) -> dict[str, Tensor]:
-        """One inversion a layer, the diagonal repeated for each row."""
+        """Return the diagonal of F^-1, by one inversion a layer; rows share it."""
         result = {}
         for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
             diagonal = self._inverse(name).diagonal(dim1=1, dim2=2)  # [groups, fan-in]
@@ -84,34 +100,38 @@ class Layerwise(Curvature):
         return result
 
     def blocks(self, name: str) -> Blocks:
-        """One inverse for all rows; a convolution with groups has a copy for each row."""
+        """Compute one inverse for all rows; a convolution with groups has a copy for each row."""
         inverse = self._inverse(name)
         if len(inverse) > 1:
             inverse = inverse.repeat_interleave(self.layouts[name].num_blocks // len(inverse), dim=0)
         return Blocks(inverse)
 
+    @override
     def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """1/2 dw^T F dw of the best step that zeroes P, row by row."""
         total = 0.0
         for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
             layout = self.layouts[name]
-            rows = layout.to_blocks(weight).to(self._like[name].dtype)
-            step = rows - ops.obs_compensate(rows, self.blocks(name).inverse, layout.to_blocks(pruned[name]))
-            step = layout.from_blocks(step)
             fisher, damping = self._fisher(name)
-            total += 0.5 * float((step * self._apply(name, fisher, step)).sum(dtype=torch.float64))
-            total += 0.5 * float((damping * step.reshape(len(fisher), -1).square().sum(1)).sum(dtype=torch.float64))
+
+            def fisher_mul(step: Tensor, fisher: Tensor = fisher, damping: Tensor = damping) -> Tensor:
+                rows = step.reshape(len(fisher), -1, fisher.shape[1])
+                return (rows @ fisher + damping[:, None, None] * rows).reshape(step.shape)
+
+            rows = layout.to_blocks(weight).to(fisher.dtype)
+            total += joint_cost(rows, self.blocks(name).inverse, layout.to_blocks(pruned[name]), fisher_mul)
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of a a^T and over how many samples."""
+        """Return sums of a a^T and over how many samples they are."""
         return {"count": dict(self._count), "gram": dict(self._gram)}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        counts, grams = state_entry(state, "count"), state_entry(state, "gram")
-        if counts.keys() != self._count.keys():
-            raise ValueError(f"expected curvature of {', '.join(self._count)}, got that of {', '.join(counts)}")
+        counts, grams = (
+            curvature_entry(state, "count"),
+            curvature_entry(state, "gram"),
+        )
+        check_names(self._count, counts)
         for name, gram in grams.items():
             if name not in self.layouts:
                 raise ValueError(f"expected curvature of {', '.join(self.layouts)}, got that of {name}")
@@ -123,29 +143,31 @@ class Layerwise(Curvature):
         self._count = dict(counts)
         self._gram = {name: gram.to(self._like[name], copy=True) for name, gram in grams.items()}
 
+    @override
+    def _merge(self, other: "LayerwiseEstimate") -> None:
+        for name, gram in other._gram.items():
+            own = self._gram.get(name)
+            self._gram[name] = gram.to(self._like[name], copy=True) if own is None else own + gram.to(own.device)
+        self._count = {name: count + other._count[name] for name, count in self._count.items()}
+
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
-        """Rows of x times `matrix` [groups, fan-in, fan-in]."""
+        """Multiply rows of x by `matrix` [groups, fan-in, fan-in]."""
         rows = x.reshape(len(matrix), -1, matrix.shape[1]).to(matrix.dtype)
         return (rows @ matrix).reshape(x.shape)
 
     def _fisher(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and the damping of each group, [groups, fan-in, fan-in] and [groups]."""
+        """Return A and the damping of each group, [groups, fan-in, fan-in] and [groups]."""
         if name not in self._gram:
             raise CurvatureError(
                 f"{name}: its layer was not called while the data was read, so it has no inputs; leave it out of params"
             )
         gram = self._gram[name] / self._count[name]
-        return gram, self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+        return gram, self.recipe.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
 
     def _inverse(self, name: str) -> Tensor:
         fisher, damping = self._fisher(name)
         # In units of its mean diagonal, so that all groups have the same damping; 1 where all inputs are zero.
-        scale = torch.where(damping > 0, damping / self.damping, 1)[:, None, None]
-        inverse, info = ops.block_inverse(fisher / scale, self.damping)
-        if (info < 0).any():
-            raise CurvatureError(
-                f"{name}: the second moment of its layer's inputs cannot be inverted; use more damping"
-            )
-        if raised := int((info > 0).sum()):
-            self.damping_raised[name] = raised
+        scale = torch.where(damping > 0, damping / self.recipe.damping, 1)[:, None, None]
+        inverse, info = ops.block_inverse(fisher / scale, self.recipe.damping)
+        self._check_inverted(name, info, self.recipe.damping, "second moments of its layer's inputs")
         return inverse / scale

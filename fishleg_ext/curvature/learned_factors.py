@@ -14,7 +14,7 @@ LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
 
 @dataclass
 class LearnedFactors:
-    """Q = P (x) M of one parameter [o, i], learned from batches of gradients G by turns.
+    """Q = P (x) M of one parameter [o, i], learned from batches of gradients G by alternating closed-form updates.
 
     The auxiliary loss A(Q) = 1/2 E|Q g|^2 + 1/2 damping |Q|_F^2 - tr Q is quadratic in each factor, and its
     minimum over one, given the other, is in closed form:
@@ -27,11 +27,11 @@ class LearnedFactors:
 
     Attributes:
         damping: gamma.
-        row, col: P and M divided by their traces; P as a vector, its diagonal, where rows are apart.
+        row, col: P and M divided by their traces; P as a vector where the row factor is diagonal.
         row_moment, col_moment: weighted means of G M^2 G^T, or of its diagonal, and of G^T P^2 G.
         trace: tr Q.
         seen: gradients so far.
-        carried: how many of these count for an earlier estimate.
+        carried: the prior weight of an earlier estimate, among these.
     """
 
     damping: float
@@ -44,32 +44,32 @@ class LearnedFactors:
     carried: int = 0
 
     @classmethod
-    def start(cls, damping: float, apart: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
-        """Q = I / damping, the inverse of no gradients."""
-        row = like.new_ones(rows) if apart else torch.eye(rows, dtype=like.dtype, device=like.device)
+    def start(cls, damping: float, diagonal_rows: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
+        """Begin from Q = I / damping, the inverse of no gradients."""
+        row = like.new_ones(rows) if diagonal_rows else torch.eye(rows, dtype=like.dtype, device=like.device)
         col = torch.eye(cols, dtype=like.dtype, device=like.device)
-        moments = zero_moment(like, rows, apart), zero_moment(like, cols)
+        moments = zero_moment(like, rows, diagonal_rows), zero_moment(like, cols)
         return cls(damping, row / max(1, rows), col / max(1, cols), *moments, like.new_tensor(rows * cols / damping))
 
-    def carry_over(self, before: "LearnedFactors", most: int) -> None:
-        """Begin from what was learned before, as if from so many gradients at most.
+    def warm_start(self, previous: "LearnedFactors", prior_weight: int) -> None:
+        """Begin from what an earlier estimate has learned, as if from `prior_weight` gradients at most.
 
         A network that has changed has gradients of another size: the first batch says by how much.
         """
         for part in LEARNED_TENSORS:
-            getattr(self, part).copy_(getattr(before, part))
-        self.seen = self.carried = min(most, before.seen)
+            getattr(self, part).copy_(getattr(previous, part))
+        self.seen = self.carried = min(prior_weight, previous.seen)
 
     @ieee_products()
     def learn(self, grads: Tensor, invert: Callable[[Tensor, float], Tensor]) -> Tensor:
-        """Improve both factors by a batch; the first after an earlier estimate says how large gradients are now.
+        """Update both factors by a batch; the first after a warm start says how large gradients are now.
 
         Args:
             grads: [m, o, i].
             invert: (matrix or diagonal as a vector, damping) -> (matrix + damping I)^-1.
 
         Returns:
-            the auxiliary loss on this batch before anything was learned from it, but the size of gradients.
+            the auxiliary loss on this batch before the update, but after the size of gradients was matched.
         """
         rescale = 0 < self.carried == self.seen
         self.seen += len(grads)
@@ -78,25 +78,25 @@ class LearnedFactors:
         moment = torch.zeros_like(self.col_moment)
         add_moment_(moment, by_col.flatten(0, 1), 1 / len(grads))
         loss = self._loss(moment, rescale)
-        _take(self.col_moment, moment, weight, rescale)
+        _update_mean_(self.col_moment, moment, weight, rescale)
         best = invert(self.col_moment, self.damping * float(self.row.square().sum()))
         self.col = best / best.trace()
         moment = torch.zeros_like(self.row_moment)
         add_moment_(moment, (grads @ self.col).mT.reshape(-1, len(moment)), 1 / len(grads))
-        _take(self.row_moment, moment, weight, rescale)
+        _update_mean_(self.row_moment, moment, weight, rescale)
         best = invert(self.row_moment, self.damping * float(self.col.square().sum()))
         self.trace = diagonal_of(best).sum()
         self.row = best / self.trace
         return loss
 
     def factors(self) -> Factors:
-        """P and M."""
+        """Return P and M."""
         return Factors(self.row * self.trace, self.col)
 
     def _loss(self, moment: Tensor, rescale: bool) -> Tensor:
-        """The auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M).
+        """Return the auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M).
 
-        With rescale at the best scale of Q, which it has from then on.
+        With rescale, Q takes the scale at which the loss is least first.
         """
         squared = (self.col @ moment * self.col).sum()
         squared += self.damping * self.row.square().sum() * self.col.square().sum()
@@ -105,8 +105,8 @@ class LearnedFactors:
         return 0.5 * self.trace**2 * squared - self.trace
 
 
-def _take(mean: Tensor, moment: Tensor, weight: float, rescale: bool) -> None:
-    """A batch's moment into the mean, which may first take on its scale."""
+def _update_mean_(mean: Tensor, moment: Tensor, weight: float, rescale: bool) -> None:
+    """Update a running mean in place; with `rescale`, first match its trace to the new moment's."""
     if rescale and (before := diagonal_of(mean).sum()) > 0:
         mean *= diagonal_of(moment).sum() / before
     mean.lerp_(moment, weight)

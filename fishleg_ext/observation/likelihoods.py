@@ -12,6 +12,13 @@ Likelihood = Union[str, Callable[[Any, torch.Generator], Any]]
 LossHessian = Callable[[Tensor, Tensor], Tensor]
 
 
+def checked_likelihood(name: str, value: Any) -> Likelihood:
+    """Return `value` if it is the name of a likelihood or a function."""
+    if not (callable(value) or (isinstance(value, str) and value in SAMPLERS)):
+        raise ValueError(f"expected {name} to be one of {', '.join(SAMPLERS)} or a function, got {value!r}")
+    return value
+
+
 class LabelSampler:
     """Draws targets from a model's outputs.
 

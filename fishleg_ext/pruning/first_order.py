@@ -8,73 +8,91 @@ to its bottom, and weights that have moved less are better described by what was
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Optional
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishleg_ext.estimate import Estimate
+from fishleg_ext.common.state import state_entry
+from fishleg_ext.estimator import Estimator
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.losses import losses_along, mean_gradient
 from fishleg_ext.pruning.compensation import exact_update
 
-SHARES = (0.0, *(2.0**-k for k in range(16)))  # of the step, at which the loss is looked at
+SHARES = (0.0, *(2.0**-k for k in range(16)))  # of the step, at which the loss is evaluated
 
 
-class FirstOrderStep(NamedTuple):
-    """What is taken off the weights before they are pruned.
+@dataclass(frozen=True)
+class FirstOrderStep:
+    """A step that is subtracted from the weights before they are pruned.
 
     Attributes:
-        step: name -> tensor, of weights and biases.
+        step: name -> tensor, of weights and biases; empty where there is none.
         gain: by how much it lowers the loss, by the quadratic model.
         share: how much of F^-1 g it is.
     """
 
-    step: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    step: Mapping[str, Tensor] = field(default_factory=dict)
     gain: float = 0.0
     share: float = 0.0
 
-    def taken(self, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors less the steps of the names that they go by here."""
-        return {key: x - self.step[names[key]] if self.step else x for key, x in tensors.items()}
+    def subtract_from(self, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+        """Subtract the step; `names` maps a key of `tensors` to the parameter's name where these differ."""
+        if not self.step:
+            return dict(tensors)
+        return {key: x - self.step[names[key] if names else key] for key, x in tensors.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step, its gain and its share."""
+        return {"step": dict(self.step), "gain": self.gain, "share": self.share}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> "FirstOrderStep":
+        """Make what `state_dict` returned, for these parameters; ValueError where it is of others."""
+        step, gain, share = (state_entry(state, key, "a first-order step") for key in ("step", "gain", "share"))
+        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+        if step and {name: list(tensor.shape) for name, tensor in step.items()} != shapes:
+            raise ValueError(f"expected a first-order step of {', '.join(shapes)}, got {', '.join(step)}")
+        return cls({name: tensor.to(parameters[name].device) for name, tensor in step.items()}, gain, share)
 
 
 def first_order_step(
-    estimate: Estimate,
+    estimator: Estimator,
     masks: Mapping[str, Tensor],
     data: Iterable[Any],
     loss_fn: LossFunction,
     *,
-    share: Optional[float] = None,
+    share: float | None = None,
     dead_move: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> FirstOrderStep:
-    """The step from the weights to where the quadratic model has its minimum, in the direction of it at least.
+    """Compute the step from the weights towards the minimum of the quadratic model.
 
     Args:
-        estimate: of the curvature, in the units of the loss, at the weights as they are.
-        masks: name -> bool tensor, True = alive; the dead stay zero.
+        estimator: of the curvature, in the units of the loss, at the weights as they are.
+        masks: name -> bool tensor, True = kept; pruned weights stay zero.
         data, loss_fn, seed: see `observe`; as many samples as the estimate has are read, once or twice.
         share: of the step; None is half of that of `SHARES` at which the loss on these samples is lowest.
-        dead_move: whether products with the inverse move the dead, too, and others must make up for their staying.
+        dead_move: whether products with the inverse move the pruned, too, and others must compensate for these staying.
         progress: show progress bars.
     """
-    curvature, model = estimate.curvature, estimate.model
-    moving = {name: model.get_parameter(name) for name in [*masks, *curvature.biases.values()]}
-    read: dict[str, Any] = {"num_samples": estimate.samples, "seed": seed, "progress": progress}
+    model, own_biases = estimator.model, estimator.known_biases
+    moving = {name: model.get_parameter(name) for name in [*masks, *own_biases.values()]}
+    read: dict[str, Any] = {"num_samples": estimator.samples, "seed": seed, "progress": progress}
     gradient = mean_gradient(model, data, loss_fn, moving, **read)
     gradient |= {name: gradient[name] * mask for name, mask in masks.items()}
     step: dict[str, Tensor] = {}
-    for group in estimate.groups:
-        estimate.hold(group)
-        weights, biases = estimate.weights(group), estimate.biases(group)
-        own = {name: curvature.biases[name] for name in biases}
-        steps = curvature.mul({name: gradient[name] for name in [*group, *own.values()]})
+    for group in estimator.groups:
+        estimate = estimator.hold(group)
+        weights, biases = estimator.weights(group), estimator.biases(group)
+        own = {name: own_biases[name] for name in biases}
+        steps = estimate.mul({name: gradient[name] for name in [*group, *own.values()]})
         if dead_move and not all(bool(masks[name].all()) for name in group):
-            there = {name: weight - steps[name] for name, weight in weights.items()}
-            biases_there = {name: bias - steps[own[name]] for name, bias in biases.items()}
-            back = exact_update(curvature, there, {name: masks[name] for name in group}, biases_there)
+            moved = {name: weight - steps[name] for name, weight in weights.items()}
+            moved_biases = {name: bias - steps[own[name]] for name, bias in biases.items()}
+            back = exact_update(estimate, moved, {name: masks[name] for name in group}, moved_biases)
             steps = {name: moving[name].detach() - x for name, x in back.items()}
         step |= steps
     if share is None:

@@ -2,31 +2,31 @@
 
 Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1. With H = U^T U, U upper triangular, row j of U is what
 is left of row j of the inverse H once the columns before j are fixed, over the square root of its diagonal. So one
-factorisation, whatever is pruned, serves all rows that share H: losing weight j costs w_j^2 / (2 U_jj^2), and only
-the columns after j make up for it. Weights that were pruned before are pruned again when their column comes; until then
-they count as free to make up for others, as any weight does whose column is yet to come.
+factorisation, whatever is pruned, serves all rows that share H: pruning weight j costs w_j^2 / (2 U_jj^2), and only
+the columns after j compensate for it. Weights that were pruned before are pruned again when their column comes; until
+then they count as free to compensate, as any weight does whose column is yet to come.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.curvature import Curvature, CurvatureError
+from fishleg_ext.curvature import CurvatureError, Estimate
 from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 COLUMNS = 128  # of which, unless a pattern is about fewer, the cheapest are chosen together
 
 
 def fixed_order_prune(
-    curvature: Curvature,
+    estimate: Estimate[Any],
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     num_pruned: Mapping[str, int],
-    biases: Mapping[str, Tensor] = MappingProxyType({}),
+    biases: Mapping[str, Tensor] | None = None,
     pattern: Pattern = UNSTRUCTURED,
     *,
     progress: bool = False,
@@ -34,12 +34,13 @@ def fixed_order_prune(
     """Prune each parameter's blocks column by column.
 
     Args:
-        curvature: gives the inverse blocks; best where all rows of a parameter share one.
+        estimate: gives the inverse blocks; best where all rows of a parameter share one.
         weights: name -> tensor.
         masks: name -> bool tensor, True = alive.
         num_pruned: name -> how many weights are pruned afterwards, the dead among them.
         biases: name of the weight -> bias, which moves with it if the curvature knows it.
-        pattern: of each m weights, when their columns come, the n that cost most then must stay; groups go together.
+        pattern: of each m weights, when their columns come, the n that cost most then are kept; groups are pruned
+            together.
         progress: show a progress bar.
 
     Returns:
@@ -50,19 +51,19 @@ def fixed_order_prune(
     """
     kept, moved = {}, {}
     for name, weight in progress_bar(weights.items(), what="columns", show=progress):
-        layout, blocks = curvature.layouts[name], curvature.blocks(name)
+        layout, blocks = estimate.layouts[name], estimate.blocks(name)
         factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
         if failed.any():
             raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
-        rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name), alive, is_weight)
+        rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name) if biases else None, alive, is_weight)
         rows = rows.to(blocks.inverse.dtype, copy=True)
         keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name], layout.block_size, pattern)
         swept, *bias = blocks.parts(layout, rows)
         kept[name] = layout.from_blocks(keep[:, : layout.block_size])
         moved[name] = swept.to(weight.dtype)
-        if bias:
-            moved[curvature.biases[name]] = bias[0].to(biases[name].dtype)
+        if bias and biases:
+            moved[estimate.biases[name]] = bias[0].to(biases[name].dtype)
     return kept, moved
 
 
@@ -77,13 +78,13 @@ def _sweep(
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
         # An equal share of what is left to prune, but at least the dead, and room for the dead that follow.
-        left, after = (pattern.most_pruned(int(sizes[i:].sum())) for i in (start, part.stop))
+        left, after = (pattern.max_count(int(sizes[i:].sum())) for i in (start, part.stop))
         share = round(num_pruned * (left - after) / max(1, left))
         count = min(max(share, int(dead[part].sum()), num_pruned - after), num_pruned - int(dead[part.stop :].sum()))
         score = ops.obs_score(rows[:, part], diagonal[:, part].square().expand_as(rows[:, part]))
         score = torch.where(alive[:, part], score, -torch.inf).masked_fill(~is_weight[:, part], torch.nan)
-        if (stays := pattern.stays(score)) is not None:
-            score = score.masked_fill(stays, torch.nan)
+        if (must_keep := pattern.must_keep(score)) is not None:
+            score = score.masked_fill(must_keep, torch.nan)
         if pattern.group > 1:
             score = score.unflatten(1, (-1, pattern.group)).sum(2)
         count = round(count / pattern.group)

@@ -1,6 +1,7 @@
-"""What it costs to lose each weight, by a curvature model."""
+"""What pruning each weight costs, by an estimate of the curvature."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,33 +9,33 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.curvature import Curvature
+from fishleg_ext.curvature import Estimate
 from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 
 def simultaneous_costs(
-    curvature: Curvature,
+    estimate: Estimate[Any],
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     pattern: Pattern = UNSTRUCTURED,
 ) -> dict[str, Costs]:
-    """Each weight's cost as if it went alone: w^2 / (2 [F^-1]_ii). Singh and Alistarh 2020, eq. 2.
+    """Return each weight's cost as if it were pruned alone: w^2 / (2 [F^-1]_ii). Singh and Alistarh 2020, eq. 2.
 
-    Of an n:m pattern the n weights of each m that cost most must stay; a group costs the sum over its weights.
+    Of an n:m pattern the n weights of each m that cost most must be kept; a group costs the sum over its weights.
     """
     costs = {}
-    for name, diagonal in curvature.diag().items():
+    for name, diagonal in estimate.diag().items():
         layout = BlockLayout(weights[name].shape, max(1, weights[name].numel()))
         cost, alive = layout.to_blocks(ops.obs_score(weights[name], diagonal)), layout.to_blocks(masks[name])
-        if (stays := pattern.stays(torch.where(alive, cost, -torch.inf))) is not None:
-            cost = cost.masked_fill(stays, torch.nan)
+        if (must_keep := pattern.must_keep(torch.where(alive, cost, -torch.inf))) is not None:
+            cost = cost.masked_fill(must_keep, torch.nan)
         costs[name] = Costs(layout, cost, alive, group=pattern.group)
     return costs
 
 
 def exact_costs(
-    curvature: Curvature,
+    estimate: Estimate[Any],
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     pattern: Pattern = UNSTRUCTURED,
@@ -42,23 +43,23 @@ def exact_costs(
     dead_first: bool = False,
     progress: bool = False,
 ) -> dict[str, Costs]:
-    """Each weight's cost after those of its block that go before it, compensated for by those that stay.
+    """Return each weight's cost after those of its block that are pruned before it, compensated by the others.
 
     Exact greedy elimination of every block; Kuznedelev et al., CAP, arXiv 2210.09223; Frantar and Alistarh, OBC,
     arXiv 2208.11580.
 
     Args:
-        curvature: gives the inverse blocks.
+        estimate: gives the inverse blocks.
         weights: name -> tensor.
         masks: name -> bool tensor, True = alive.
-        pattern: of each m weights the n that would go last must stay; groups go together.
-        dead_first: the curvature was estimated before some weights died.
+        pattern: of each m weights the n that would be pruned last must be kept; groups are pruned together.
+        dead_first: the inverse is that of all weights, though some are pruned already.
         progress: show a progress bar.
     """
     costs = {}
     for name, weight in progress_bar(weights.items(), what="elimination", show=progress):
-        layout = curvature.layouts[name]
-        blocks = curvature.blocks(name)
+        layout = estimate.layouts[name]
+        blocks = estimate.blocks(name)
         alive = layout.to_blocks(masks[name])
         # Without its bias the inverse is that of the weights when the bias is free to move.
         inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
@@ -66,8 +67,8 @@ def exact_costs(
         rank, cost = ops.obs_eliminate(
             rows, inverse, alive, group=pattern.group, n=pattern.n, m=pattern.m, dead_first=dead_first
         )
-        if (stays := pattern.stays(rank.float())) is not None:
-            cost = cost.masked_fill(stays, torch.nan)
+        if (must_keep := pattern.must_keep(rank.float())) is not None:
+            cost = cost.masked_fill(must_keep, torch.nan)
         if blocks.cost_scale is not None:
             cost = cost * blocks.cost_scale
         costs[name] = Costs(layout, cost, alive, rank, pattern.group)

@@ -1,15 +1,15 @@
-"""How many weights a sparsity is, and whether so many can go."""
+"""How many weights a sparsity is, and whether so many can be pruned."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 from fishleg_ext.common.arguments import checked_sparsity
 from fishleg_ext.sparsity.masks import Masks
 from fishleg_ext.sparsity.patterns import Pattern
 
-Sparsity = Union[float, Mapping[str, float]]
+Sparsity = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Budget:
         min_density: that every parameter keeps.
     """
 
-    scope: Union[str, Mapping[str, float]]
+    scope: str | Mapping[str, float]
     pattern: Pattern
     min_density: float
 
-    def num_pruned(self, sparsity: Optional[Sparsity], masks: Masks) -> Union[int, dict[str, int]]:
-        """How many weights are pruned afterwards, in all or of each parameter.
+    def counts(self, sparsity: Sparsity | None, masks: Masks) -> int | dict[str, int]:
+        """Return how many weights are pruned afterwards, in all or of each parameter.
 
         Args:
-            sparsity: of all together, of each with scope="layer", or name -> that of a parameter, the others staying as
-                they are; None is what scope or pattern say.
-            masks: of now.
+            sparsity: of all together, of each with scope="layer", or name -> sparsity of a parameter, the others
+                staying as they are; None is what scope or pattern say.
+            masks: the present ones.
 
         Raises:
             ValueError, TypeError: out of range, more than pattern and min_density leave, less than is pruned already,
@@ -42,51 +42,51 @@ class Budget:
             sparsity = self.scope if isinstance(self.scope, Mapping) else self.pattern.sparsity
             if sparsity is None:
                 raise ValueError("expected a sparsity, got None")
-        before, most = masks.num_pruned(), self.most_pruned(masks)
+        before, most = masks.pruned_counts(), self.max_counts(masks)
         sizes = {name: mask.numel() for name, mask in masks.items()}
         if isinstance(sparsity, Mapping):
             check_names(sparsity, masks)
-            wanted = {n: checked_sparsity(s, f"sparsity of {n}") for n, s in sparsity.items()}
+            wanted = {n: checked_sparsity(f"sparsity of {n}", s) for n, s in sparsity.items()}
         elif self.scope == "layer":
-            wanted = dict.fromkeys(sizes, checked_sparsity(sparsity))
-            if self.is_beyond(sparsity, masks):  # some may be sparser, as masks from elsewhere have it: they stay so
-                wanted = {n: s for n, s in wanted.items() if self.pattern.num_pruned(s, sizes[n]) > before[n]}
+            wanted = dict.fromkeys(sizes, checked_sparsity("sparsity", sparsity))
+            if self.exceeds(sparsity, masks):  # some may be sparser, as masks from elsewhere have it: they stay so
+                wanted = {n: s for n, s in wanted.items() if self.pattern.round_count(s, sizes[n]) > before[n]}
         elif isinstance(self.scope, Mapping):
-            raise ValueError(f"expected a dict of sparsities or None, as scope is a dict, got {sparsity}")
+            raise ValueError(f"sparsity={sparsity} cannot be combined with scope={{...}}; give a dict, too, or None")
         else:
             size, done, possible = (sum(counts.values()) for counts in (sizes, before, most))
-            return self._target(checked_sparsity(sparsity), size, done, possible)
+            return self._target(checked_sparsity("sparsity", sparsity), size, done, possible)
         return before | {n: self._target(s, sizes[n], before[n], most[n], f" of {n}") for n, s in wanted.items()}
 
-    def most_pruned(self, masks: Masks) -> dict[str, int]:
-        """How many weights each parameter may lose, or has lost already if that is more."""
-        before, group = masks.num_pruned(), self.pattern.group
+    def max_counts(self, masks: Masks) -> dict[str, int]:
+        """Return how many weights of each parameter may be pruned, or are pruned already if that is more."""
+        before, group = masks.pruned_counts(), self.pattern.group
         most = {}
         for name, mask in masks.items():
             size = mask.numel()
             kept = math.ceil(self.min_density * size * (1 - 1e-9))  # 0.1 * 10 is to be 1, whatever the rounding
-            free = min(self.pattern.most_pruned(size), size - kept)
+            free = min(self.pattern.max_count(size), size - kept)
             most[name] = max(free // group * group, before[name])
         return most
 
-    def is_beyond(self, sparsity: float, masks: Masks) -> bool:
-        """Whether any weight is to be pruned yet."""
-        sizes, before = {name: mask.numel() for name, mask in masks.items()}, masks.num_pruned()
+    def exceeds(self, sparsity: float, masks: Masks) -> bool:
+        """Whether this sparsity prunes more weights than the masks do."""
+        sizes, before = {name: mask.numel() for name, mask in masks.items()}, masks.pruned_counts()
         if self.scope == "layer":
-            return any(self.pattern.num_pruned(sparsity, size) > before[name] for name, size in sizes.items())
-        return self.pattern.num_pruned(sparsity, sum(sizes.values())) > sum(before.values())
+            return any(self.pattern.round_count(sparsity, size) > before[name] for name, size in sizes.items())
+        return self.pattern.round_count(sparsity, sum(sizes.values())) > sum(before.values())
 
     def check_final(self, sparsity: Sparsity, masks: Masks) -> None:
         """Raise unless weights can be pruned so far and the pattern is complete then."""
         only = self.pattern.sparsity
-        for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity(sparsity)]:
+        for given in sparsity.values() if isinstance(sparsity, Mapping) else [checked_sparsity("sparsity", sparsity)]:
             if only is not None and not math.isclose(given, only, abs_tol=1e-9):
                 raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
-        if isinstance(sparsity, Mapping) or self.is_beyond(sparsity, masks):
-            self.num_pruned(sparsity, masks)
+        if isinstance(sparsity, Mapping) or self.exceeds(sparsity, masks):
+            self.counts(sparsity, masks)
 
     def _target(self, sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
-        count = self.pattern.num_pruned(sparsity, size)
+        count = self.pattern.round_count(sparsity, size)
         if count < before:
             raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
         if count > most:

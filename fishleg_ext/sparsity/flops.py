@@ -1,4 +1,4 @@
-"""How often a network uses its weights: what pruning one of them saves."""
+"""How many operations pruning a weight saves: how often a forward pass uses it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
-def weight_uses(
+def flops_per_weight(
     model: nn.Module, data: Iterable[Any], weights: Mapping[str, nn.Parameter], *, seed: int = 0
 ) -> dict[str, float]:
     """Multiplications by each weight of a parameter in a forward pass of one sample, the first of the data.
@@ -32,7 +32,7 @@ def weight_uses(
 
     >>> import torch
     >>> conv = nn.Conv2d(3, 4, 3)
-    >>> weight_uses(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
+    >>> flops_per_weight(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
     {'weight': 36.0}
     """
     names = {id(parameter): name for name, parameter in weights.items()}

@@ -1,7 +1,6 @@
-"""Holds masks of parameters and keeps the pruned zeros zero. Nothing else touches them."""
+"""Holds masks of parameters, and keeps pruned weights at zero once they are pruned."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ class Masks(Mapping[str, Tensor]):
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
         # Of _keep, for `apply`, which comes after every optimizer step: by name, device and order of dimensions.
         self._packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
-        self._num_pruned: dict[str, int] = {}  # counted once, as a GPU is waited for; empty until then
+        self._pruned_counts: dict[str, int] = {}  # counted once, as a GPU is waited for; empty until then
 
     def __getitem__(self, name: str) -> Tensor:
         keep = self._keep[name] = self._keep[name].to(self.weights[name].device)
@@ -44,22 +43,22 @@ class Masks(Mapping[str, Tensor]):
             TypeError: a mask is no tensor of bool.
         """
         if masks.keys() != self._keep.keys():
-            odd = sorted(masks.keys() ^ self._keep.keys())
+            unexpected = sorted(masks.keys() ^ self._keep.keys())
             raise ValueError(
-                f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(odd)}"
+                f"expected masks of {', '.join(self._keep)}; these are missing or unknown: {', '.join(unexpected)}"
             )
         for name, mask in masks.items():
             checked_type(f"mask of {name}", mask, Tensor, "a tensor")
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
-        self._packed, self._num_pruned = {}, {}
+        self._packed, self._pruned_counts = {}, {}
 
-    def num_pruned(self) -> dict[str, int]:
+    def pruned_counts(self) -> dict[str, int]:
         """Name -> how many entries are False."""
-        if not self._num_pruned:
-            self._num_pruned = {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
-        return dict(self._num_pruned)
+        if not self._pruned_counts:
+            self._pruned_counts = {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
+        return dict(self._pruned_counts)
 
     def num_revived(self) -> int:
         """How many pruned entries of the parameters are not zero, as before `apply`."""
@@ -68,13 +67,13 @@ class Masks(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """Pruned entries over all entries."""
         total = sum(mask.numel() for mask in self.values())
-        return sum(self.num_pruned().values()) / max(1, total)
+        return sum(self.pruned_counts().values()) / max(1, total)
 
     def layer_sparsity(self) -> dict[str, float]:
         """Name -> pruned entries over entries."""
-        return {name: pruned / max(1, self[name].numel()) for name, pruned in self.num_pruned().items()}
+        return {name: pruned / max(1, self[name].numel()) for name, pruned in self.pruned_counts().items()}
 
-    def apply(self, state: Mapping[Any, Mapping[str, Any]] = MappingProxyType({})) -> None:
+    def apply(self, state: Mapping[Any, Mapping[str, Any]] | None = None) -> None:
         """Zero the pruned entries of the parameters, and of what an optimizer keeps for each of their entries.
 
         Args:
@@ -82,7 +81,7 @@ class Masks(Mapping[str, Tensor]):
         """
         tensors, packed = [], []
         for name, weight in self.weights.items():
-            kept = state.get(weight, {}).values()
+            kept = state.get(weight, {}).values() if state else ()
             for tensor in [weight.detach(), *(entry for entry in kept if _is_like(entry, weight))]:
                 # As it lies in memory, so that kernels take channels_last weights too.
                 order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -94,11 +93,11 @@ class Masks(Mapping[str, Tensor]):
         ops.apply_masks_(tensors, packed)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of `pack_masks`."""
+        """Return the masks, packed; see `pack_masks`."""
         return pack_masks(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`.
+        """Take what `state_dict` returned.
 
         Raises:
             ValueError: the masks are of other parameters or shapes; nothing is changed then.

@@ -4,15 +4,14 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Optional, Union
 
 import torch
 from torch import nn
 
-ParameterChoice = Union[str, Iterable[str], Callable[[str, nn.Parameter], bool]]
+ParameterChoice = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
 
-def choose_parameters(model: nn.Module, params: Optional[ParameterChoice] = None) -> dict[str, nn.Parameter]:
+def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -> dict[str, nn.Parameter]:
     """The parameters to prune, by name, in the model's order; tied ones once.
 
     Args:
@@ -49,7 +48,7 @@ def choose_parameters(model: nn.Module, params: Optional[ParameterChoice] = None
 
 
 def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Name of the weight -> of the bias of its layer, for Linear and Conv layers that have one, for themselves alone.
+    """Map each weight to its layer's bias. Biases shared by layers, or pruned themselves, are left out.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     >>> biases_of(net, dict(net.named_parameters()))
@@ -81,7 +80,7 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} contains NaN or inf")
 
 
-def _as_list(params: Union[str, Iterable[str]]) -> list[str]:
+def _as_list(params: str | Iterable[str]) -> list[str]:
     return [params] if isinstance(params, str) else list(params)
 
 

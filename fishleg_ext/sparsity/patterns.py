@@ -1,9 +1,9 @@
-"""Which weights may go together: any of them, m - n of each m, or whole groups of N."""
+"""Which weights may be pruned together: any of them, m - n of each m, or whole groups of N."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ class Pattern:
     Attributes:
         name: as users write it.
         n, m: of each m consecutive weights at least n are kept; 0 is no such pattern.
-        group: consecutive weights that are kept or lost together; 1 is no such pattern.
+        group: consecutive weights that are kept or pruned together; 1 is no such pattern.
     """
 
     name: str = "unstructured"
@@ -27,7 +27,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, name: Any) -> "Pattern":
-        """Of "unstructured", "n:m" or "blockN".
+        """Make a pattern from "unstructured", "n:m" or "blockN".
 
         Raises:
             ValueError: any other name, or n:m without 0 < n <= m.
@@ -52,33 +52,33 @@ class Pattern:
         return max(self.m, self.group)
 
     @property
-    def sparsity(self) -> Optional[float]:
-        """The only one that the pattern has when it is complete, 1 - n/m; None where any will do."""
+    def sparsity(self) -> float | None:
+        """The only sparsity that the pattern has when it is complete, 1 - n/m; None where any will do."""
         return 1 - self.n / self.m if self.m else None
 
-    def num_pruned(self, sparsity: float, numel: int) -> int:
-        """How many of so many weights a sparsity is: the nearest number of whole groups."""
+    def round_count(self, sparsity: float, numel: int) -> int:
+        """Number of weights that a sparsity of `numel` is, rounded to whole groups."""
         return self.group * round(sparsity * numel / self.group)
 
-    def most_pruned(self, numel: int) -> int:
-        """How many of a parameter's weights can be pruned."""
+    def max_count(self, numel: int) -> int:
+        """Number of a parameter's weights that can be pruned."""
         return numel // self.m * (self.m - self.n) if self.m else numel
 
-    def stays(self, order: Tensor) -> Optional[Tensor]:
-        """Bool tensor of the weights that the pattern keeps, None where it may lose any.
+    def must_keep(self, order: Tensor) -> Tensor | None:
+        """Mask of the weights that the n:m pattern forbids to prune, None where any may be pruned.
 
         Args:
-            order: [..., B], in which weights would go, by rank or by cost; m divides B.
+            order: [..., B], in which weights would be pruned, by rank or by cost; m divides B.
         """
         return ops.nm_mask(order, self.n, self.m) if self.m else None
 
     def allows(self, mask: Tensor) -> bool:
-        """Whether a parameter that fits, with this mask, True = kept, has the pattern or may yet come to it."""
+        """Whether a parameter with this mask, True = kept, has the pattern, or may have it after more is pruned."""
         kept = mask.reshape(-1, self.unit).sum(1)
         return bool(((kept >= self.n) & (kept % self.group == 0)).all())
 
     def misfits(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
-        """Name -> fan-in, of the parameters whose fan-in is not a multiple of `unit`."""
+        """Name -> fan-in of the parameters whose fan-in is not a multiple of `unit`."""
         fan_in = {name: (weight[:1] if weight.dim() > 1 else weight).numel() for name, weight in weights.items()}
         return {name: size for name, size in fan_in.items() if size % self.unit}
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from oracles import batches, kronecker_matrix, naive_elimination, trained
+from oracles import batches, kronecker_matrix, naive_elimination, trained, with_estimate
 from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, FishLeg, Kronecker
+from fishleg_ext.curvature.fishleg import FishLegEstimate
 from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
@@ -36,8 +37,7 @@ def gradients(generator):
 @pytest.fixture(params=MODELS)
 def curvature(request, gradients):
     model = MODELS[request.param]()
-    model.biases = {"w": "b"}
-    model.start({"w": gradients["w"][0]})
+    model = model.start({"w": gradients["w"][0]}, {"w": "b"})
     for start in range(0, 64, 16):
         part = {name: g[start : start + 16] for name, g in gradients.items()}
         model.update(Observation(16, gradients=part))
@@ -127,8 +127,7 @@ def test_layer_inputs_have_a_column_of_ones(generator):
     layer = nn.Conv2d(4, 2, 2, groups=2).double()
     x = torch.randn(6, 4, 3, 3, dtype=torch.float64, generator=generator)
     model = Kronecker(0.1, structure="kronecker")
-    model.biases = {"w": "b"}
-    model.start({"w": layer.weight})
+    model = model.start({"w": layer.weight}, {"w": "b"})
     rows = input_rows(layer, x)  # [2, rows, 8]
     model.update(Observation(6, inputs={"w": rows}))
     model.update(Observation(6, output_gradients={"w": torch.ones(24, 2, dtype=torch.float64)}))
@@ -196,7 +195,7 @@ def test_a_bias_that_may_move_makes_up_for_more(problem):
         model = copy.deepcopy(net)
         pruner = Pruner(model, curvature="fishleg", num_grads=256, progress=False)
         if not known:
-            pruner.curvature.biases = {}
+            pruner.estimator.known_biases = {}
         pruner.estimate(batches(x, y), F.cross_entropy)
         pruner.prune_to(0.5)
         losses.append(float(F.cross_entropy(model(x), y).detach()))
@@ -223,13 +222,21 @@ def test_biases_are_restored_if_anything_is_raised(problem):
     net, x, y = problem
     model = copy.deepcopy(net)
 
-    class Failing(FishLeg):
+    class Failing(FishLegEstimate):
         def blocks(self, name):
             if changed_biases(net, model):
                 raise RuntimeError("half way")
             return super().blocks(name)
 
     with pytest.raises(RuntimeError, match="half way"):
-        prune(model, batches(x, y), sparsity=0.5, curvature=Failing(), num_grads=64, recomputations=2, progress=False)
+        prune(
+            model,
+            batches(x, y),
+            sparsity=0.5,
+            curvature=with_estimate(FishLeg, Failing)(),
+            num_grads=64,
+            recomputations=2,
+            progress=False,
+        )
     for a, b in zip(net.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)

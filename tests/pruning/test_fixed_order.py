@@ -11,7 +11,7 @@ from fishleg_ext.pruning.fixed_order import fixed_order_prune
 
 def estimated(inputs, weight, damping=1e-3):
     curvature = Layerwise(damping)
-    curvature.start({"w": weight})
+    curvature = curvature.start({"w": weight})
     curvature.update(Observation(len(inputs), inputs={"w": inputs}))
     moment = inputs.mT @ inputs / len(inputs)
     return curvature, moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
@@ -82,7 +82,7 @@ def test_blocks_with_inverses_of_their_own_are_swept_each_by_its_own(generator, 
     monkeypatch.setattr(fixed_order, "COLUMNS", 3)
     weight = torch.randn(3, 8, dtype=torch.float64, generator=generator)
     curvature = BlockFisher(8, 1e-2)
-    curvature.start({"w": weight})
+    curvature = curvature.start({"w": weight})
     grads = torch.randn(30, 3, 8, dtype=torch.float64, generator=generator)
     curvature.update(Observation(30, gradients={"w": grads}))
     alive = torch.ones(3, 8, dtype=torch.bool)

@@ -7,6 +7,7 @@ from oracles import cholesky_inverse
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature import BlockFisher, Blocks, Identity
+from fishleg_ext.curvature.block import BlockEstimate
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
 from fishleg_ext.pruning.costs import Costs, total_cost
@@ -29,7 +30,7 @@ def masks(generator):
 @pytest.fixture
 def curvature(generator, weights, masks):
     model = BlockFisher(8, 1e-2)
-    model.start(weights)
+    model = model.start(weights)
     grads = {n: masks[n] * torch.randn(40, *s, dtype=torch.float64, generator=generator) for n, s in SHAPES.items()}
     model.update(Observation(40, gradients=grads))
     return model
@@ -94,7 +95,7 @@ def test_costs_of_the_selected_add_up_to_the_joint_cost(curvature, weights, mask
 
 def test_exact_with_the_identity_is_magnitude(weights, masks):
     identity = Identity()
-    identity.start(weights)
+    identity = identity.start(weights)
     exact = select(exact_costs(identity, weights, masks), 50)
     simultaneous = select(simultaneous_costs(identity, weights, masks), 50)
     scores = [torch.where(masks[n], w.square(), -torch.inf) for n, w in weights.items()]
@@ -134,11 +135,11 @@ def test_simultaneous_update_is_the_sum_of_single_updates(curvature, weights, ma
         torch.testing.assert_close(updated[name], layout.from_blocks(want.reshape(layout.num_blocks, -1)))
 
 
-class Scaled(BlockFisher):
+class Scaled(BlockEstimate):
     """Q = D_r P_rr M D_r in row r: one inverse M for all rows, scales D, costs over P_rr."""
 
-    def __init__(self, shared, scale, row_factor):
-        super().__init__(shared.shape[-1])
+    def __init__(self, weights, shared, scale, row_factor):
+        super().__init__(BlockFisher(shared.shape[-1]), weights)
         self.given = Blocks(shared, scale, 1 / row_factor[:, None])
 
     def blocks(self, name):
@@ -151,8 +152,7 @@ def test_scales_of_rows_that_share_an_inverse(fisher, generator):
     row_factor = torch.rand(4, dtype=torch.float64, generator=generator) + 0.1
     weights = {"w": torch.randn(4, 6, dtype=torch.float64, generator=generator)}
     masks = {"w": torch.ones(4, 6, dtype=torch.bool)}
-    scaled = Scaled(shared, scale, row_factor)
-    scaled.start(weights)
+    scaled = Scaled(weights, shared, scale, row_factor)
     dense = row_factor[:, None, None] * scale[:, :, None] * shared * scale[:, None, :]
     costs = exact_costs(scaled, weights, masks)["w"]
     rank, cost = ops.obs_eliminate(weights["w"], dense, masks["w"])

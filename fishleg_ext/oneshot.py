@@ -1,0 +1,87 @@
+"""Pruning in one call."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fishleg_ext.config import PruneConfig, documented
+from fishleg_ext.curvature import Curvature
+from fishleg_ext.observation.batches import require_rereadable
+from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
+from fishleg_ext.pruner import Pruner
+from fishleg_ext.result import PruneResult
+from fishleg_ext.sparsity.budget import Sparsity
+from fishleg_ext.sparsity.parameters import ParameterChoice
+
+
+@documented
+def prune(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    loss_fn: LossFunction = nn.functional.cross_entropy,
+    *,
+    sparsity: float | None = None,
+    curvature: str | Curvature = "block",
+    saliency: str | None = None,
+    scope: str | Mapping[str, float] | None = None,
+    pattern: str = "unstructured",
+    params: ParameterChoice | None = None,
+    num_grads: int | None = None,
+    grad_batch_size: int | None = None,
+    recomputations: int = 1,
+    block_size: int | None = None,
+    damping: float | None = None,
+    labels: str | None = None,
+    likelihood: Likelihood | None = None,
+    recalibrate_batchnorm: bool = False,
+    max_memory: int | None = None,
+    impl: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    allocation: str | Curvature | None = None,
+    min_density: float = 0.0,
+    first_order: bool | float = False,
+) -> PruneResult:
+    """Prune a model in place, in one call. If anything is raised, the model is as before the call.
+
+    Args:
+        model: any module.
+        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). May
+            be None with curvature="identity".
+        loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+    {settings}
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, or that the chosen curvature cannot use; empty data; NaN
+            or inf in weights or gradients, by parameter; one-shot data that is needed more than once.
+        CurvatureError: a Fisher matrix that cannot be inverted, by parameter.
+
+    >>> import torch
+    >>> model = nn.Linear(4, 2)
+    >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
+    >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
+    0.75
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn")}
+    config = PruneConfig(**settings)
+    pruner = Pruner(model, config, data=data, loss_fn=loss_fn)
+    target = pruner.target()
+    if data is not None and recomputations > 1:
+        require_rereadable(data, f"recomputations={recomputations}")
+    if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
+        require_rereadable(data, "recalibrate_batchnorm=True")
+    with pruner.restoring():
+        for done in range(1, recomputations + 1):
+            pruner.estimate()
+            pruner.prune_to(_part_way(target, done / recomputations))
+        return pruner.finalize()
+
+
+def _part_way(target: Sparsity, part: float) -> Sparsity:
+    """The sparsity whose density lies geometrically between 1 and the target's."""
+    if part == 1:
+        return target
+    if isinstance(target, Mapping):
+        return {name: 1 - (1 - sparsity) ** part for name, sparsity in target.items()}
+    return 1 - (1 - target) ** part
