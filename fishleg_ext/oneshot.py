@@ -1,5 +1,6 @@
 """Pruning in one call."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def prune(
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn")}
     config = PruneConfig(**settings)
-    pruner = Pruner(model, config, data=data, loss_fn=loss_fn)
+    pruner = Pruner(model, dataclasses.replace(config, recomputations=1), data=data, loss_fn=loss_fn)
     target = pruner.target()
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
@@ -75,7 +76,7 @@ def prune(
         for done in range(1, recomputations + 1):
             pruner.estimate()
             pruner.prune_to(_part_way(target, done / recomputations))
-        return pruner.finalize()
+        return dataclasses.replace(pruner.finalize(), config=config)
 
 
 def _part_way(target: Sparsity, part: float) -> Sparsity:

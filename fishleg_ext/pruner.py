@@ -576,6 +576,11 @@ def _config_of(config: PruneConfig | None, settings: dict[str, Any]) -> PruneCon
     if config is None:
         return PruneConfig(**settings)
     checked_type("config", config, PruneConfig, "a PruneConfig")
+    if config.recomputations != 1:
+        raise ValueError(
+            f"recomputations={config.recomputations} of the config is for prune alone: call estimate and prune_to as "
+            "often, or give the Pruner a schedule"
+        )
     return dataclasses.replace(config, **settings)
 
 

@@ -280,3 +280,41 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, suffix):
         f"run.{suffix}",
         f"run_whole.{suffix}",
     }
+
+
+# what earlier versions wrote
+
+
+def as_before_0_2(state):
+    """A pruner's state as version 0.1 wrote it: the estimate's entries beside the others."""
+    flat = {key: value for key, value in state.items() if key not in ("estimate", "flops_per_weight")}
+    return {**flat, **state["estimate"], "uses": state["flops_per_weight"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "fishleg"}, {"curvature": "layerwise", "allocation": "block"}])
+def test_a_state_of_version_0_1_is_gone_on_from(net, data, options):
+    options |= {"num_grads": 32, "progress": False}
+    pruner = fishleg_ext.Pruner(net, **options)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.3)
+    state, model = as_before_0_2(copy.deepcopy(pruner.state_dict())), copy.deepcopy(net)
+    assert {"held", "used_grads", "masks_at_estimate", "model", "curvature", "uses", "masks"} <= state.keys()
+    expected = pruner.prune_to(0.6)
+    again = fishleg_ext.Pruner(model, **options)
+    again.load_state_dict(state)
+    got = again.prune_to(0.6)
+    assert all(torch.equal(mask, got.masks[name]) for name, mask in expected.masks.items())
+    assert equal(dict(net.state_dict()), dict(model.state_dict()))
+
+
+def test_what_is_missing_in_a_state_is_named(net, data):
+    pruner = fishleg_ext.Pruner(net, num_grads=32, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    for path in (("masks",), ("estimate", "used_grads"), ("estimate", "curvature", "gram"), ("first_order", "gain")):
+        state = copy.deepcopy(pruner.state_dict())
+        part = state
+        for key in path[:-1]:
+            part = part[key]
+        del part[path[-1]]
+        with pytest.raises(ValueError, match=f"expected the state of .* with '{path[-1]}'"):
+            pruner.load_state_dict(state)

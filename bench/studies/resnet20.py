@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fishleg_ext import Pruner, PruneResult
-from fishleg_ext.curvature import Adam, FishLeg, Kronecker
+from fishleg_ext.curvature import Adam, Estimate, FishLeg, Kronecker
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
 from fishleg_ext.observation.observe import observe
@@ -218,11 +218,12 @@ class Learners:
 
     observes = frozenset({"gradients"})
 
-    def __init__(self, learners: dict[str, FishLeg], weights: dict[str, nn.Parameter]) -> None:
-        self.learners, self.names, self.seen = learners, list(weights), 0
+    def __init__(self, previous: dict[str, Estimate | None], weights: dict[str, nn.Parameter], prior: int) -> None:
+        self.names, self.seen = list(weights), 0
         self.snapshots: dict[tuple[str, int], dict[str, Factors]] = {}
-        for learner in learners.values():
-            learner.start({name: weight.detach() for name, weight in weights.items()})
+        values = {name: weight.detach() for name, weight in weights.items()}
+        recipe = FishLeg(carry_over=prior)
+        self.learners = {name: recipe.start(values, previous=before) for name, before in previous.items()}
 
     def update(self, observation: Observation) -> None:
         """Learn from a chunk."""
@@ -493,14 +494,14 @@ class Bench:
         data, others = (self.cifar.training_batches(start, n) for start, n in ((0, num_grads), (40000, 1024)))
         model = copy.deepcopy(self.dense).eval()
         pruner = Pruner(model, curvature=FishLeg(carry_over=num_grads), params=WEIGHTS, num_grads=num_grads)
-        pruner.curvature.biases = {}  # the learners observe weights alone
+        pruner.estimator.known_biases = {}  # the learners observe weights alone
         rows = []
         for number, sparsity in enumerate(steps[: max(HELD_OUT_AFTER)], 1):
             pruner.estimate(data, F.cross_entropy)
             pruner.prune_to(sparsity)
             if number not in HELD_OUT_AFTER:
                 continue
-            learners = Learners({"anew": FishLeg(), "carried over": copy.deepcopy(pruner.curvature)}, pruner.weights)
+            learners = Learners({"anew": None, "carried over": pruner.curvature}, pruner.weights, num_grads)
             how = {"num_grads": num_grads, "labels": "model"}
             observe(model, data, F.cross_entropy, learners, pruner.weights, **how)
             held_out = HeldOut(learners.snapshots)

@@ -87,9 +87,10 @@ def make_recipes(
         taken |= usable.keys()
     for name in given.keys() - taken:
         _refuse(name, given[name], curvature)
-    if given.get("likelihood") is not None and not any(recipe.uses_likelihood for recipe in recipes):
+    likelihoods = [recipe.likelihood for recipe in recipes if recipe.likelihood is not None]
+    if likelihoods and not any(recipe.uses_likelihood for recipe in recipes):
         raise ValueError(
-            f"likelihood={given['likelihood']!r} cannot be combined with labels='data': labels are not sampled then; "
+            f"likelihood={likelihoods[0]!r} cannot be combined with labels='data': labels are not sampled then; "
             "give labels='model'"
         )
     return recipes[0], recipes[1] if len(recipes) > 1 else None
