@@ -2,24 +2,30 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 CXX_FILES := $(wildcard csrc/* tests/cuda_on_host/*)
 
 .PHONY: help
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: .venv/installed  ## Train a small network, prune it by seven methods, print the table, draw the curves
 	$(BIN)/fishleg-ext demo
 
 .PHONY: test
-test: .venv/installed  ## Run all tests (under 10 minutes on 2 cores), Triton kernels interpreted where there is no GPU
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+test: .venv/installed  ## Run the tests but the slow ones (under 4 minutes on 2 cores), Triton kernels interpreted where there is no GPU
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and not slow"
+
+.PHONY: test-all
+test-all: .venv/installed  ## Run all tests: kernels compiled for every target, each barrier deleted in turn, memory, kills
+	$(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 .PHONY: gpu
-gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 8 minutes at most)
-	$(PYTHON) bench/gpu.py
+gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=the one whose torch sees it; 9 minutes at most)
+	PYTHON=$(PYTHON) bench/gpu.sh
 
 .PHONY: bench
 bench: .venv/installed  ## Time the ops on this machine, beside the usual PyTorch code

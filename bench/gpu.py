@@ -1,97 +1,23 @@
-"""Everything that only a machine with a GPU can show, by one command: `make gpu`, or `python bench/gpu.py`.
-
-Builds the CUDA part in place, compares every kernel with float64, runs the tests that need a GPU (CUDA graphs and other
-streams among them), runs small problems under compute-sanitizer, and measures. Needs no network, but a Python that has
-torch with CUDA and what the extras [test,bench] name, setuptools, cmake and ninja; nvcc and compute-sanitizer on the
-PATH or in /usr/local/cuda/bin.
-
-What each step printed is in FOLDER/STEP.log; the last thing printed is a table, also written to
-bench/results/gpu_DEVICE.json, whose "check" holds every error and its budget. Exit status 1 where a step failed, or a
-kernel could not run at all.
-"""
+"""What bench/gpu.sh asks Python: small problems for a sanitizer, kernels that could not run, and the summary."""
 
 import argparse
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1].resolve()
-RESULTS = ROOT / "bench" / "results"
-MOST_SECONDS = 480.0  # for all steps together
+from tabulate import tabulate
+
+RESULTS = Path(__file__).resolve().parent / "results"
 SMALL = 30_000  # elements of all arguments of a call, where a sanitizer watches it
 
 
-@dataclass
-class Step:
-    """One command, and how it ended."""
+def seen() -> str | None:
+    """Why torch sees no GPU, or None if it does."""
+    import torch
 
-    name: str
-    command: list[str]
-    most_seconds: float
-    environment: dict[str, str] = field(default_factory=dict)
-    result: str = "not run"
-    seconds: float = 0.0
-
-    def run(self, folder: Path, deadline: float) -> None:
-        """Run it, unless its program is missing or no time is left; its output goes to a file."""
-        if shutil.which(self.command[0]) is None:
-            self.result = f"not run: there is no {self.command[0]}"
-            return
-        start = time.monotonic()
-        limit = min(self.most_seconds, deadline - start)
-        if limit <= 0:
-            self.result = "not run: the time was up"
-            return
-        log = folder / f"{self.name}.log"
-        print(f"{self.name}: {' '.join(self.command)}", flush=True)
-        with log.open("w") as output:
-            try:
-                process = subprocess.Popen(
-                    self.command,
-                    cwd=ROOT,
-                    env=os.environ | self.environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                status = process.wait(limit)
-                self.result = "ok" if status == 0 else f"FAILED with status {status}"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it has started
-                process.wait()
-                self.result = f"FAILED: not done after {limit:.0f} s"
-        self.seconds = time.monotonic() - start
-        text = log.read_text(errors="replace")
-        if "Device not supported" in text and "sanitizer" in self.name:
-            self.result = "not run: compute-sanitizer does not support this device"
-        print("\n".join(f"    {line}" for line in text.splitlines()[-8 if self.result == "ok" else -60 :]), flush=True)
-
-
-def steps(folder: Path, results: Path) -> list[Step]:
-    """What is done, in this order."""
-    python = sys.executable
-    cli = [python, "-m", "fishleg_ext.cli"]
-    install = ["pip", "install", "--editable", ".", "--no-build-isolation", "--no-deps"]
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    memcheck = ["memcheck", "--report-api-errors", "no"]  # torch and Triton may try calls that fail
-    small = [python, str(Path(__file__).resolve()), "--small-calls"]
-    # Each tensor is an allocation of its own, so that accesses beyond it are seen.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Step("build", [python, "-m", *install], 180, {"FISHLEG_EXT_CUDA": "1"}),
-        Step("info", [*cli, "info"], 60),
-        Step("check", [*cli, "check", "--json", str(folder / "check.json")], 120),
-        Step("tests", [python, "-m", "pytest", "-m", "gpu or triton or cuda", "-rs"], 150),
-        Step("sanitizer-memcheck", [*sanitizer, *memcheck, *small], 90, uncached),
-        Step("sanitizer-racecheck", [*sanitizer, "racecheck", *small], 120, uncached),
-        Step("bench", [*cli, "bench", "--results", str(results)], 300),
-    ]
+    if torch.cuda.is_available():
+        return None
+    return f"torch {torch.__version__} of {sys.executable} sees no GPU; name another Python: make gpu PYTHON=..."
 
 
 def small_calls() -> int:
@@ -112,45 +38,7 @@ def small_calls() -> int:
                     calls += 1
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    print(f"{calls} calls")
     return calls
-
-
-def main() -> int:
-    """Run all steps; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "gpu-results", help="of the steps' output")
-    parser.add_argument("--without-gpu", action="store_true", help="go on where torch sees no GPU, to try this command")
-    parser.add_argument("--small-calls", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.small_calls:
-        return 0 if small_calls() else 1
-    try:
-        import torch
-    except ImportError as error:
-        sys.exit(f"{sys.executable} has no torch ({error}); name another Python: make gpu PYTHON=...")
-    if not torch.cuda.is_available() and not arguments.without_gpu:
-        sys.exit(f"torch {torch.__version__} of {sys.executable} sees no GPU; name another Python: make gpu PYTHON=...")
-
-    # cmake and ninja may lie beside this Python.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/local/cuda/bin"])
-    folder: Path = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + MOST_SECONDS
-    results = RESULTS if torch.cuda.is_available() else folder
-    done = steps(folder, results)
-    for step in done:
-        step.run(folder, deadline)
-        if step.name == "check" and step.result == "ok" and (why := missing(folder / "check.json")):
-            step.result = f"FAILED: these kernels cannot run here: {why}"
-        if step.name == "build" and step.result != "ok":
-            break
-
-    print(f"\n{'step':<22}{'seconds':>8}  result")
-    for step in done:
-        print(f"{step.name:<22}{step.seconds:>8.1f}  {step.result}")
-    print(f"wrote {write_summary(done, folder, results)}")
-    return 1 if any(step.result.startswith("FAILED") for step in done) else 0
 
 
 def missing(checked: Path) -> str | None:
@@ -162,18 +50,45 @@ def missing(checked: Path) -> str | None:
     return "; ".join(names) if names or not rows else None
 
 
-def write_summary(done: list[Step], folder: Path, results: Path) -> Path:
-    """Steps, checks and, from a new process that finds what has just been built, versions; as JSON."""
-    summary = {"steps": [asdict(step) for step in done]}
-    if (checked := folder / "check.json").exists():
-        summary["check"] = json.loads(checked.read_text())
-    command = [sys.executable, "-m", "fishleg_ext.bench.harness"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode == 0:
-        summary["environment"] = json.loads(asked.stdout)
-    target = results / f"gpu_{summary.get('environment', {}).get('slug', 'unknown')}.json"
+def write_summary(folder: Path, results: Path) -> tuple[Path, list[list[str]]]:
+    """Write steps, checks and versions as JSON; returns the file and the rows of steps."""
+    from fishleg_ext.bench import harness
+
+    steps = [line.split("\t") for line in (folder / "steps.txt").read_text().splitlines()]
+    checked = folder / "check.json"
+    summary = {
+        "steps": [dict(zip(("name", "seconds", "result"), step, strict=True)) for step in steps],
+        "check": json.loads(checked.read_text()) if checked.exists() else None,
+        "environment": harness.environment(),
+    }
+    target = results / f"gpu_{harness.device_slug()}.json"
     target.write_text(json.dumps(summary, indent=1) + "\n")
-    return target
+    return target, steps
+
+
+def main() -> int:
+    """Answer one question; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--seen", action="store_true", help="fail where torch sees no GPU")
+    asked.add_argument("--small-calls", action="store_true", help="run the kernels on small problems")
+    asked.add_argument("--missing", type=Path, metavar="CHECK.json", help="fail where a kernel could not run")
+    asked.add_argument("--summary", type=Path, metavar="FOLDER", help="print the table of steps, and write it")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of the summary")
+    arguments = parser.parse_args()
+    if arguments.seen or arguments.missing:
+        why = seen() if arguments.seen else missing(arguments.missing)
+        if why:
+            print(why, file=sys.stderr)
+        return 1 if why else 0
+    if arguments.small_calls:
+        calls = small_calls()
+        print(f"{calls} calls")
+        return 0 if calls else 1
+    target, steps = write_summary(arguments.summary, arguments.results)
+    print(tabulate(steps, headers=["step", "seconds", "result"]))
+    print(f"wrote {target}")
+    return 1 if any(result.startswith("FAILED") for *_, result in steps) else 0
 
 
 if __name__ == "__main__":

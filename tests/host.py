@@ -1,11 +1,15 @@
 """Builds csrc/ kernels for the host (tests/cuda_on_host/) and runs them in the place of a private op."""
 
 import contextlib
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 HOST = ROOT / "tests" / "cuda_on_host"
+PROGRAMS = ROOT / ".pytest_cache" / "cuda_on_host"
+KEPT_SECONDS = 7 * 24 * 3600
 BARRIER = re.compile(r"__sync(threads|warp)\([^)]*\);")
 SELFTEST = HOST / "selftest.cpp"
 DRIVERS = sorted(set(HOST.glob("*.cpp")) - {SELFTEST})  # each named after the private op that launches its kernel
@@ -72,14 +78,40 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def build(driver: Path, target: Path, *, sanitize: str, csrc: Path = CSRC) -> Path:
-    """Compile a driver with the kernels of folder `csrc`."""
+def build(driver: Path, *, sanitize: str, csrc: Path = CSRC) -> Path:
+    """Compile a driver with the kernels of folder `csrc`, unless the same was compiled before.
+
+    Programs are kept by the hash of all that they are made from, for all workers and later runs; for a week.
+    """
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-fsanitize={sanitize}"]
     includes = [f"-I{folder}" for folder in (HOST, csrc, CSRC)]
-    command = ["g++", *flags, "-fno-sanitize-recover=undefined", *includes, str(driver), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ["g++", *flags, "-fno-sanitize-recover=undefined", *includes, str(driver)]
+    content = hashlib.sha256(" ".join(flags).encode() + _gxx_version())
+    for file in [driver, *sorted(csrc.glob("*.*h")), *sorted(HOST.glob("*.*h"))]:
+        content.update(file.name.encode() + file.read_bytes())
+    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    target = PROGRAMS / f"{driver.stem}-{content.hexdigest()[:20]}"
+    with (PROGRAMS / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            partial.rename(target)
+            _forget_old_programs()
+    target.touch()
     return target
+
+
+@functools.cache
+def _gxx_version() -> bytes:
+    return subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+
+
+def _forget_old_programs() -> None:
+    for program in PROGRAMS.iterdir():
+        if time.time() - program.stat().st_mtime > KEPT_SECONDS:
+            program.unlink(missing_ok=True)
 
 
 def execute(*command: Any) -> subprocess.CompletedProcess[str]:

@@ -263,6 +263,7 @@ def test_what_does_not_belong_together_is_refused(net, pruned, tmp_path):
 # Kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, suffix):
     """The same weights and masks, to the bit, killed by SIGKILL at random times."""

@@ -37,9 +37,12 @@ WORKSPACE = 64  # of the references on a CPU
 CHUNK = 256
 SLACK = 32  # that allocators hold
 
-pytestmark = pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
+    ),
+]
 
 
 def peak(**options):

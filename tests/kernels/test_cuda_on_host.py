@@ -21,7 +21,7 @@ HEADERS = sorted(host.CSRC.glob("*.cuh"))
 BARRIERS = [barrier for header in HEADERS for barrier in host.barriers(header)]
 MOST_IN_PANELS = 100_000  # elements of all arguments: 512 threads for each block take their time on the host
 # The order in which threads run is drawn from these seeds.
-SEEDS = ("0", "1")
+SEEDS = ("0", pytest.param("1", marks=pytest.mark.slow))
 
 
 def op_of(driver):
@@ -35,7 +35,7 @@ def supported(monkeypatch):
 
     def get(driver, dtype):
         op = op_of(driver)
-        module = op._module("cuda")
+        module = op.module("cuda")
         monkeypatch.setattr(module, "supports_device", lambda tensor: (True, ""))
         in_panels = driver.stem == "obs_eliminate_panel_out"
         if in_panels:  # they are for large blocks, and tried on small ones
@@ -57,21 +57,6 @@ def supported(monkeypatch):
 
 def drivers_of(header):
     return [driver for driver in host.DRIVERS if header in host.included(driver)]
-
-
-@pytest.fixture(scope="module")
-def executable(tmp_path_factory):
-    """Drivers by name and sanitizer, each built once."""
-    built = {}
-
-    def get(driver, sanitize):
-        key = driver.stem, sanitize
-        if key not in built:
-            target = tmp_path_factory.mktemp(driver.stem) / sanitize.replace(",", "_")
-            built[key] = host.build(driver, target, sanitize=sanitize)
-        return built[key]
-
-    return get
 
 
 def test_every_kernel_has_a_driver():
@@ -98,12 +83,12 @@ STORED = [(driver, torch.float16) for driver in host.DRIVERS if "gradients.h" in
     [*itertools.product(host.DRIVERS, DTYPES), *STORED],
     ids=lambda value: getattr(value, "stem", str(value)),
 )
-def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, executable, tmp_path, supported):
+def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, tmp_path, supported):
     """All cases of `fishleg-ext check`, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     op = op_of(driver)
     launcher = op.launcher("cuda")
     row = check.Row(op.name, "cuda", str(dtype))
-    with host.on_host(driver.stem, executable(driver, "address,undefined"), tmp_path) as printed:
+    with host.on_host(driver.stem, host.build(driver, sanitize="address,undefined"), tmp_path) as printed:
         for case in supported(driver, dtype):
             row.take(case, *check.error_and_budget(op, launcher, case))
     assert not row.failures
@@ -130,12 +115,13 @@ def reports_of(driver, program, folder, problems):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("driver", host.DRIVERS, ids=lambda driver: driver.stem)
-def test_kernels_are_free_of_races(driver, seed, executable, tmp_path, monkeypatch, supported):
+def test_kernels_are_free_of_races(driver, seed, tmp_path, monkeypatch, supported):
     monkeypatch.setenv("CUDA_ON_HOST_SEED", seed)
     problems = supported(driver, torch.float32)
-    assert list(reports_of(driver, executable(driver, "thread"), tmp_path, problems)) == []
+    assert list(reports_of(driver, host.build(driver, sanitize="thread"), tmp_path, problems)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", BARRIERS, ids=str)
 def test_every_barrier_is_needed(barrier, tmp_path, record_table, supported):
     """Without any one of them ThreadSanitizer reports a race: the tool sees, and the kernel has none too many."""
@@ -147,7 +133,7 @@ def test_every_barrier_is_needed(barrier, tmp_path, record_table, supported):
     found = None
     for driver in drivers_of(barrier.file):
         if kernel in driver.read_text() and found is None:
-            program = host.build(driver, tmp_path / driver.stem, sanitize="thread", csrc=tmp_path / "csrc")
+            program = host.build(driver, sanitize="thread", csrc=tmp_path / "csrc")
             with contextlib.closing(reports_of(driver, program, tmp_path, supported(driver, torch.float32))) as reports:
                 races = (re.search(r"ThreadSanitizer: data race.*?(\w+\.cuh:\d+)", report, re.S) for report in reports)
                 found = next(filter(None, races), None)
@@ -165,20 +151,20 @@ def test_every_barrier_is_needed(barrier, tmp_path, record_table, supported):
 
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 @pytest.mark.parametrize("name", ["exchange", "collective", "bounds"])
-def test_the_host_runs_kernels_as_a_gpu_does(name, sanitize, executable):
-    done = host.execute(executable(host.SELFTEST, sanitize), name)
+def test_the_host_runs_kernels_as_a_gpu_does(name, sanitize):
+    done = host.execute(host.build(host.SELFTEST, sanitize=sanitize), name)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["shared", "global"])
-def test_the_host_sees_accesses_out_of_bounds(name, executable):
-    done = host.execute(executable(host.SELFTEST, "address,undefined"), name)
+def test_the_host_sees_accesses_out_of_bounds(name):
+    done = host.execute(host.build(host.SELFTEST, sanitize="address,undefined"), name)
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert re.search(r"bounds_kernel.*selftest.cuh:\d+", done.stderr)
 
 
-def test_the_host_sees_a_barrier_that_some_never_reach(executable):
-    done = host.execute(executable(host.SELFTEST, "thread"), "deadlock")
+def test_the_host_sees_a_barrier_that_some_never_reach():
+    done = host.execute(host.build(host.SELFTEST, sanitize="thread"), "deadlock")
     assert done.returncode == 3
     assert "deadlock" in done.stderr
 
@@ -187,7 +173,7 @@ def test_the_host_sees_a_barrier_that_some_never_reach(executable):
 def test_the_host_sees_a_deleted_barrier(barrier, tmp_path):
     (tmp_path / "selftest.cuh").write_text(barrier.deleted())
     (tmp_path / host.SELFTEST.name).write_text(host.SELFTEST.read_text())
-    program = host.build(tmp_path / host.SELFTEST.name, tmp_path / "program", sanitize="thread", csrc=tmp_path)
+    program = host.build(tmp_path / host.SELFTEST.name, sanitize="thread", csrc=tmp_path)
     assert "ThreadSanitizer: data race" in host.execute(program, "exchange").stderr
 
 

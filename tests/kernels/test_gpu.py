@@ -8,6 +8,7 @@ import fishleg_ext
 from fishleg_ext import ops
 from fishleg_ext.bench.harness import captured
 from fishleg_ext.ops.dispatch import OPS
+from fishleg_ext.testing import cases
 
 pytestmark = pytest.mark.gpu
 
@@ -183,27 +184,20 @@ def test_other_groups_fall_back(blocks):
     assert is_an_order(ops.obs_eliminate(*arguments, group=3)[0])
 
 
-def test_auto_takes_the_kernels(masked, blocks, monkeypatch):
-    """Where they are available, nothing else runs."""
-    tensors, _, packed = masked
-    weight, inverse, alive = blocks(40, 12)
-    grads = weight.expand(5, 40, 12)
-    calls = {
-        "apply_masks_": (tensors, packed),
-        "obs_eliminate": (weight, inverse, alive),
-        "obs_compensate": (weight, inverse, alive),
-        "block_gram_": (inverse, grads),
-        "block_inverse": (inverse, 0.1),
-        "woodbury_update_": (inverse, grads, 5),
-    }
-    assert calls.keys() == {op.name for op in OPS.values() if op.kernels}
-    for name, arguments in calls.items():
-        for impl in OPS[name].kernels:
-            if OPS[name].unavailable(impl) is None:
-                ran = []
-                monkeypatch.setattr(OPS[name]._module(impl), name, lambda *a, ran=ran, **k: ran.append(1))
-                OPS[name].resolve("auto", *arguments)(*arguments)
-                assert ran
+@pytest.mark.parametrize("name", [name for name in OPS if OPS[name].kernels])
+def test_auto_takes_the_kernels(name, monkeypatch):
+    """Where one is available and takes the arguments, nothing else runs."""
+    op = OPS[name]
+    for impl in op.kernels:
+        if (reason := op.unavailable(impl)) is not None:
+            pytest.skip(reason)
+    problems = cases.CASES[name](cases.Inputs(torch.float32, torch.device("cuda"), 0))
+    arguments = next(c for c in problems if any(op.supports(impl, *c.args, **c.kwargs)[0] for impl in op.kernels))
+    ran = []
+    for impl in op.kernels:
+        monkeypatch.setattr(op.module(impl), name, lambda *a, **k: ran.append(1))
+    op.resolve("auto", *arguments.args, **arguments.kwargs)(*arguments.args, **arguments.kwargs)
+    assert ran
 
 
 def test_pruning_on_the_gpu(generator):

@@ -161,9 +161,9 @@ def kernel_of(monkeypatch, *, supported, kernels=("triton", "cuda"), on_gpu=True
         module.unavailable = lambda: None
         module.obs_score = lambda *args, impl=impl: impl
         module.supports_obs_score = lambda *args, impl=impl: (impl in supported, f"{impl} does not")
-        monkeypatch.setitem(sys.modules, f"lane_{impl}", module)
-        monkeypatch.setitem(sys.modules, f"lane_{impl}.obs", module)
-    monkeypatch.setattr(dispatch, "_LANES", {impl: f"lane_{impl}" for impl in kernels})
+        monkeypatch.setitem(sys.modules, f"backend_{impl}", module)
+        monkeypatch.setitem(sys.modules, f"backend_{impl}.obs", module)
+    monkeypatch.setattr(dispatch, "_BACKENDS", {impl: f"backend_{impl}" for impl in kernels})
     monkeypatch.setattr(dispatch, "_on_gpu", lambda args: on_gpu)
     return dataclasses.replace(OPS["obs_score"], kernels=kernels, reference=lambda *args: "reference")
 
@@ -199,10 +199,10 @@ def test_an_op_that_returns_something_needs_a_fake():
     assert "unfinished" not in OPS
 
 
-def test_a_lane_that_does_not_import_is_a_reason():
+def test_a_backend_that_does_not_import_is_a_reason():
     entry = dataclasses.replace(OPS["obs_score"], kernels=("triton",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_LANES", {"triton": "no_such_package"})
+        patch.setattr(dispatch, "_BACKENDS", {"triton": "no_such_package"})
         assert entry.unavailable("triton") == "Triton is not installed (No module named 'no_such_package')"
 
 
