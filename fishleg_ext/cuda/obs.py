@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.cuda import supports_block_size, supports_device
-from fishleg_ext.reference.batches import batches
+from fishleg_ext.reference.batches import block_slices
 
 PANEL = 64  # steps between two matrix products
 
@@ -51,7 +51,7 @@ def obs_eliminate(
         torch.ops.fishleg_ext_cuda.obs_eliminate_out(weight, inverse, alive, *options, rank, cost)
     else:
         size = weight.shape[1]
-        for part in batches(len(weight), size * size * dtype.itemsize, weight.device):
+        for part in block_slices(len(weight), size * size * dtype.itemsize, weight.device):
             block = inverse if len(inverse) == 1 else inverse[part]
             rank[part], cost[part] = _eliminate_in_panels(weight[part], block, alive[part], *options)
     return rank, cost

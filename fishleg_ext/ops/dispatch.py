@@ -7,9 +7,10 @@ metadata alone, so that they guard real calls and traced ones (fake tensors) ali
 The op is registered for CompositeExplicitAutograd and chooses the implementation at run time: `impl=` and `use_impl`
 therefore mean the same inside and outside `torch.compile`. The autograd key falls through: results never require grad.
 
-A kernel of op `S` in family `F` is a launcher `S` in `fishleg_ext/kernels/F.py` (Triton) or `fishleg_ext/cuda/F.py`
-(CUDA C++), which takes the op's arguments, and beside it `supports_S`, which takes them too and returns whether the
-kernel takes them and, if not, why not. Neither module is imported before the kernel is wanted.
+A kernel of op `S` in family `F` is a launcher `S` in `fishleg_ext/kernels/F.py` (Triton), `fishleg_ext/cuda/F.py`
+(CUDA C++) or `fishleg_ext/cpu/F.py` (batched PyTorch, for CPUs and wherever no GPU kernel takes the arguments), which
+takes the op's arguments, and beside it `supports_S`, which takes them too and returns whether the kernel takes them
+and, if not, why not. No module is imported before its kernel is wanted.
 """
 
 import contextvars
@@ -28,7 +29,7 @@ from fishleg_ext.common.dtypes import ieee_products
 P = ParamSpec("P")
 R = TypeVar("R")
 
-IMPLS = ("auto", "reference", "triton", "cuda")
+IMPLS = ("auto", "reference", "triton", "cuda", "cpu")
 
 _LIBRARY = torch.library.Library("fishleg_ext", "DEF")
 _preferred_impl = contextvars.ContextVar("fishleg_ext_impl", default="auto")
@@ -74,8 +75,8 @@ class Op:
         check_impl(impl)
         chosen = _preferred_impl.get() if impl == "auto" else impl
         if chosen == "auto":
-            usable = (kernel for kernel in self.kernels if _on_gpu(args) and self.supports(kernel, *args, **kwargs)[0])
-            chosen = next(usable, "reference")
+            here = (kernel for kernel in self.kernels if kernel == "cpu" or _on_gpu(args))
+            chosen = next((kernel for kernel in here if self.supports(kernel, *args, **kwargs)[0]), "reference")
         elif chosen != "reference":
             supported, reason = self.supports(chosen, *args, **kwargs)
             if not supported:
@@ -87,8 +88,8 @@ class Op:
         return importlib.import_module(f"{_BACKENDS[impl]}.{self.family}")
 
 
-_BACKENDS = {"triton": "fishleg_ext.kernels", "cuda": "fishleg_ext.cuda"}
-_LANGUAGE = {"triton": "Triton", "cuda": "CUDA C++"}
+_BACKENDS = {"triton": "fishleg_ext.kernels", "cuda": "fishleg_ext.cuda", "cpu": "fishleg_ext.cpu"}
+_LANGUAGE = {"triton": "Triton", "cuda": "CUDA C++", "cpu": "CPU"}
 
 
 def _backend(impl: str) -> ModuleType:

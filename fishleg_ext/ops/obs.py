@@ -53,7 +53,7 @@ def _fake_obs_eliminate(weight: Tensor, inverse: Tensor, alive: Tensor, **option
     return rank, weight.new_empty(weight.shape, dtype=widened(inverse.dtype))
 
 
-@op(reference=reference.obs_eliminate, fake=_fake_obs_eliminate, kernels=("cuda",))
+@op(reference=reference.obs_eliminate, fake=_fake_obs_eliminate, kernels=("cuda", "cpu"))
 def obs_eliminate(
     weight: Tensor,
     inverse: Tensor,

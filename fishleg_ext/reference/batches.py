@@ -9,7 +9,7 @@ CPU_BYTES = 2**26
 GPU_BYTES = 2**30
 
 
-def batches(num_blocks: int, bytes_per_block: int, device: torch.device) -> Iterator[slice]:
+def block_slices(num_blocks: int, bytes_per_block: int, device: torch.device) -> Iterator[slice]:
     """Slices of the blocks, each with a workspace of bounded size."""
     budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
     step = max(1, budget // max(1, bytes_per_block))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.common.dtypes import widened
-from fishleg_ext.reference.batches import batches
+from fishleg_ext.reference.batches import block_slices
 
 MAX_RAISES = 12
 
@@ -20,7 +20,7 @@ def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     inverse = torch.empty_like(gram, dtype=widened(gram.dtype), memory_format=torch.contiguous_format)
     info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
     workspace = 4 * gram[:1].numel() * inverse.element_size()  # damped, its factor, that inverted, both halves added
-    for part in batches(gram.shape[0], workspace, gram.device):
+    for part in block_slices(gram.shape[0], workspace, gram.device):
         factor, info[part] = damped_cholesky(gram[part].to(inverse.dtype), damping)
         half = torch.cholesky_inverse(factor)
         torch.add(half, half.mT, out=inverse[part]).mul_(0.5)

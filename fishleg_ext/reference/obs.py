@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.common.dtypes import widened
-from fishleg_ext.reference.batches import batches
+from fishleg_ext.reference.batches import block_slices
 from fishleg_ext.reference.block_fisher import damped_cholesky
-
-PANEL = 16
 
 
 def obs_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
-    """The cost of losing each weight alone."""
+    """Return the cost of pruning each weight alone."""
     inverse_diagonal = inverse_diagonal.to(widened(inverse_diagonal.dtype))
     weight = weight.to(inverse_diagonal.dtype)
     return (weight * weight / (2 * inverse_diagonal)).contiguous()
@@ -28,129 +26,70 @@ def obs_eliminate(
     stop: float | None = None,
     dead_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Some blocks at a time, so that memory is bounded."""
-    num_blocks, size = weight.shape
-    dtype = widened(inverse.dtype)
-    rank = torch.empty(num_blocks, size, dtype=torch.int32, device=weight.device)
-    cost = torch.empty(num_blocks, size, dtype=dtype, device=weight.device)
-    for part in batches(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
-        block = inverse if len(inverse) == 1 else inverse[part]
-        elimination = _Elimination(weight[part], block.to(dtype), alive[part], group)
-        if dead_first:
-            elimination.condition_on_dead()
-        rank[part], cost[part] = elimination.run(n, m, torch.inf if stop is None else stop)
+    """Eliminate the cheapest group of every block, again and again; weights and inverses H of what is left follow."""
+    dtype, (num_blocks, size) = widened(inverse.dtype), weight.shape
+    rank = torch.where(alive, size, -1).to(torch.int32)
+    cost = torch.full_like(rank, torch.inf, dtype=dtype)
+    group_of = torch.arange(size, device=weight.device) // group
+    for part in block_slices(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
+        pending = alive[part].clone()
+        h = (inverse if len(inverse) == 1 else inverse[part]).to(dtype).expand(len(pending), -1, -1).clone()
+        w = torch.where(pending, weight[part].to(dtype), 0)
+        for q in range(size) if dead_first else ():
+            eliminate_(torch.zeros_like(w), h, torch.full_like(rank[part, 0], q, dtype=torch.int64), ~pending[:, q])
+        h.masked_fill_(~(pending[:, :, None] & pending[:, None, :]), 0)
+        done = torch.zeros_like(rank[part, :1])
+        for _ in range(size // group):
+            joint = group_costs(w, h, pending, group, n, m)
+            best, chosen = joint.min(1, keepdim=True)  # of ties the first
+            members = (
+                pending & (group_of == chosen) & (best <= (torch.inf if stop is None else stop)) & (best < torch.inf)
+            )
+            if not members.any():
+                break
+            rank[part] = torch.where(members, done + members.cumsum(1, dtype=torch.int32) - 1, rank[part])
+            cost[part] = torch.where(members, best / members.sum(1, keepdim=True), cost[part])
+            for q in range(group):
+                index = chosen[:, 0] * group + q
+                eliminate_(w, h, index, members.gather(1, index[:, None])[:, 0])
+            pending &= ~members
+            done += members.sum(1, keepdim=True, dtype=torch.int32)
     return rank, cost
 
 
-class _Elimination:
-    """Pivoted Cholesky factorisation of the inverses H of k blocks, in panels.
+def eliminate_(weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor) -> None:
+    """Eliminate weight q = `index` [K] from blocks, in place: w -= H[:, q] w_q / H_qq, H -= H[:, q] H[q, :] / H_qq.
 
-    Each elimination appends one column u to `columns`; what is left of the inverse is H = inverse - columns^T columns,
-    of which only the chosen column and the diagonal are computed. When there are PANEL columns they are subtracted, in
-    one matrix product. So a step reads a row of the inverse and a few columns that stay in cache, and what grows with
-    B^3 is done at the speed of matrix products. The inverse that was given is never written to, and not copied before
-    the first panel is full.
-
-    Rows and columns of what was eliminated are left as they are: their entries, zero but for rounding, reach no others.
+    Only where `valid` [K]; a weight whose H_qq is not positive moves no other.
     """
-
-    def __init__(self, weight: Tensor, inverse: Tensor, alive: Tensor, group: int) -> None:
-        k, size = weight.shape
-        self.size, self.group = size, group
-        self.alive = alive
-        self.inverse, self.own = inverse, False
-        self.weight = torch.where(alive, weight.to(inverse.dtype), 0)
-        # The group x group blocks on the diagonal of H, [k, size / group, group, group].
-        tiles = inverse.unflatten(2, (-1, group)).unflatten(1, (-1, group))  # [k or 1, G, g, G, g]
-        tiles = tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-        self.diagonal = tiles.expand(k, -1, -1, -1).clone()
-        self.columns = inverse.new_empty(k, PANEL, size)
-        self.num_columns = 0
-        self.blocks = torch.arange(k if len(inverse) > 1 else 1, device=weight.device)
-
-    def condition_on_dead(self) -> None:
-        """The dead stay where they are: eliminate them, moving nothing."""
-        num_dead = (~self.alive).sum(1, keepdim=True)
-        order = self.alive.to(torch.uint8).argsort(dim=1, stable=True)
-        for step in range(int(num_dead.max()) if len(num_dead) else 0):
-            self._eliminate(order[:, step : step + 1], num_dead > step)
-
-    def run(self, n: int, m: int, stop: float) -> tuple[Tensor, Tensor]:
-        """Eliminate the cheapest group of every block, again and again; rank and cost."""
-        pending = self.alive.clone()
-        running = torch.ones_like(self.alive[:, :1])  # [k, 1]
-        # In the order in which they go: which weight, or `size` where none goes, and its cost.
-        pivots, costs = [self.alive.new_empty(len(running), 0, dtype=torch.int64)], [self.weight[:, :0]]
-        groups = pending.unflatten(1, (-1, self.group)).any(2).sum(1)
-        for _ in range(int(groups.max()) if len(groups) else 0):
-            cost, chosen = self._cheapest_group(pending, n, m)
-            running = running & (cost <= stop) & (cost < torch.inf)
-            if not running.any():
-                break
-            if self.group > 1:
-                cost = cost / pending.unflatten(1, (-1, self.group)).sum(2).gather(1, chosen)
-            for member in range(self.group):
-                pivot = chosen * self.group + member  # [k, 1]
-                valid = running & pending.gather(1, pivot)
-                pivots.append(torch.where(valid, pivot, self.size))
-                costs.append(cost)
-                self._eliminate(pivot, valid)
-                pending.scatter_(1, pivot, False)
-        pivot = torch.cat(pivots, 1)
-        # One column more, for what does not go.
-        rank = torch.where(self.alive, self.size, -1).to(torch.int32)
-        rank = torch.nn.functional.pad(rank, (0, 1))
-        rank.scatter_(1, pivot, (pivot < self.size).cumsum(1, dtype=torch.int32) - 1)
-        cost = torch.full_like(rank, torch.inf, dtype=self.weight.dtype).scatter_(1, pivot, torch.cat(costs, 1))
-        return rank[:, : self.size], cost[:, : self.size]
-
-    def _cheapest_group(self, pending: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """Joint cost and index, both [k, 1], of the open group that is cheapest; infinite if none is open."""
-        if m:  # a group of m that has lost m - n is closed
-            tuples = pending.unflatten(1, (-1, m))
-            pending = (tuples & (tuples.sum(2, keepdim=True) > n)).flatten(1)
-        if self.group == 1:
-            variance = self.diagonal[..., 0, 0]
-            cost = self.weight.square() / (2 * variance)
-            usable = pending & (variance > 0)
-        else:
-            pending = pending.unflatten(1, (-1, self.group))  # [k, G, g]
-            cost = _joint_cost(self.weight.unflatten(1, (-1, self.group)), self.diagonal, pending)
-            usable = pending.any(-1)
-        cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
-        return torch.min(cost, dim=1, keepdim=True)  # of ties the first
-
-    def _eliminate(self, pivot: Tensor, valid: Tensor) -> None:
-        """Remove weight `pivot` [k, 1] from the blocks in which `valid` [k, 1]."""
-        if self.num_columns == PANEL:
-            self._subtract_columns()
-        column = self.inverse[self.blocks, pivot[:, 0]]  # symmetric: the row is the column
-        if self.num_columns:
-            done = self.columns[:, : self.num_columns]
-            factors = done.gather(2, pivot[:, None].expand(-1, self.num_columns, -1)).mT
-            column = torch.baddbmm(column[:, None], factors, done, alpha=-1)[:, 0]
-        variance = column.gather(1, pivot)
-        valid = valid & (variance > 0)  # a weight that nothing compensates for moves no other
-        root = torch.where(valid, variance, 1).sqrt()
-        column = torch.where(valid, column / root, 0)
-        self.columns[:, self.num_columns] = column
-        self.num_columns += 1
-        # Masked twice: an invalid pivot may be dead, and hold anything.
-        self.weight -= column * torch.where(valid, self.weight.gather(1, pivot) / root, 0)
-        tiles = column.unflatten(1, (-1, self.group))
-        self.diagonal -= tiles[..., None] * tiles[..., None, :]
-
-    def _subtract_columns(self) -> None:
-        """Begin a new panel."""
-        inverse = self.inverse.expand(len(self.columns), -1, -1)
-        out = inverse if self.own else torch.empty_like(inverse, memory_format=torch.contiguous_format)
-        self.inverse = torch.baddbmm(inverse, self.columns.mT, self.columns, alpha=-1, out=out)
-        self.blocks = torch.arange(len(out), device=out.device)
-        self.own, self.num_columns = True, 0
+    blocks = torch.arange(len(index), device=index.device)
+    column = inverse[blocks, :, index]  # [K, B]
+    variance = column[blocks, index]
+    valid = valid & (variance > 0)
+    variance = torch.where(valid, variance, 1)
+    column = torch.where(valid[:, None], column, 0)  # what is not valid may hold anything
+    weight -= column * (torch.where(valid, weight[blocks, index], 0) / variance)[:, None]
+    inverse -= column[:, :, None] * column[:, None, :] / variance[:, None, None]
 
 
-def _joint_cost(weight: Tensor, inverse: Tensor, chosen: Tensor) -> Tensor:
-    """1/2 w^T H^-1 w of the chosen weights of each group, [..., g] and [..., g, g], as each goes in turn.
+def group_costs(weight: Tensor, inverse: Tensor, pending: Tensor, group: int, n: int, m: int) -> Tensor:
+    """Joint cost of each group of each block, [K, B / group]; +inf where nothing is pending or may be eliminated."""
+    if m:  # a group of m that has lost m - n is closed
+        tuples = pending.unflatten(1, (-1, m))
+        pending = (tuples & (tuples.sum(2, keepdim=True) > n)).flatten(1)
+    if group == 1:
+        variance = inverse.diagonal(dim1=1, dim2=2)
+        cost = torch.where(variance > 0, weight.square() / (2 * variance), torch.inf)
+    else:
+        tiles = inverse.unflatten(2, (-1, group)).unflatten(1, (-1, group)).diagonal(dim1=1, dim2=3)
+        mine = pending.unflatten(1, (-1, group))
+        cost = joint_cost(weight.unflatten(1, (-1, group)), tiles.permute(0, 3, 1, 2), mine)
+        pending = mine.any(2)
+    return torch.where(pending & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
+
+
+def joint_cost(weight: Tensor, inverse: Tensor, chosen: Tensor) -> Tensor:
+    """Return 1/2 w^T H^-1 w of the chosen weights of each group, [..., g] and [..., g, g], eliminated in turn.
 
     Without square roots, so that equal groups have equal costs; infinite where H is not positive definite.
     """
@@ -173,7 +112,7 @@ def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     identity = torch.eye(weight.shape[1], dtype=dtype, device=weight.device)
     workspace = 4 * identity.numel() * identity.element_size()  # rows and columns of the pruned, damped, their factor
-    for part in batches(len(weight), workspace, weight.device):
+    for part in block_slices(len(weight), workspace, weight.device):
         block = (inverse if len(inverse) == 1 else inverse[part]).to(dtype)
         solved = pruned[part] & (block.diagonal(dim1=1, dim2=2) != 0)
         both = solved[:, :, None] & solved[:, None, :]

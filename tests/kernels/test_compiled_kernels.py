@@ -51,7 +51,8 @@ def test_triton_kernels_compile_without_spills(name, capability, record_table):
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=SLOW), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_cuda_kernels_compile_without_spills(source, capability, tmp_path, record_table):
     options = ["-std=c++17", f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "cubin"]

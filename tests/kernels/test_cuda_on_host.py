@@ -21,7 +21,7 @@ HEADERS = sorted(host.CSRC.glob("*.cuh"))
 BARRIERS = [barrier for header in HEADERS for barrier in host.barriers(header)]
 MOST_IN_PANELS = 100_000  # elements of all arguments: 512 threads for each block take their time on the host
 # The order in which threads run is drawn from these seeds.
-SEEDS = ("0", pytest.param("1", marks=pytest.mark.slow))
+SEEDS = ("0", "1")
 
 
 def op_of(driver):
@@ -73,23 +73,19 @@ def test_every_kernel_has_a_driver():
         assert "cuda" in op_of(driver).kernels
 
 
+SMALL = 10_000  # elements of all arguments: several warps, all of a kernel's options
 DTYPES = torch.float32, torch.float64, torch.bfloat16
 # Gradients are read as they are stored; all else is float32 or float64 by then.
 STORED = [(driver, torch.float16) for driver in host.DRIVERS if "gradients.h" in driver.read_text()]
 
 
-@pytest.mark.parametrize(
-    "driver, dtype",
-    [*itertools.product(host.DRIVERS, DTYPES), *STORED],
-    ids=lambda value: getattr(value, "stem", str(value)),
-)
-def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, tmp_path, supported):
+def keeps_its_budget(driver, problems, dtype, folder):
     """All cases of `fishleg-ext check`, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     op = op_of(driver)
     launcher = op.launcher("cuda")
     row = check.Row(op.name, "cuda", str(dtype))
-    with host.on_host(driver.stem, host.build(driver, sanitize="address,undefined"), tmp_path) as printed:
-        for case in supported(driver, dtype):
+    with host.on_host(driver.stem, host.build(driver, sanitize="address,undefined"), folder) as printed:
+        for case in problems:
             row.take(case, *check.error_and_budget(op, launcher, case))
     assert not row.failures
     assert row.cases > 3
@@ -97,7 +93,20 @@ def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, tmp_pat
     assert not any(printed)
 
 
-SMALL = 10_000  # elements of all arguments: several warps, all of a kernel's options
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "driver, dtype",
+    [*itertools.product(host.DRIVERS, DTYPES), *STORED],
+    ids=lambda value: getattr(value, "stem", str(value)),
+)
+def test_kernels_keep_their_error_budget_and_their_bounds(driver, dtype, tmp_path, supported):
+    keeps_its_budget(driver, supported(driver, dtype), dtype, tmp_path)
+
+
+@pytest.mark.parametrize("driver", host.DRIVERS, ids=lambda driver: driver.stem)
+def test_kernels_do_so_on_small_problems(driver, tmp_path, supported):
+    small = (case for case in supported(driver, torch.float32) if case.numel <= SMALL)
+    keeps_its_budget(driver, small, torch.float32, tmp_path)
 
 
 def reports_of(driver, program, folder, problems):
@@ -113,6 +122,7 @@ def reports_of(driver, program, folder, problems):
         assert len(printed) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("driver", host.DRIVERS, ids=lambda driver: driver.stem)
 def test_kernels_are_free_of_races(driver, seed, tmp_path, monkeypatch, supported):

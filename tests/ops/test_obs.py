@@ -8,6 +8,14 @@ from oracles import cholesky_inverse, joint_cost, naive_elimination, order_of
 
 from fishleg_ext import ops
 
+
+@pytest.fixture(autouse=True, scope="module", params=["auto", "reference"])
+def impl(request):
+    """On a CPU "auto" is the panelled elimination, and the specification the other."""
+    with ops.use_impl(request.param):
+        yield
+
+
 SIZES = [1, 2, 7, 16, 33, 128]
 
 

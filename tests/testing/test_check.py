@@ -12,10 +12,13 @@ from fishleg_ext.ops.dispatch import OPS
 from fishleg_ext.testing import cases, check
 
 IMPLEMENTATIONS = [
-    pytest.param(name, impl, marks=[getattr(pytest.mark, impl)] if impl != "reference" else [])
+    pytest.param(name, impl, marks=[getattr(pytest.mark, impl)] if impl in ("triton", "cuda") else [])
     for name in OPS
     for impl in ("reference", *OPS[name].kernels)
+    if (name, impl) != ("obs_eliminate", "cpu")
 ]
+# The specification, which each case is compared with, takes its time on large blocks.
+IMPLEMENTATIONS.append(pytest.param("obs_eliminate", "cpu", marks=pytest.mark.slow))
 
 
 def test_every_op_has_cases():
