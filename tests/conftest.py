@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracles import batches
+from small import make_net
 from tabulate import tabulate
 from torch import Tensor
 
@@ -29,6 +31,17 @@ def fisher(generator: torch.Generator) -> Callable[..., Tensor]:
         return random_spd(num_blocks, size, condition, generator) / condition
 
     return make
+
+
+@pytest.fixture
+def net():
+    return make_net()
+
+
+@pytest.fixture
+def data(generator):
+    x = torch.randn(48, 1, 6, 6, generator=generator)
+    return batches(x, torch.randint(0, 3, (48,), generator=generator))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,7 +61,7 @@ def of_resnet20(
     arguments: argparse.Namespace, seed: int
 ) -> tuple[nn.Module, dict[str, Any], Callable[[nn.Module], float]]:
     """The same of ResNet-20, of which there is one."""
-    from fishleg_ext.bench.studies.resnet20 import WEIGHTS, Cifar10, ResNet20
+    from fishleg_ext.bench.studies.cifar10 import WEIGHTS, Cifar10, ResNet20
 
     cifar = Cifar10(arguments.data / "cifar10")
     model = ResNet20()

@@ -1,0 +1,82 @@
+"""ResNet-20 and the images of CIFAR-10."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTS = r"re:(conv\d|linear)\.weight$"
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut without parameters."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.stride, self.padding = stride, (fan_out - fan_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shortcut subsamples and pads channels with zeros."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x)
+
+
+class ResNet20(nn.Module):
+    """He et al. 2016, section 4.2, n = 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, 10] of images [N, 3, 32, 32]."""
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+class Cifar10:
+    """Normalised training and test images, read from the sheets of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.train_labels = torch.tensor(json.loads((folder / "train_labels.json").read_text()))
+        self.test_images = self._sheet("test.webp")
+        self.test_labels = torch.tensor(json.loads((folder / "test_labels.json").read_text()))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _sheet(self, name: str) -> Tensor:
+        pixels = np.asarray(Image.open(self.folder / name).convert("RGB"))
+        images = pixels.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(10000, 3, 32, 32)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        return (torch.from_numpy(images.astype(np.float32)) / 255 - mean) / std
+
+    def training_batches(self, start: int, count: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
+        """Images start to start + count of the training set, in its order."""
+        sheets = range(start // 10000, (start + count - 1) // 10000 + 1)
+        images = torch.cat([self._sheet(f"train_{i}.webp") for i in sheets])[start - 10000 * sheets[0] :][:count]
+        return list(zip(images.split(size), self.train_labels[start : start + count].split(size), strict=True))
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, held_out: bool = False) -> float:
+        """Right answers on the test set, or on the last 10,000 training images, in percent."""
+        model.eval()
+        test = list(zip(self.test_images.split(500), self.test_labels.split(500), strict=True))
+        batches = self.training_batches(40000, 10000, 500) if held_out else test
+        right = torch.cat([model(x).argmax(1) == y for x, y in batches])
+        return float(right.double().mean()) * 100
