@@ -31,6 +31,10 @@ gpu:  ## On a machine with a GPU: build, check, test, sanitize, bench (PYTHON=th
 bench: .venv/installed  ## Time the ops on this machine, beside the usual PyTorch code
 	$(BIN)/fishleg-ext bench
 
+.PHONY: docs
+docs: .venv/installed  ## Build the site of the docs into build/site
+	$(BIN)/mkdocs build --strict --quiet
+
 .PHONY: lint
 lint: .venv/installed  ## Check formatting, style and types
 	$(BIN)/ruff format --check .

@@ -63,8 +63,9 @@ class PruneConfig(Settings):
         ValueError, TypeError: a value out of its range, two settings that contradict each other, or a setting that the
             chosen curvature cannot use.
 
-    >>> PruneConfig(sparsity=0.8, pattern="block4").pattern
-    'block4'
+    Examples:
+        >>> PruneConfig(sparsity=0.8, pattern="block4").pattern
+        'block4'
     """
 
     sparsity: float | None = setting(

@@ -58,11 +58,12 @@ def prune(
             or inf in weights or gradients, by parameter; one-shot data that is needed more than once.
         CurvatureError: a Fisher matrix that cannot be inverted, by parameter.
 
-    >>> import torch
-    >>> model = nn.Linear(4, 2)
-    >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
-    >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
-    0.75
+    Examples:
+        >>> import torch
+        >>> model = nn.Linear(4, 2)
+        >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
+        >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
+        0.75
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn")}
     config = PruneConfig(**settings)

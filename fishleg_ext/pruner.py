@@ -48,7 +48,8 @@ class Pruner:
             sparsity is what `prune_to` prunes to when it is given none; its recomputations must be 1.
         schedule: step -> sparsity or None, such as `fishleg_ext.schedule.Cubic(...)`, that `step` follows. FishLeg's
             `carry_over` then has another default.
-        data, loss_fn: what `step` estimates the curvature from, as in `prune`; may be given to `estimate` instead.
+        data: what `step` estimates the curvature from, as in `prune`; may be given to `estimate` instead.
+        loss_fn: the loss of `data`, as in `prune`.
         refine_grads: gradients of every estimate but the first, where the curvature starts from the previous estimate;
             None is `num_grads`.
         masks: to begin with, name -> bool tensor, True = kept: those of an earlier pruning (`PruneResult.masks`), and
@@ -56,12 +57,13 @@ class Pruner:
             attached optimizer's step, or `apply_masks`.
     {settings}
 
-    >>> model = nn.Linear(4, 2)
-    >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
-    >>> pruner = Pruner(model, curvature="block", num_grads=16, progress=False)
-    >>> pruner.estimate(data, nn.functional.cross_entropy)
-    >>> pruner.prune_to(0.5).sparsity
-    0.5
+    Examples:
+        >>> model = nn.Linear(4, 2)
+        >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
+        >>> pruner = Pruner(model, curvature="block", num_grads=16, progress=False)
+        >>> pruner.estimate(data, nn.functional.cross_entropy)
+        >>> pruner.prune_to(0.5).sparsity
+        0.5
     """
 
     def __init__(

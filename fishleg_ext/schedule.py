@@ -77,8 +77,9 @@ class _Curve(ABC):
 class Cubic(_Curve):
     """Fast at first, when there is much to lose, then slower. Zhu and Gupta 2017, arXiv 1710.01878, eq. 1.
 
-    >>> [Cubic(final_sparsity=0.96, end=4, frequency=2)(step) for step in range(6)]
-    [0.0, None, 0.84, None, 0.96, None]
+    Examples:
+        >>> [Cubic(final_sparsity=0.96, end=4, frequency=2)(step) for step in range(6)]
+        [0.0, None, 0.84, None, 0.96, None]
     """
 
     def _sparsity(self, part: float) -> float:

@@ -11,10 +11,11 @@ from torch import Tensor
 class BlockLayout:
     """A parameter of n entries, in row-major order, as K blocks of B; the last block is filled up with padding.
 
-    >>> layout = BlockLayout((2, 3), 4)
-    >>> layout.to_blocks(torch.arange(6.0).reshape(2, 3))
-    tensor([[0., 1., 2., 3.],
-            [4., 5., 0., 0.]])
+    Examples:
+        >>> layout = BlockLayout((2, 3), 4)
+        >>> layout.to_blocks(torch.arange(6.0).reshape(2, 3))
+        tensor([[0., 1., 2., 3.],
+                [4., 5., 0., 0.]])
     """
 
     shape: tuple[int, ...]

@@ -167,8 +167,9 @@ class use_impl:
     Raises:
         ValueError: `impl` is none of these.
 
-    >>> with use_impl("reference"):
-    ...     score = torch.ops.fishleg_ext.obs_score(torch.ones(2), torch.ones(2))
+    Examples:
+        >>> with use_impl("reference"):
+        ...     score = torch.ops.fishleg_ext.obs_score(torch.ones(2), torch.ones(2))
     """
 
     def __init__(self, impl: str) -> None:

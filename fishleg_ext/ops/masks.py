@@ -31,8 +31,9 @@ def pack_mask(mask: Tensor, *, impl: str = "auto") -> Tensor:
     Raises:
         TypeError: mask is not bool.
 
-    >>> pack_mask(torch.tensor([True, False, True]))
-    tensor([5], dtype=torch.uint8)
+    Examples:
+        >>> pack_mask(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
     """
     checks.boolean(mask=mask)
 
@@ -56,8 +57,9 @@ def unpack_mask(packed: Tensor, shape: list[int], *, impl: str = "auto") -> Tens
         TypeError: packed is not uint8.
         ValueError: packed has another size than a mask of this shape.
 
-    >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), [3])
-    tensor([ True, False,  True])
+    Examples:
+        >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), [3])
+        tensor([ True, False,  True])
     """
     _check_packed("packed", packed, shape)
 

@@ -32,8 +32,9 @@ def obs_score(weight: Tensor, inverse_diagonal: Tensor, *, impl: str = "auto") -
         TypeError: a tensor is not dense and floating point.
         ValueError: shapes or devices differ.
 
-    >>> obs_score(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0]))
-    tensor([1.0000, 0.5000])
+    Examples:
+        >>> obs_score(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0]))
+        tensor([1.0000, 0.5000])
     """
     checks.dense_floating(weight=weight, inverse_diagonal=inverse_diagonal)
     checks.shape("inverse_diagonal", inverse_diagonal, "of weight", weight.shape)
@@ -77,8 +78,9 @@ def obs_eliminate(
         inverse: [K, B, B], or [1, B, B] shared by all blocks; symmetric positive definite, in the units of 1 / Fisher.
         alive: bool [K, B]; only alive rows and columns are read, and the inverse must be that of the alive sub-block.
         group: remove whole groups of this many consecutive weights, the one of least joint cost first; a divisor of B.
-        n, m: of each m consecutive weights keep at least n: a group that has lost m - n (dead weights count as lost)
-            is closed. m divides B; 0 is no such pattern. Not together with group > 1.
+        n: of each m consecutive weights keep at least so many: a group that has lost m - n (dead weights count as lost)
+            is closed. Not together with group > 1.
+        m: of the pattern n:m; divides B; 0 is no such pattern.
         stop: the elimination of a block ends when the cost of its next removal, of a whole group then, exceeds this.
         dead_first: the inverse is that of the whole block: condition it on the dead weights first.
 

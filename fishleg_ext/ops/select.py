@@ -30,8 +30,9 @@ def keep_mask(scores: list[Tensor], num_pruned: int, *, impl: str = "auto") -> l
         TypeError: a tensor is not dense and floating point.
         ValueError: the devices differ, or num_pruned is out of range.
 
-    >>> keep_mask([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
-    [tensor([ True, False]), tensor([False])]
+    Examples:
+        >>> keep_mask([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
+        [tensor([ True, False]), tensor([False])]
     """
     if scores:
         checks.dense_floating(**{f"scores[{index}]": score for index, score in enumerate(scores)})
@@ -50,7 +51,8 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1, *, impl: str = "auto")
 
     Args:
         score: any shape, floating point.
-        n, m: how many of how many are kept, 0 <= n <= m.
+        n: how many of each m are kept, 0 <= n <= m.
+        m: consecutive scores of which n are kept.
         dim: the dimension along which groups of m lie; its size is a multiple of m.
 
     Returns:
@@ -61,8 +63,9 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1, *, impl: str = "auto")
         ValueError: n and m do not suit each other or the size of dim.
         IndexError: score has no dimension dim.
 
-    >>> nm_mask(torch.tensor([4.0, 1.0, 2.0, 2.0]), 2, 4)
-    tensor([ True, False, False,  True])
+    Examples:
+        >>> nm_mask(torch.tensor([4.0, 1.0, 2.0, 2.0]), 2, 4)
+        tensor([ True, False, False,  True])
     """
     checks.dense_floating(score=score)
     if m < 1 or not 0 <= n <= m:

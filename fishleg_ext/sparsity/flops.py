@@ -30,10 +30,11 @@ def flops_per_weight(
     Raises:
         ValueError: no data, or a parameter that is the weight of no Linear or Conv layer that was called.
 
-    >>> import torch
-    >>> conv = nn.Conv2d(3, 4, 3)
-    >>> flops_per_weight(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
-    {'weight': 36.0}
+    Examples:
+        >>> import torch
+        >>> conv = nn.Conv2d(3, 4, 3)
+        >>> flops_per_weight(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
+        {'weight': 36.0}
     """
     names = {id(parameter): name for name, parameter in weights.items()}
     uses = dict.fromkeys(weights, 0.0)

@@ -23,8 +23,9 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
         ValueError: nothing is chosen, a name matches nothing, or a weight holds NaN or inf.
         TypeError: a chosen parameter is not dense and floating point.
 
-    >>> list(choose_parameters(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "re:^0"))
-    ['0.weight', '0.bias']
+    Examples:
+        >>> list(choose_parameters(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "re:^0"))
+        ['0.weight', '0.bias']
     """
     named = dict(model.named_parameters())
     if params is None:
@@ -50,11 +51,12 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
 def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
     """Map each weight to its layer's bias. Biases shared by layers, or pruned themselves, are left out.
 
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
-    >>> biases_of(net, dict(net.named_parameters()))
-    {}
-    >>> biases_of(net, {"0.weight": net[0].weight})
-    {'0.weight': '0.bias'}
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+        >>> biases_of(net, dict(net.named_parameters()))
+        {}
+        >>> biases_of(net, {"0.weight": net[0].weight})
+        {'0.weight': '0.bias'}
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     pruned, found = {id(parameter) for parameter in weights.values()}, list[tuple[str, str]]()

@@ -32,8 +32,9 @@ class Pattern:
         Raises:
             ValueError: any other name, or n:m without 0 < n <= m.
 
-        >>> Pattern.parse("2:4")
-        Pattern(name='2:4', n=2, m=4, group=1)
+        Examples:
+            >>> Pattern.parse("2:4")
+            Pattern(name='2:4', n=2, m=4, group=1)
         """
         found = re.fullmatch(r"unstructured|(\d+):(\d+)|block(\d+)", name) if isinstance(name, str) else None
         if found and found[1] and 0 < int(found[1]) <= int(found[2]):

@@ -1,0 +1,189 @@
+"""Tables of the studies' results, made from the files of bench/results/ alone: `python bench/studies/tables.py NAME`.
+
+The docs put them where a page says {{ NAME }}.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+# What older files call by other words.
+WORDS = {
+    "carried over": "warm start",
+    "anew": "from scratch",
+    "counts by": "allocation by",
+    ", every layer alike": "",
+    "1 rounds": "1 round",
+    ", one threshold": ", global",
+}
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def runs(name: str) -> list[dict[str, Any]]:
+    """The records of a results file."""
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    return report.get("runs") or report["rows"]
+
+
+def markdown(rows: Iterable[list[Any]], headers: list[str]) -> str:
+    """A table as Markdown has it."""
+    return tabulate(list(rows), headers, tablefmt="github", disable_numparse=True)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and (sample) standard deviation, or the one value."""
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1 draw)"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def both(record: dict[str, Any]) -> str:
+    """Accuracy without and with BatchNorm recalibrated."""
+    return f"{record['accuracy']:.1f} / {record['accuracy_recalibrated']:.1f}"
+
+
+def by_sparsity(
+    records: list[dict[str, Any]], cell: Callable[[list[dict[str, Any]]], str], label: str = "test accuracy, %"
+) -> str:
+    """A row for each method, a column for each sparsity."""
+    columns = sorted({round(record["sparsity"], 3) for record in records})
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        mine = [record for record in records if record["method"] == method]
+        cells = [[r for r in mine if round(r["sparsity"], 3) == column] for column in columns]
+        rows.append([method, *(cell(found) if found else "" for found in cells)])
+    return markdown(rows, [label, *(f"{100 * column:.3g} %" for column in columns)])
+
+
+def accuracies(records: list[dict[str, Any]]) -> str:
+    """The spread of accuracy over records."""
+    return spread([record["accuracy"] for record in records])
+
+
+def renamed(records: Iterable[dict[str, Any]], *endings: str) -> list[dict[str, Any]]:
+    """Records with their methods' names less what all have in common."""
+    result = []
+    for record in records:
+        method = record["method"]
+        for ending in endings:
+            method = method.removeprefix(ending).removesuffix(ending)
+        for old, new in WORDS.items():
+            method = method.replace(old, new)
+        result.append(record | {"method": method})
+    return result
+
+
+def table() -> str:
+    """Every method of one draw."""
+    records = [r for r in runs("resnet20_cifar10") if "rounds" not in r["method"] and r["draw"] == 0]
+    unique = {(r["method"], round(r["sparsity"], 3)): r for r in records}
+    return by_sparsity(list(unique.values()), lambda found: f"{found[0]['accuracy']:.2f}")
+
+
+def rounds() -> str:
+    """Exact greedy elimination in rounds."""
+    records = [r for r in runs("resnet20_cifar10") if "rounds" in r["method"] and r["sparsity"] > 0.7]
+    return by_sparsity(renamed(records, "exact greedy, B=128, ", ", 8 rounds"), accuracies, "damping")
+
+
+def layerwise() -> str:
+    """Mixtures of the block Fisher matrix and layerwise curvature."""
+    records = renamed([*runs("resnet20_layerwise_one_shot"), *runs("resnet20_layerwise")])
+    return by_sparsity(records, lambda found: both(found[-1]))
+
+
+def refinement() -> str:
+    """The auxiliary loss after a round, by gradients."""
+    records = [record for record in runs("resnet20_fishleg_rounds") if record["method"] == "refinement"]
+    counts = sorted({record["gradients"] for record in records})
+    rows = []
+    for number in sorted({record["round"] for record in records}):
+        for way in ("anew", "carried over"):
+            found = {r["gradients"]: r[way] for r in records if r["round"] == number}
+            rows.append([f"round {number}, {WORDS[way]}", *(f"{found[count] / 1e9:,.2f}" for count in counts)])
+    return markdown(rows, ["loss / 10⁹", *map(str, counts)])
+
+
+def carried() -> str:
+    """FishLeg in rounds, from scratch and warm."""
+    records = [record for record in runs("resnet20_fishleg_rounds") if record["method"] != "refinement"]
+    return by_sparsity(renamed(records, "FishLeg, 8 rounds, "), lambda found: both(found[0]))
+
+
+def gradual() -> str:
+    """One shot, one shot then trained, and gradual, on two networks."""
+    ways = ("one shot", "one shot, trained", "gradual")
+    records = {network: runs(f"gradual_{network}") for network in ("digits", "resnet20")}
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records["digits"] if r["model"] != "dense"):
+        row = [model]
+        for found in records.values():
+            for way in ways:
+                values = [r["accuracy"] for r in found if (r["model"], r["way"]) == (model, way)]
+                row.append(spread(values).removesuffix(" (1 draw)") if values else "")
+        rows.append(row)
+    shown = ("one shot", "then trained", "gradual")
+    return markdown(rows, ["test accuracy, %", *(f"{network}: {way}" for network in records for way in shown)])
+
+
+def first_order() -> str:
+    """Without the first-order term, with it, and with the whole step."""
+    records, ways = runs("first_order_digits"), ("without", "with", "whole step")
+    sparsities = [key for key in records[0] if key.endswith("%")]
+    rows = []
+    for epochs, curvature in dict.fromkeys((r["epochs"], r["curvature"]) for r in records):
+        mine = {r["first-order term"]: r for r in records if (r["epochs"], r["curvature"]) == (epochs, curvature)}
+        cells = [" / ".join(f"{mine[way][sparsity]:.1f}" for way in ways) for sparsity in sparsities]
+        rows.append([f"{epochs} epoch{'s' * (epochs > 1)}, {curvature}", *cells])
+    return markdown(rows, ["test accuracy, %", *sparsities])
+
+
+def readme() -> str:
+    """Six methods, and the spread of the default over at least five draws."""
+    shown = {
+        "magnitude": "magnitude",
+        "block, simultaneous": "WoodFisher, oBERT (damping 1e-3)",
+        "K-FAC": "K-FAC",
+        "counts by block, then layerwise": "layerwise, allocation by block",
+        "FishLeg": "FishLeg",
+    }
+    draws = renamed(runs("resnet20_block_draws"), ", side by side")
+    count = len({record["draw"] for record in draws})
+    default = f"exact greedy (the default), 1,024 images, {count} draws"
+    records = [
+        record | {"method": record["method"].removesuffix(", side by side")} for record in runs("resnet20_models")
+    ]
+    records = [record | {"method": shown[record["method"]]} for record in records if record["method"] in shown]
+    records = [record | {"method": default} for record in draws] + records
+    wanted = [*list(shown.values())[:2], default, *list(shown.values())[2:]]
+    records.sort(key=lambda record: wanted.index(record["method"]))
+    return by_sparsity([r for r in records if round(r["sparsity"], 2) in (0.5, 0.7, 0.8, 0.9)], accuracies)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme,
+    "models": lambda: by_sparsity(renamed(runs("resnet20_models"), ", side by side"), accuracies),
+    "block_draws": lambda: by_sparsity(renamed(runs("resnet20_block_draws"), ", side by side"), accuracies),
+    "table": table,
+    "layerwise": layerwise,
+    "rounds": rounds,
+    "carried": carried,
+    "refinement": refinement,
+    "gradual": gradual,
+    "first_order": first_order,
+    "fishleg_defaults": lambda: by_sparsity(
+        renamed(runs("resnet20_fishleg"), "FishLeg, ", ", held out"), accuracies, "held-out accuracy, %"
+    ),
+    "damping": lambda: by_sparsity(
+        renamed(runs("resnet20_damping"), ", held out"), lambda found: both(found[0]), "held-out accuracy, %"
+    ),
+}
+
+
+if __name__ == "__main__":
+    print("\n\n".join(TABLES[name]() for name in sys.argv[1:] or TABLES))
