@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fishleg_ext
-from fishleg_ext.curvature import Layerwise
+from fishleg_ext.curvature import MODELS, Layerwise
 from fishleg_ext.curvature.layerwise import LayerwiseEstimate
 
-CURVATURES = ["identity", "diagonal", "block", "low_rank", "layerwise"]
+CURVATURES = [name for name in MODELS if not MODELS[name].takes_biases]
 SALIENCIES = ["exact", "simultaneous"]
 
 
@@ -56,7 +56,7 @@ def test_signatures_of_the_contract():
     assert parameters["loss_fn"].default is F.cross_entropy
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", MODELS)
 @pytest.mark.parametrize("saliency", SALIENCIES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
 def test_exactly_the_count_is_zero(net, data, curvature, saliency, sparsity):
@@ -73,7 +73,7 @@ def test_exactly_the_count_is_zero(net, data, curvature, saliency, sparsity):
     assert "masks" not in repr(result)
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", MODELS)
 def test_scope_layer_counts_in_each(net, data, curvature):
     result = prune(net, data, sparsity=0.63, curvature=curvature, scope="layer")
     for name, weight in prunable(net).items():

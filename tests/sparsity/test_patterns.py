@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fishleg_ext
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.curvature import BlockFisher, Layerwise
+from fishleg_ext.curvature import MODELS, BlockFisher, Layerwise
 from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.pruning.selection import select
@@ -21,8 +21,7 @@ from fishleg_ext.sparsity.patterns import Pattern
 
 WAYS = [
     *itertools.product(["identity", "diagonal"], ["simultaneous"]),
-    *itertools.product(["block", "low_rank", "kronecker", "fishleg"], ["exact", "simultaneous"]),
-    *itertools.product(["layerwise"], ["exact", "simultaneous"]),
+    *itertools.product([name for name in MODELS if name not in ("identity", "diagonal")], ["exact", "simultaneous"]),
     ("layerwise", "fixed_order"),
     ("block", "fixed_order"),
 ]
