@@ -19,9 +19,10 @@ from fishleg_ext.pruning.selection import select
 from fishleg_ext.sparsity.flops import flops_per_weight
 from fishleg_ext.sparsity.patterns import Pattern
 
+IN_BLOCKS = [name for name in MODELS if MODELS[name]().layout("w", torch.empty(2, 16)).block_size > 1]
 WAYS = [
-    *itertools.product(["identity", "diagonal"], ["simultaneous"]),
-    *itertools.product([name for name in MODELS if name not in ("identity", "diagonal")], ["exact", "simultaneous"]),
+    *itertools.product([name for name in MODELS if name not in IN_BLOCKS], ["simultaneous"]),
+    *itertools.product(IN_BLOCKS, ["exact", "simultaneous"]),
     ("layerwise", "fixed_order"),
     ("block", "fixed_order"),
 ]
