@@ -159,7 +159,7 @@ class PruneConfig(Settings):
     impl: str = setting(
         "auto",
         one_of(*IMPLS),
-        '"auto", "reference", "triton" or "cuda"; for every op.',
+        '"auto", "reference", "triton", "cuda" or "cpu"; for every op.',
         choices=IMPLS,
     )
     seed: int = setting(0, _checked_seed, "of sampled labels, and of PyTorch's RNG while the data is read.")

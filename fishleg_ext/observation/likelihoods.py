@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 LossFunction = Callable[[Any, Any], Tensor]
-Likelihood = Union[str, Callable[[Any, torch.Generator], Any]]
+Likelihood = str | Callable[[Any, torch.Generator], Any]
 LossHessian = Callable[[Tensor, Tensor], Tensor]
 
 
