@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +19,35 @@ from fishleg_ext.common.arguments import checked_type
 from fishleg_ext.config import PruneConfig
 from fishleg_ext.result import PruneResult
 
-STRUCTURE = "fishleg_ext.structure"  # the key of a safetensors file's metadata
+STRUCTURE = "fishleg_ext.structure"  # where version 0.1 wrote how a state is nested, in a file's metadata
 EXPORT = "fishleg_ext.export"  # says which files were written together
 
 
-def save(content: Any, path: Union[str, Path]) -> None:
+def save(content: Any, path: str | Path) -> None:
     """Write tensors, numbers and strings in nested dicts, lists and tuples; in place of an older file, if there is one.
 
     Killed at any moment, there is the older file or the new one, never a part of it.
 
     Args:
         content: what `load` is to give back, tensors on the CPU: state dicts of modules, optimizers, a `Pruner`.
-        path: a file of safetensors if it ends so, else one of torch.save.
+        path: a file of torch.save.
 
     Raises:
         TypeError: anything else in the content; its place is named.
-        ImportError: safetensors is not installed.
+        ValueError: the file is named as safetensors, which hold tensors by name alone.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors: dict[str, Tensor] = {}
-        structure = _encoded(_plain(content, ""), "", tensors, {})
-        _write_safetensors(tensors, path, {STRUCTURE: json.dumps(structure)})
-    else:
-        plain = _plain(content, "")
-        _replace(path, lambda partial: torch.save(plain, partial))
+        raise ValueError(
+            f"expected another suffix than that of {path}: safetensors hold tensors by name alone, and the state of a "
+            "run is nested; it is a file of torch.save, such as run.pt"
+        )
+    plain = _plain(content, "")
+    _replace(path, lambda partial: torch.save(plain, partial))
 
 
-def load(path: Union[str, Path]) -> Any:
-    """What `save` wrote; of another safetensors file its tensors by name.
+def load(path: str | Path) -> Any:
+    """Read what `save` wrote; of a safetensors file its tensors by name, or the state that version 0.1 wrote there.
 
     Runs no code that the file may hold.
 
@@ -67,7 +67,7 @@ def load(path: Union[str, Path]) -> Any:
 
 
 def export_pruned(
-    model: nn.Module, result: PruneResult, folder: Union[str, Path], notes: Mapping[str, Any] | None = None
+    model: nn.Module, result: PruneResult, folder: str | Path, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Write a pruned model for others to read.
 
@@ -104,7 +104,7 @@ def export_pruned(
     _replace(folder / "pruning.json", lambda partial: partial.write_text(text))
 
 
-def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
+def import_pruned(model: nn.Module, folder: str | Path) -> PruneResult:
     """Load what `export_pruned` wrote into a model of the same architecture; if anything is raised it is as before.
 
     Returns:
@@ -130,8 +130,8 @@ def import_pruned(model: nn.Module, folder: Union[str, Path]) -> PruneResult:
     _check_zeros(state, masks, str(folder / "model.safetensors"))
     own = model.state_dict()
     shapes, given = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (own, state))
-    if odd := [n for n in {**shapes, **given} if shapes.get(n) != given.get(n)]:
-        listed = ", ".join(f"{n} is {shapes.get(n, 'missing')}, not {given.get(n, 'there')}" for n in odd)
+    if unlike := [n for n in {**shapes, **given} if shapes.get(n) != given.get(n)]:
+        listed = ", ".join(f"{n} is {shapes.get(n, 'missing')}, not {given.get(n, 'there')}" for n in unlike)
         raise ValueError(f"expected a model with the tensors of {folder}: {listed}")
     model.load_state_dict(state)
     try:
@@ -193,24 +193,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
 
 
-def _encoded(content: Any, place: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> Any:
-    """As JSON; tensors are named there, and kept in `tensors`, those in the same memory once."""
-    if isinstance(content, Tensor):
-        key = content.device, content.data_ptr(), content.dtype, content.shape, content.stride()
-        if key not in seen or not content.numel():
-            name = seen[key] = place if place not in tensors else f"{place}#{len(tensors)}"
-            tensors[name] = content.detach().cpu().contiguous().clone()
-        return {"tensor": seen[key]}
-    if isinstance(content, dict):
-        within = lambda key: f"{place}.{key}" if place else str(key)
-        return {"dict": [[key, _encoded(value, within(key), tensors, seen)] for key, value in content.items()]}
-    if isinstance(content, (list, tuple)):
-        items = [_encoded(value, f"{place}.{i}" if place else str(i), tensors, seen) for i, value in enumerate(content)]
-        return {"tuple": items} if isinstance(content, tuple) else items
-    return content
-
-
 def _decoded(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Nest tensors as version 0.1 wrote them."""
     if isinstance(structure, list):
         return [_decoded(value, tensors) for value in structure]
     if not isinstance(structure, dict):
@@ -227,8 +211,8 @@ def _plain(content: Any, place: str) -> Any:
     """The same of dicts, lists, tuples and Python's own scalars; TypeError if it is made of anything else."""
     inner = f"{place}." if place else ""
     if isinstance(content, Mapping):
-        if odd := [key for key in content if type(key) not in (str, int)]:
-            raise TypeError(f"expected keys that are strings or integers in {place or 'content'}, got {odd[0]!r}")
+        if unfit := [key for key in content if type(key) not in (str, int)]:
+            raise TypeError(f"expected keys that are strings or integers in {place or 'content'}, got {unfit[0]!r}")
         return {key: _plain(value, f"{inner}{key}") for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         items = (_plain(value, f"{inner}{index}") for index, value in enumerate(content))

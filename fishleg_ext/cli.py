@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 import fishleg_ext
 from fishleg_ext import checkpoint, cuda
@@ -142,12 +143,13 @@ def _info(arguments: argparse.Namespace) -> int:
     )
     print(f"GPU: {_gpu()}")
     print(f"CUDA part: {_cuda_part()}")
-    print("\nop                   runs here, fastest first       why not more")
+    rows = []
     for name, op in OPS.items():
         reasons = {impl: op.unavailable(impl) for impl in op.kernels}
         here = [impl for impl, reason in reasons.items() if reason is None]
         why = [f"{impl}: {reason}" for impl, reason in reasons.items() if reason]
-        print(f"{name:<20} {', '.join([*here, 'reference']):<30} {'; '.join(why)}".rstrip())
+        rows.append([name, ", ".join([*here, "reference"]), "; ".join(why)])
+    print("\n" + tabulate(rows, ["op", "runs here, fastest first", "why not more"], tablefmt="plain"))
     return 0
 
 
@@ -261,7 +263,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix == ".json":
         raise ValueError(f"--out {arguments.out} would be overwritten by the report of that name; use another suffix")
     if arguments.out.suffix == ".safetensors":
-        checkpoint.require_safetensors()
+        raise ValueError(
+            f"--out {arguments.out} would be a file of torch.save, which has masks, too; use another suffix"
+        )
     if not arguments.out.parent.is_dir():
         raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
@@ -274,10 +278,10 @@ def _prune(arguments: argparse.Namespace) -> int:
 
     after = float(evaluate(model)) if evaluate else None
 
-    width = max(map(len, result.layer_sparsity))
-    for name, sparsity in result.layer_sparsity.items():
-        print(f"{name:<{width}}  {sparsity:7.2%}  of {result.masks[name].numel()}")
-    print(f"{'all':<{width}}  {result.sparsity:7.2%}  predicted loss increase {result.predicted_loss_increase:.4g}")
+    rows = [[name, f"{s:.2%}", result.masks[name].numel()] for name, s in result.layer_sparsity.items()]
+    rows.append(["all", f"{result.sparsity:.2%}", sum(mask.numel() for mask in result.masks.values())])
+    print(tabulate(rows, ["parameter", "pruned", "of"], tablefmt="plain", colalign=("left", "right", "right")))
+    print(f"predicted loss increase {result.predicted_loss_increase:.4g}")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {after} after")
     checkpoint.save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)

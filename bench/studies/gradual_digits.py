@@ -1,6 +1,6 @@
 """Trains the network of `fishleg-ext demo` while it is pruned, and can be killed at any time.
 
-    python bench/studies/gradual_digits.py --checkpoint run.safetensors --curvature fishleg
+    python bench/studies/gradual_digits.py --checkpoint run.pt --curvature fishleg
 
 The same command goes on where the last checkpoint was written and ends with the same weights and masks, to the bit, as
 if it had not been killed. What it takes for that is all here: the order of the samples follows from the number of the

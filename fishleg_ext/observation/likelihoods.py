@@ -1,7 +1,8 @@
 """Targets sampled from a model's own likelihood, with which mean g g^T estimates the true Fisher matrix."""
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +15,67 @@ LossHessian = Callable[[Tensor, Tensor], Tensor]
 
 def checked_likelihood(name: str, value: Any) -> Likelihood:
     """Return `value` if it is the name of a likelihood or a function."""
-    if not (callable(value) or (isinstance(value, str) and value in SAMPLERS)):
-        raise ValueError(f"expected {name} to be one of {', '.join(SAMPLERS)} or a function, got {value!r}")
+    if not (callable(value) or (isinstance(value, str) and value in LIKELIHOODS)):
+        raise ValueError(f"expected {name} to be one of {', '.join(LIKELIHOODS)} or a function, got {value!r}")
     return value
+
+
+@dataclass(frozen=True)
+class NamedLikelihood:
+    """A likelihood that losses of PyTorch are the negative logarithm of, as means over all targets.
+
+    Attributes:
+        sample: (outputs, generator) -> targets.
+        hessian: (outputs, v) -> H v, H the second derivative of the mean loss by the outputs.
+        sample_by_importance: (outputs [N, C], generator) -> a target for each sample, and a factor [N] for its
+            gradient; None where targets are drawn as they are distributed.
+    """
+
+    sample: Callable[[Tensor, torch.Generator], Tensor]
+    hessian: LossHessian
+    sample_by_importance: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
 
 
 class LabelSampler:
     """Draws targets from a model's outputs.
 
     Args:
-        draw: (outputs, generator) -> targets.
-        count_terms: (targets, samples) -> how many independent terms the loss is the mean of.
+        likelihood: a named one; or (outputs, generator) -> targets, for a loss that is the mean over samples.
     """
 
-    def __init__(self, draw: Callable[[Any, torch.Generator], Any], count_terms: Callable[[Any, int], int]) -> None:
-        self._draw, self._count_terms = draw, count_terms
+    def __init__(self, likelihood: NamedLikelihood | Callable[[Any, torch.Generator], Any]) -> None:
+        self.likelihood = likelihood
 
-    def draw(
-        self, generator: torch.Generator, outputs: Any, samples: int, count: int
-    ) -> tuple[Any, Union[float, Tensor]]:
-        """Targets, and what makes the mean square of `count` gradients, of equal shares of the samples, the Fisher's.
+    def draw(self, generator: torch.Generator, outputs: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
+        """Draw targets, and a factor that makes the mean square of `count` gradients that of the Fisher matrix.
 
         Returns:
             targets for all samples, and a factor for all gradients or [count] of them.
         """
-        if self._draw in SAMPLERS.values() and not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"expected a tensor of outputs, got a {type(outputs).__name__}; "
-                "give likelihood= as a function (outputs, generator) -> targets"
-            )
-        if self._draw is _categorical and samples == count and outputs.dim() == 2:
-            return _informative_classes(outputs, generator)
-        targets = self._draw(outputs, generator)
+        if isinstance(self.likelihood, NamedLikelihood):
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"expected a tensor of outputs, got a {type(outputs).__name__}; "
+                    "give likelihood= as a function (outputs, generator) -> targets"
+                )
+            if self.likelihood.sample_by_importance is not None and samples == count and outputs.dim() == 2:
+                return self.likelihood.sample_by_importance(outputs, generator)
+            targets = self.likelihood.sample(outputs, generator)
+            terms = targets.numel()
+        else:
+            targets = self.likelihood(outputs, generator)
+            terms = samples
         for leaf in pytree.tree_leaves(targets):
             if not isinstance(leaf, Tensor) or leaf.dim() == 0:
                 raise TypeError(f"expected likelihood to draw a tensor with a target for each sample, got {leaf!r}")
             if len(leaf) != samples:
                 raise ValueError(f"expected likelihood to draw targets for {samples} samples, got {len(leaf)}")
         # The mean of t independent terms has a gradient whose square is Fisher / t.
-        return targets, (self._count_terms(targets, samples) / count) ** 0.5
+        return targets, (terms / count) ** 0.5
 
 
-def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> Optional[LabelSampler]:
-    """How to draw targets, or None to take those of the data.
+def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Likelihood | None) -> LabelSampler | None:
+    """Choose how targets are drawn, or return None to take those of the data.
 
     A named likelihood goes with a loss that is the mean over all targets, as PyTorch's are by default (over outputs and
     positions too); a function goes with one that is the mean over samples.
@@ -66,27 +85,25 @@ def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Optional[Likel
     """
     if labels not in ("data", "model"):
         raise ValueError(f"expected labels to be 'data' or 'model', got {labels!r}")
-    if not (likelihood is None or callable(likelihood) or likelihood in SAMPLERS):
-        raise ValueError(f"expected likelihood to be one of {', '.join(SAMPLERS)} or a function, got {likelihood!r}")
+    if likelihood is not None:
+        checked_likelihood("likelihood", likelihood)
     if labels == "data":
         return None
-    if callable(likelihood):
-        return LabelSampler(likelihood, lambda targets, samples: samples)
-    return LabelSampler(SAMPLERS[_named(loss_fn, likelihood)], lambda targets, samples: targets.numel())
+    return LabelSampler(likelihood if callable(likelihood) else LIKELIHOODS[_named(loss_fn, likelihood)])
 
 
-def loss_hessian(loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> LossHessian:
-    """(outputs, v) -> H v, H the second derivative by the outputs of the mean negative log-likelihood.
+def loss_hessian(loss_fn: LossFunction, likelihood: Likelihood | None) -> LossHessian:
+    """Return (outputs, v) -> H v, H the second derivative by the outputs of the mean negative log-likelihood.
 
     Raises:
         ValueError: the likelihood is a function or unknown, or cannot be told.
     """
-    if callable(likelihood) or not (likelihood is None or likelihood in HESSIANS):
+    if callable(likelihood) or not (likelihood is None or likelihood in LIKELIHOODS):
         raise ValueError(
-            f"expected likelihood to be one of {', '.join(HESSIANS)} for products with the Fisher matrix, "
+            f"expected likelihood to be one of {', '.join(LIKELIHOODS)} for products with the Fisher matrix, "
             f"got {likelihood!r}"
         )
-    hessian = HESSIANS[_named(loss_fn, likelihood)]
+    hessian = LIKELIHOODS[_named(loss_fn, likelihood)].hessian
 
     def of_tensors(outputs: Tensor, v: Tensor) -> Tensor:
         if not isinstance(outputs, Tensor):
@@ -96,8 +113,8 @@ def loss_hessian(loss_fn: LossFunction, likelihood: Optional[Likelihood]) -> Los
     return of_tensors
 
 
-def _named(loss_fn: LossFunction, likelihood: Optional[str]) -> str:
-    """The likelihood given, or that of the loss."""
+def _named(loss_fn: LossFunction, likelihood: str | None) -> str:
+    """Name of the likelihood given, or of the loss."""
     if likelihood is not None:
         return likelihood
     if loss_fn is not nn.functional.cross_entropy and not isinstance(loss_fn, nn.CrossEntropyLoss):
@@ -109,14 +126,14 @@ def _named(loss_fn: LossFunction, likelihood: Optional[str]) -> str:
 
 
 def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Classes from logits [N, C, ...]."""
+    """Draw classes from logits [N, C, ...]."""
     probabilities = _finite(logits).float().softmax(1).movedim(1, -1)
     drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
     return drawn.reshape(probabilities.shape[:-1])
 
 
 def _informative_classes(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Classes from logits [N, C] by importance: as often as they matter for the Fisher matrix, and a factor for each.
+    """Draw classes from logits [N, C] as often as they matter for the Fisher matrix, and a factor for each.
 
     The Fisher matrix of a sample is sum_c p_c g_c g_c^T, and g_c, the gradient for class c, goes through e_c - p at the
     logits. A network that is sure of its answers hardly ever draws another class c from p, yet these make up nearly all
@@ -135,13 +152,13 @@ def _informative_classes(logits: Tensor, generator: torch.Generator) -> tuple[Te
 
 
 def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
-    """Values of variance 1/2, as the loss (y - mean)^2 is a negative log-likelihood of."""
+    """Draw values of variance 1/2, of which the loss (y - mean)^2 is the negative log-likelihood."""
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return _finite(mean) + noise * 0.5**0.5
 
 
 def _bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Zeros and ones from logits."""
+    """Draw zeros and ones from logits."""
     return torch.bernoulli(_finite(logits).sigmoid(), generator=generator)
 
 
@@ -152,7 +169,7 @@ def _finite(outputs: Tensor) -> Tensor:
 
 
 def _categorical_hessian(logits: Tensor, v: Tensor) -> Tensor:
-    """diag(p) - p p^T, for classes in dimension 1."""
+    """Multiply by diag(p) - p p^T, for classes in dimension 1."""
     p = logits.softmax(1)
     return p * (v - (p * v).sum(1, keepdim=True)) * (logits.shape[1] / logits.numel())
 
@@ -166,9 +183,8 @@ def _bernoulli_hessian(logits: Tensor, v: Tensor) -> Tensor:
     return p * (1 - p) * v / logits.numel()
 
 
-HESSIANS: dict[str, LossHessian] = {
-    "categorical": _categorical_hessian,
-    "gaussian": _gaussian_hessian,
-    "bernoulli": _bernoulli_hessian,
+LIKELIHOODS = {
+    "categorical": NamedLikelihood(_categorical, _categorical_hessian, _informative_classes),
+    "gaussian": NamedLikelihood(_gaussian, _gaussian_hessian),
+    "bernoulli": NamedLikelihood(_bernoulli, _bernoulli_hessian),
 }
-SAMPLERS = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}
