@@ -107,7 +107,7 @@ def compare_inverses(measure, num_blocks, size, implementation):
     chunks = [chunk] * (GRADIENTS // CHUNK)
 
     def gate():
-        """Some blocks against float64, by the condition number of what is inverted; of recursions that of a step."""
+        """Compare some blocks with float64, by the condition number of what a call inverts."""
         part = chunk[:, :4].double()
         fisher = torch.einsum("mki,mkj->kij", part, part) / CHUNK + DAMPING * torch.eye(size, device=part.device)
         expected = torch.cholesky_inverse(torch.linalg.cholesky(fisher))
@@ -149,7 +149,7 @@ def bench_block_inverse(measure, size, implementation):
     calls = [lambda gram=gram: invert(gram, DAMPING) for gram in buffers]
 
     def gate():
-        """Some blocks of the very call that is timed."""
+        """Compare some blocks of the very call that is timed with float64."""
         got = calls[0]()
         inverse = got[0] if isinstance(got, tuple) else got
         info = torch.zeros(8, dtype=torch.int32, device=inverse.device)

@@ -1,8 +1,8 @@
 """Kronecker-factored inverses times the weights of a network, Q x = scale * (P (scale * x) M) for every layer.
 
 Bytes of the floor: x and scale are read and Q x is written, 12 a weight, and both factors are read; where P is diagonal
-("rows apart") it is a vector. FLOP: 2 o + 2 i a weight, or 2 i. Small layers are launches, not arithmetic: the usual
-code needs four for each of them.
+("diagonal row factor") it is a vector. FLOP: 2 o + 2 i a weight, or 2 i. Small layers are launches, not arithmetic: the
+usual code needs four for each of them.
 
 Scores: the diagonal of Q and w^2 / (2 diag) of it, as the single-weight rule has them; 12 bytes a weight if it were one
 kernel (w, scale and score), 28 as ops of their own.
@@ -25,7 +25,7 @@ if ON_GPU:
 
 
 def chain(x, row, col, scale):
-    """As it is written down."""
+    """Multiply as the formula is written."""
     product = row @ (scale * x) if row.dim() == 2 else row[:, None] * (scale * x)
     return scale * (product @ col)
 
@@ -63,34 +63,34 @@ def matrices(network):
     return [(shape[0], math.prod(shape[1:])) for shape in NETWORKS[network]()]
 
 
-def layers(shapes, apart):
+def layers(shapes, row_diagonal):
     """x, P, M and scale of each; distinct layers of one shape have the same numbers."""
     new = cases.Inputs(torch.float32, harness.DEVICE, seed=0)
     sizes = {n for shape in shapes for n in shape}
     # Positive definite, and made in no time: a diagonal, and a vector's outer product.
     factors = {n: (v := new.normal(n, 1)) @ v.mT / n + new.positive(n).diag() for n in sizes}
     first = {shape: (new.normal(*shape), new.positive(*shape)) for shape in set(shapes)}
-    rows = [factors[o].diagonal().clone() if apart else factors[o].clone() for o, _ in shapes]
+    rows = [factors[o].diagonal().clone() if row_diagonal else factors[o].clone() for o, _ in shapes]
     cols = [factors[i].clone() for _, i in shapes]
     return [first[s][0].clone() for s in shapes], rows, cols, [first[s][1].clone() for s in shapes]
 
 
 @pytest.mark.parametrize("implementation", PRODUCTS)
-@pytest.mark.parametrize("rows", ["apart", "dense"])
+@pytest.mark.parametrize("rows", ["diagonal", "dense"])
 @pytest.mark.parametrize("network", NETWORKS)
 def bench_kron_mul(measure, network, rows, implementation):
     """All layers."""
     harness.skip_unless_available("foreach_kron_mul", implementation)
     if "compile" in implementation and not ON_GPU:
         pytest.skip("compiled for a GPU only")
-    if "multi_dot" in implementation and rows == "apart":
+    if "multi_dot" in implementation and rows == "diagonal":
         pytest.skip("multi_dot would take the diagonal for a dense matrix")
-    shapes, apart = matrices(network), rows == "apart"
-    given = layers(shapes, apart)
+    shapes, row_diagonal = matrices(network), rows == "diagonal"
+    given = layers(shapes, row_diagonal)
     run = PRODUCTS[implementation]
     numel = sum(o * i for o, i in shapes)
-    read = sum((o if apart else o * o) + i * i for o, i in shapes)
-    buffers = [given] + [layers(shapes, apart) for _ in range(harness.copies(4 * (2 * numel + read)) - 1)]
+    read = sum((o if row_diagonal else o * o) + i * i for o, i in shapes)
+    buffers = [given] + [layers(shapes, row_diagonal) for _ in range(harness.copies(4 * (2 * numel + read)) - 1)]
 
     def gate():
         """The first layer of each shape against float64, as far from it as a sum of so many products may be."""
@@ -101,18 +101,18 @@ def bench_kron_mul(measure, network, rows, implementation):
             worst = max(worst, float((results[index] - expected).abs().max() / expected.abs().max()))
         return worst, 32 * torch.finfo(torch.float32).eps
 
-    work = harness.Work(12 * numel + 4 * read, sum(2 * o * i * (i if apart else o + i) for o, i in shapes))
+    work = harness.Work(12 * numel + 4 * read, sum(2 * o * i * (i if row_diagonal else o + i) for o, i in shapes))
     case = f"{network}, {numel} weights in {len(shapes)} layers, rows {rows}, float32"
     measure("kron_mul", case, implementation, [lambda b=b: run(*b) for b in buffers], work, gate)
 
 
 def score(weight, row, col, scale):
-    """By ops, one after the other."""
+    """Score by ops, one after the other."""
     return ops.obs_score(weight, ops.kron_diag(row, col, scale))
 
 
 def plain_score(weight, row, col, scale):
-    """In plain PyTorch."""
+    """Score in plain PyTorch."""
     diagonal = scale.square() * torch.outer(row.diagonal(), col.diagonal())
     return weight.square() / (2 * diagonal)
 
@@ -131,7 +131,7 @@ def bench_kron_diag(measure, network, implementation):
     if "compile" in implementation and not ON_GPU:
         pytest.skip("compiled for a GPU only")
     shapes = matrices(network)
-    given = layers(shapes, apart=False)
+    given = layers(shapes, row_diagonal=False)
     run = each(SCORES[implementation])
     numel = sum(o * i for o, i in shapes)
     buffers = [given] + [layers(shapes, False) for _ in range(harness.copies(8 * numel) - 1)]

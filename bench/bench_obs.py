@@ -88,7 +88,7 @@ def bench_obs_eliminate(measure, size, group, implementation):
     calls = [lambda args=args: eliminate(*args, **options) for args in buffers]
 
     def gate():
-        """Some blocks of the very call that is timed."""
+        """Compare some blocks of the very call that is timed with float64."""
         some = slice(None, None, max(1, len(weight) // 16))
         rank, cost = calls[0]()
         case = cases.Case("", tuple(arg[some].clone() for arg in buffers[0]), options, condition=1e3)
@@ -126,7 +126,7 @@ def bench_obs_compensate(measure, size, implementation):
     calls = [lambda args=args: compensate(*args) for args in buffers]
 
     def gate():
-        """Some blocks of the very call that is timed."""
+        """Compare some blocks of the very call that is timed with float64."""
         some = slice(None, None, max(1, len(args[0]) // 16))
         moved = calls[0]()
         case = cases.Case("", tuple(arg[some].clone() for arg in args), condition=1e3)

@@ -9,7 +9,7 @@ from fishleg_ext.bench import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the results go."""
+    """Add the option that says where the results go."""
     parser.addoption("--results", type=Path, required=True, help="folder of the JSON lines")
 
 

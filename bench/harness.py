@@ -38,7 +38,7 @@ MOST_BASELINE_SECONDS = 4.0  # the same of what we are compared with, which may 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must do, whoever does it."""
+    """The work that one call must do, whoever does it."""
 
     bytes: int
     flop: int = 0
@@ -52,7 +52,7 @@ def synchronised() -> float:
 
 
 def copies(bytes_of_one: int) -> int:
-    """How many buffers of this size do not fit into the cache together."""
+    """Count how many buffers of this size do not fit into the cache together."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE.type == "cuda" else 2**25
     return 1 + cache // max(1, bytes_of_one)
 
@@ -179,7 +179,7 @@ def _fastest(call: Callable[[], Any]) -> float:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Where this is measured."""
+    """Describe where this is measured."""
     bandwidth, arithmetic = rates()
     return {
         "device": device_name(),
@@ -204,12 +204,12 @@ def device_name() -> str:
 
 
 def device_slug() -> str:
-    """For the name of a file."""
+    """The device's name, for the name of a file."""
     return "cpu" if DEVICE.type == "cpu" else "-".join(device_name().lower().split())
 
 
 def _commit() -> str | None:
-    """Of the checkout that is measured, marked if there is more than was committed."""
+    """Commit of the checkout that is measured, marked if there is more than was committed."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

@@ -18,7 +18,7 @@ def read(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """For each op and case the implementations, compared with the first and with the floor."""
+    """Compare the implementations of each op and case with the first and with the floor."""
     from tabulate import tabulate
 
     parts = []

@@ -56,8 +56,8 @@ __device__ __forceinline__ void warp_lowest(double& cost, int& index) {
 }
 
 // What it costs to lose those weights z of a group that are in `pending`, bit by bit, H being h
-// between them: 1/2 z^T h^-1 z, as each goes in turn and what is left follows. Infinite where h is
-// not positive definite, and where the cost is NaN. Both are overwritten.
+// between them: 1/2 z^T h^-1 z, as each is eliminated in turn and what is left follows. Infinite
+// where h is not positive definite, and where the cost is NaN. Both are overwritten.
 template <typename T, int kGroup>
 __device__ __forceinline__ T joint_cost(T (&z)[kGroup], T (&h)[kGroup][kGroup], unsigned pending) {
   T cost = 0;
@@ -180,7 +180,7 @@ struct Weights {
     if (holds(q)) pending &= ~(((1u << kGroup) - 1) << s * kGroup);
   }
 
-  // Weight q goes: u is row q of H, in shared memory, and `inverse_variance` is 1 / u_q.
+  // Weight q is eliminated: u is row q of H, in shared memory, and `inverse_variance` is 1 / u_q.
   __device__ __forceinline__ void eliminate(const T* u, int q, T inverse_variance, int m) {
     const T share = entry(q, [&](int s, int r) { return weight[s][r]; }) * inverse_variance;
 #pragma unroll
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(Tiles::kBlockThreads, kGroup == 1 ? Tiles::kMi
   int now = 0;  // which of the two rows
   auto eliminate = [&](int q, int m) {
     const T variance = weights.variance_of(q);
-    if (!(variance > 0)) return;  // nothing makes up for it
+    if (!(variance > 0)) return;  // nothing compensates it
     const T inverse_variance = 1 / variance;
     T* const u = rows + now * Tiles::kSize;
     now = 1 - now;

@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
   const int32_t next = state.next[block];
   __syncthreads();
 
-  // Weights that go together, and to which each thread keeps: it alone writes what belongs to them.
+  // Weights that are eliminated together, and to which each thread keeps: it alone writes what
+  // belongs to them.
   const int together = dead ? 1 : kGroup, mine = threadIdx.x * together;
-  const int apart = blockDim.x * together;
+  const int stride = blockDim.x * together;
   auto variance_of = [&](int j) { return variance[j * kGroup + j % kGroup]; };
   // What it costs to lose weight j or the group that it is the first of.
   auto cost_of = [&](int j) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
   while (step + together <= state.panel) {
     T best = static_cast<T>(INFINITY);
     int first = size;
-    for (int j = mine; j < size; j += apart) {
+    for (int j = mine; j < size; j += stride) {
       const T cost = cost_of(j);
       if (cost < best) {
         best = cost;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
     for (int q = first; q < first + together; ++q) {
       if (alive[q] == dead) continue;
       if (q > first) __syncthreads();  // the one before has left its mark on weight q
-      // A weight that nothing makes up for moves no other: its column is 0.
+      // A weight that nothing compensates moves no other: its column is 0.
       const T root = variance_of(q) > 0 ? sqrt(variance_of(q)) : static_cast<T>(INFINITY);
       const T share = weight[q] / root;
       if (threadIdx.x == 0 && !dead) {
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
         column[j] = value / root;
       }
       __syncthreads();  // all have read weight q and its variance
-      for (int j = mine; j < size; j += apart) {
+      for (int j = mine; j < size; j += stride) {
         for (int i = j; i < j + together; ++i) {
           const int member = i % kGroup;
           weight[i] -= column[i] * share;

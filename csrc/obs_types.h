@@ -11,7 +11,7 @@ struct EliminateOptions {
   int64_t num_blocks;      // K
   int size;                // B
   int64_t inverse_stride;  // elements from one block's inverse to the next; 0 where all share one
-  int group;               // weights that go together, g: see with_group
+  int group;               // weights that are eliminated together, g: see with_group
   int n, m;                // keep n of each m weights; m = 0 where there is no such pattern
   T stop;                  // a block ends when its next cost exceeds this
   bool dead_first;         // the inverse is that of the whole block: eliminate the dead first

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser(
         "prune",
+        allow_abbrev=False,
         help="prune a model of your own",
         description="Prune a model made by a function of yours on data from another. "
         "MODULE is looked for in the current folder first.",
@@ -132,8 +133,11 @@ def _scope(text: str) -> str | dict[str, float]:
     """A scope by name, or the sparsities of "name=sparsity,name=sparsity"."""
     if "=" not in text:
         return text
-    pairs = (part.rpartition("=") for part in text.split(","))
-    return {name.strip(): float(sparsity) for name, _, sparsity in pairs}
+    try:
+        pairs = (part.rpartition("=") for part in text.split(","))
+        return {name.strip(): float(sparsity) for name, _, sparsity in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=SPARSITY,NAME=SPARSITY, got {text!r}") from None
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -206,7 +210,7 @@ def _gpu() -> str:
 
 
 def _cuda_part() -> str:
-    """What the compiled libraries were built with, or why they are not here."""
+    """Say what the compiled libraries were built with, or why they are not here."""
     try:
         _build = importlib.import_module("fishleg_ext._build")
     except ImportError as error:

@@ -34,7 +34,7 @@ class Stopwatch:
 
 
 class DataSource(NamedTuple):
-    """What an estimate is made from."""
+    """The data that an estimate is made from."""
 
     data: Iterable[Any]
     loss_fn: LossFunction

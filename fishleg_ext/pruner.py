@@ -304,7 +304,7 @@ class Pruner:
         )
 
     def _allocated(self, allocator: Estimator, counts: int | Mapping[str, int]) -> dict[str, int]:
-        """How many weights of each parameter are pruned where all of them compete under another curvature."""
+        """Count the weights of each parameter that are pruned where all of them compete under another curvature."""
         costs: dict[str, Costs] = {}
         solver = SOLVERS[allocator.recipe.default_saliency]
         for group in allocator.groups:
@@ -516,7 +516,7 @@ class Pruner:
             warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
 
     def _fitting(self, weights: dict[str, nn.Parameter], *, chosen: bool) -> dict[str, nn.Parameter]:
-        """Those whose fan-in the pattern divides; an error where users chose others themselves."""
+        """Leave out parameters whose fan-in the pattern does not divide; an error where users chose them themselves."""
         misfits = self.pattern.misfits(weights)
         if not misfits:
             return weights

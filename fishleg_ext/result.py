@@ -10,7 +10,7 @@ from fishleg_ext.config import PruneConfig
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What was pruned.
+    """The outcome of a pruning.
 
     Attributes:
         masks: name -> bool tensor, True = kept.

@@ -75,7 +75,9 @@ class _Curve(ABC):
 
 
 class Cubic(_Curve):
-    """Fast at first, when there is much to lose, then slower. Zhu and Gupta 2017, arXiv 1710.01878, eq. 1.
+    """A sparsity that rises fast at first, when most weights are redundant, then slower.
+
+    Zhu and Gupta 2017, arXiv 1710.01878, eq. 1.
 
     Examples:
         >>> [Cubic(final_sparsity=0.96, end=4, frequency=2)(step) for step in range(6)]
@@ -87,14 +89,14 @@ class Cubic(_Curve):
 
 
 class Linear(_Curve):
-    """The same number of weights each time."""
+    """A sparsity that rises by the same number of weights each time."""
 
     def _sparsity(self, part: float) -> float:
         return self.init_sparsity + (self.final_sparsity - self.init_sparsity) * part
 
 
 class Geometric(_Curve):
-    """The same fraction of what is left each time, as `prune` does with recomputations."""
+    """A density that falls by the same fraction each time, as in `prune` with recomputations."""
 
     def _sparsity(self, part: float) -> float:
         return 1 - (1 - self.init_sparsity) * ((1 - self.final_sparsity) / (1 - self.init_sparsity)) ** part
@@ -102,7 +104,7 @@ class Geometric(_Curve):
 
 @dataclass(frozen=True, kw_only=True)
 class OneShot:
-    """All at once, at `start`.
+    """The final sparsity all at once, at `start`.
 
     Args:
         final_sparsity: in [0, 1).

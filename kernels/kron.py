@@ -101,7 +101,7 @@ def col_product_kernel(
     tiles_ptr,
     DTYPE: tl.constexpr,
     SCALED: tl.constexpr,
-    APART: tl.constexpr,
+    ROW_DIAGONAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,7 +109,7 @@ def col_product_kernel(
 ):
     """y[r, n] = scale[r, n] * sum_k z[r, k] * M[k, n], r over the rows of all b.
 
-    Where APART, z = scale * x and the sum is multiplied by p[r].
+    Where ROW_DIAGONAL, z = scale * x and the sum is multiplied by p[r].
 
     Rows count from the first of the tile.
     """
@@ -135,7 +135,7 @@ def col_product_kernel(
         k = start + tl.arange(0, BLOCK_K)
         inside = (r < rows)[:, None] & (k < i)[None, :]
         offsets = r[:, None] * i + k[None, :]
-        if APART:
+        if ROW_DIAGONAL:
             z = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             if SCALED:
                 z *= tl.load(scale_ptr + m[:, None] * i + k[None, :], mask=inside, other=0.0)
@@ -144,7 +144,7 @@ def col_product_kernel(
         col = tl.load(col_ptr + k[:, None] * i + n[None, :], mask=(k < i)[:, None] & (n < i)[None, :], other=0.0)
         total = tl.dot(z, col, total, input_precision="tf32x3")
     inside = (r < rows)[:, None] & (n < i)[None, :]
-    if APART:
+    if ROW_DIAGONAL:
         total *= tl.load(row_ptr + m, mask=r < rows, other=0.0)[:, None]
     if SCALED:
         total *= tl.load(scale_ptr + m[:, None] * i + n[None, :], mask=inside, other=0.0)
@@ -159,7 +159,7 @@ def supports_kron_mul(
 
 
 def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
-    """Of one parameter."""
+    """Multiply one parameter; see `ops.kron_mul`."""
     return foreach_kron_mul([x], [row_factor], [col_factor], [scale])[0]
 
 
@@ -209,17 +209,19 @@ def foreach_kron_mul(
         aligned = o % 4 == 0 and i % 4 == 0 and not any(place % 16 for place in addresses)
         key = tensor.device, tensor.dtype, factor is not None, row.dim() == 1, aligned
         groups.setdefault(key, []).append(((*addresses, o, i), (tensor.numel() // (o * i), o, i)))
-    for (device, dtype, scaled, apart, aligned), members in groups.items():
+    for (device, dtype, scaled, row_diagonal, aligned), members in groups.items():
         entries, shapes = zip(*members, strict=True)
         table = torch.tensor(entries).to(device, non_blocking=True)
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
         options = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
         with launch_on(device):
-            if not apart:
+            if not row_diagonal:
                 tiles = _tiles_in_use(shapes, True, device)
                 row_product_kernel[(len(tiles),)](table, tiles, ELEMENTS[dtype], scaled, aligned, **sizes, **options)
             tiles = _tiles_in_use(shapes, False, device)
-            col_product_kernel[(len(tiles),)](table, tiles, ELEMENTS[dtype], scaled, apart, aligned, **sizes, **options)
+            col_product_kernel[(len(tiles),)](
+                table, tiles, ELEMENTS[dtype], scaled, row_diagonal, aligned, **sizes, **options
+            )
     return results
 
 

@@ -123,3 +123,20 @@ def test_the_module_runs():
         [sys.executable, "-m", "fishleg_ext.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_scopes_and_shares_on_the_command_line(capsys):
+    from fishleg_ext.cli import _parser
+
+    parse = lambda *options: _parser().parse_args(["prune", "m:f", "d:f", "--out", "x.pt", *options])
+    assert parse("--scope", "0.weight=0.5,fc.weight=.9").scope == {"0.weight": 0.5, "fc.weight": 0.9}
+    assert parse("--scope", "layer").scope == "layer"
+    assert parse("--first-order", "0.5").first_order == 0.5
+    assert parse("--first-order").first_order is True
+    assert parse("--params", "a", "--params", "re:b").params == ["a", "re:b"]
+    assert not parse("--quiet").progress
+    assert not hasattr(parse(), "seed")  # what is not given is the config's default
+    for wrong in (["--scope", "a=b"], ["--curvatur", "diagonal"], ["--labels", "both"]):
+        with pytest.raises(SystemExit):
+            parse(*wrong)
+    assert "expected NAME=SPARSITY,NAME=SPARSITY, got 'a=b'" in capsys.readouterr().err

@@ -45,7 +45,7 @@ FISHLEG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"batches of {size}": (TWO_PASSES | {"batch_size": size}, {}) for size in (64, 256)},
     "structure kronecker": (TWO_PASSES | {"structure": "kronecker"}, {}),
     "labels of the data": (TWO_PASSES, {"labels": "data"}),
-    # The 24 batches after the 8 that are learned by turns.
+    # The 24 batches after the 8 of alternating closed-form updates.
     **{f"Adam, {name}": ({"adam": Adam(steps=24, **how)}, {}) for name, how in ADAM.items()},
 }
 FISHLEG_SPARSITIES = (0.8, 0.9, 0.95)
@@ -104,7 +104,7 @@ class HeldOut:
                 self.squares[key] += float((row[:, None] * (grads @ col)).square().sum(dtype=torch.float64))
 
     def losses(self, damping: float) -> dict[Any, float]:
-        """The auxiliary loss of each, all parameters added up; of rows apart."""
+        """Return the auxiliary loss of each, summed over parameters, for diagonal row factors."""
         losses = {}
         for key, inverse in self.inverses.items():
             norm = sum(float(row.square().sum() * col.square().sum()) for row, col, _ in inverse.values())

@@ -36,7 +36,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """For the network of digits."""
+    """Make the optimizer of the network of digits."""
     return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2)
 
 
@@ -132,7 +132,7 @@ class Run:
         self.model.eval()
 
     def digest(self) -> str:
-        """Of weights and masks, to the bit."""
+        """Hash weights and masks, to the bit."""
         tensors = {**self.model.state_dict(), **{f"mask of {n}": m for n, m in self.pruner.masks.items()}}
         digest = hashlib.sha256()
         for name in sorted(tensors):

@@ -243,7 +243,7 @@ class Bench:
                     seconds.append(record["seconds"])
                 rows.append([*row, max(seconds)])
                 self.write()
-        print("\ntest accuracy, %, as it is / with BatchNorm recalibrated; most seconds of a round")
+        print("\ntest accuracy, %, without recalibration / with BatchNorm recalibrated; most seconds of a round")
         columns = ["", "rounds", *(f"{s:.0%}" for s in LAYERWISE_SPARSITIES), "s"]
         print(tabulate(rows, columns, floatfmt=".1f", tablefmt="github"))
 
@@ -300,7 +300,7 @@ COSTS = ("total, s", *(f"{stage}, s" for stage in STAGES), "peak MiB")
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Describe what the numbers depend on."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",

@@ -11,5 +11,5 @@ T = TypeVar("T")
 def progress_bar(
     items: Optional[Iterable[T]] = None, *, what: str, show: bool, total: Optional[int] = None
 ) -> "tqdm[T]":
-    """A bar over `items`, or one that is moved by hand towards `total`; gone once it is full."""
+    """A bar over `items`, or one that is moved by hand towards `total`; removed once it is full."""
     return tqdm(items, desc=what, total=total, leave=False, disable=None if show else True)

@@ -41,7 +41,7 @@ def not_loaded() -> str | None:
 
 
 def build_record() -> dict[str, Any]:
-    """What was decided when the package was installed: {"cuda": bool, "reason": str}."""
+    """Read what was decided when the package was installed: {"cuda": bool, "reason": str}."""
     record = resources.files("fishleg_ext") / "build_record.json"
     if not record.is_file():
         return {"cuda": False, "reason": "nothing is recorded of how this was installed"}

@@ -60,7 +60,7 @@ def obs_eliminate(
 def _eliminate_in_panels(
     weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Some steps of every block in one launch, then what they take from the inverses in one matrix product."""
+    """Take some steps of every block in one launch, then update all inverses in one matrix product."""
     blocks, size = weight.shape
     zero = weight.new_zeros(())
     # The group x group blocks on the diagonal, [K, B, group].
@@ -127,5 +127,5 @@ def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
 
 
 def _inverse(inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the kernels read it; one that all blocks share is not copied for each."""
+    """Return an inverse as the kernels read it; one that all blocks share is not copied for each."""
     return (inverse[:1] if inverse.stride(0) == 0 else inverse).to(dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Adam on the roots of Q, as in the papers of FishLeg: for comparison with factors learned by turns."""
+"""Adam on the roots of Q, as in the papers of FishLeg: for comparison with alternating closed-form updates."""
 
 import copy
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ PRODUCTS = ("gradients", "gauss_newton")
 
 @dataclass(frozen=True)
 class Adam:
-    """How FishLeg descends, instead of learning by turns: Adam on lambda = (scale, R, L).
+    """Settings of Adam on lambda = (scale, R, L), by which FishLeg descends in place of closed-form updates.
 
     Q = diag(scale) (R^T R (x) L L^T) diag(scale), positive semidefinite whatever the roots are. Without probes a batch
     of gradients g gives the exact expectation of the loss over u. With probes a step is that of the papers: v = Q u,
@@ -31,7 +31,7 @@ class Adam:
         learning_rate: relative to the root mean square of each of scale, R and L at the start; falls linearly to 0.
         steps: after which nothing changes any more; a batch is a step, with Gauss-Newton products each chunk that the
             gradients of are computed at a time.
-        warm_up: gradients that are learned by turns first.
+        warm_up: gradients that alternating closed-form updates learn from first.
         loss: "auxiliary", or "log_determinant": 1/2 tr(Q (F + damping I)) - 1/2 log det Q, which has the same minimum
             where Q can be the inverse; without probes alone.
         probes: None, "gaussian" (u ~ N(0, I)) or "gradients" (u from the batch).

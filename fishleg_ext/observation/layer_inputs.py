@@ -38,7 +38,7 @@ class LayerObserver:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """With a hook on every layer."""
+        """Keep a hook on every layer within this block."""
         handles = []
         try:
             for name, module in self.layers.items():
@@ -97,7 +97,7 @@ def output_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
-    """What the weight of a Linear or Conv layer is multiplied by: [rows, fan_in], or [groups, rows, fan_in].
+    """Unfold what the weight of a Linear or Conv layer is multiplied by: [rows, fan_in], or [groups, rows, fan_in].
 
     Args:
         module: nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.

@@ -73,6 +73,6 @@ def writable(name: str, tensor: Tensor) -> None:
 
 
 def same_length(first_name: str, first: Sequence, second_name: str, second: Sequence) -> None:
-    """Two lists go together, item by item."""
+    """Two lists are as long as each other and fit item by item."""
     if len(first) != len(second):
         raise ValueError(f"expected as many {second_name} as {first_name}, {len(first)}, got {len(second)}")

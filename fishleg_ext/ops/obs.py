@@ -17,7 +17,7 @@ def _fake_obs_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
 
 @op(reference=reference.obs_score, fake=_fake_obs_score)
 def obs_score(weight: Tensor, inverse_diagonal: Tensor, *, impl: str = "auto") -> Tensor:
-    """The loss increase of losing each weight alone: w^2 / (2 d).
+    """The loss increase of pruning each weight alone: w^2 / (2 d).
 
     Hassibi and Stork, Optimal Brain Surgeon, NeurIPS 1992, eq. 5.
 
@@ -67,7 +67,7 @@ def obs_eliminate(
     dead_first: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Eliminate the weights of each block one by one, the cheapest first, each compensated for by those left.
+    """Eliminate the weights of each block one by one, the cheapest first, each compensated by those left.
 
     Until nothing is alive: q = argmin w_q^2 / (2 H_qq), then w -= H[:, q] w_q / H_qq and
     H -= H[:, q] H[q, :] / H_qq. Ties go to the lowest index. The order of exact greedy pruning in
@@ -85,9 +85,10 @@ def obs_eliminate(
         dead_first: the inverse is that of the whole block: condition it on the dead weights first.
 
     Returns:
-        rank int32 [K, B]: 0 goes first; -1 is not alive; B is alive but not reached. And cost [K, B] in inverse's
-        dtype (at least float32): the raw cost of that removal, +inf where not alive or not reached; the sum along
-        the order is the exact joint cost. The members of a group have consecutive ranks and equal shares of its cost.
+        rank int32 [K, B]: 0 is eliminated first; -1 is not alive; B is alive but not reached. And cost [K, B] in
+        inverse's dtype (at least float32): the raw cost of that removal, +inf where not alive or not reached; the sum
+        along the order is the exact joint cost. The members of a group have consecutive ranks and equal shares of its
+        cost.
         A weight whose cost is not finite, or whose inverse diagonal is not positive, is never reached.
 
     Raises:

@@ -16,8 +16,8 @@ def _fake_keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
 def keep_mask(scores: list[Tensor], num_pruned: int, *, impl: str = "auto") -> list[Tensor]:
     """Mark the `num_pruned` lowest scores of all tensors together as pruned (False).
 
-    The count is exact: of equal scores the earlier tensor, and in it the lower flat index, goes first. NaN ranks above
-    inf, so it is kept. The host is never synchronised.
+    The count is exact: of equal scores the earlier tensor, and in it the lower flat index, is pruned first. NaN ranks
+    above inf, so it is kept. The host is never synchronised.
 
     Args:
         scores: tensors of any shapes, floating point, on one device.

@@ -9,7 +9,7 @@ from fishleg_ext.common.dtypes import widened
 
 
 def dtype_of(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor]) -> torch.dtype:
-    """Of products and diagonals."""
+    """Dtype of products and diagonals."""
     return widened(row_factor.dtype, col_factor.dtype, *([] if scale is None else [scale.dtype]))
 
 

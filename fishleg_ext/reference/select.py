@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
-    """What is below the threshold, and of what equals it the first; NaN is above inf."""
+    """Prune what is below the threshold, and of what equals it the first; NaN is above inf."""
     if not scores:
         return []
     dtype = functools.reduce(torch.promote_types, (score.dtype for score in scores))

@@ -14,7 +14,7 @@ Sparsity = float | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a sparsity means, by the settings of a pruner.
+    """The number of weights that a sparsity means, by the settings of a pruner.
 
     Attributes:
         scope: "global", "flops", "layer", or name -> sparsity.

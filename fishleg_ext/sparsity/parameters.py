@@ -103,6 +103,10 @@ def _matches(model: nn.Module, named: dict[str, nn.Parameter], pattern: str) -> 
     if not found:
         inside = sorted((name for name in named if pattern in name), key=lambda name: not name.endswith("weight"))
         close = inside[:3] or difflib.get_close_matches(pattern, named, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join([*named][:8])}, ..."
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else f"there are {', '.join([*named][:8])}{', ...' * (len(named) > 8)}"
+        )
         raise ValueError(f"no parameter matches {pattern!r}; {hint}")
     return found

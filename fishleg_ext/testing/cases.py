@@ -224,8 +224,13 @@ def _kron_mul(new: Inputs) -> Iterator[Case]:
         yield Case(f"shape={[*batch, o, i]}", (new.normal(*batch, o, i), *factors, new.positive(o, i)), {}, 10.0)
     for shape in [(33, 50), (2, 16, 9)]:
         row, col = new.positive(shape[-2]), new.spd(1, shape[-1], 1e2)[0]
-        yield Case(f"rows apart, shape={[*shape]}", (new.normal(*shape), row, col, new.positive(*shape[-2:])), {}, 10.0)
-        yield Case(f"rows apart, not scaled, shape={[*shape]}", (new.normal(*shape), row, col), {}, 10.0)
+        yield Case(
+            f"diagonal row factor, shape={[*shape]}",
+            (new.normal(*shape), row, col, new.positive(*shape[-2:])),
+            {},
+            10.0,
+        )
+        yield Case(f"diagonal row factor, not scaled, shape={[*shape]}", (new.normal(*shape), row, col), {}, 10.0)
     yield Case("not scaled", (new.normal(7, 5), new.spd(1, 7, 1e2)[0], new.spd(1, 5, 1e2)[0]), {}, 10.0)
     views = (new.normal(1, 4, 3).mT.expand(5, 3, 4), new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0])
     yield Case("views", (*views, new.positive(4, 3).mT), {}, 10.0)
@@ -237,8 +242,13 @@ def _foreach_kron_mul(new: Inputs) -> Iterator[Case]:
     cols = [new.spd(1, shape[-1], 1e2)[0] for shape in shapes]
     x, scales = [new.normal(*shape) for shape in shapes], [new.positive(*shape[-2:]) for shape in shapes]
     yield Case("several", (x, rows, cols, scales), {}, 10.0)
-    some_apart = [row.diagonal() if index % 2 else row for index, row in enumerate(rows)]
-    yield Case("some rows apart, some not scaled", (x, some_apart, cols, [*scales[:2], None, None, None]), {}, 10.0)
+    some_diagonal = [row.diagonal() if index % 2 else row for index, row in enumerate(rows)]
+    yield Case(
+        "some diagonal row factors, some not scaled",
+        (x, some_diagonal, cols, [*scales[:2], None, None, None]),
+        {},
+        10.0,
+    )
     halves = [row.bfloat16().diagonal() for row in rows], [col.bfloat16() for col in cols]
     yield Case("narrow factors", (x, *halves, scales), {}, 10.0)
     yield Case("none", ([], [], [], []))
@@ -248,7 +258,7 @@ def _kron_diag(new: Inputs) -> Iterator[Case]:
     for o, i in [(1, 1), (3, 7), (33, 50), (0, 4)]:
         factors = new.spd(1, o, 1e2)[0], new.spd(1, i, 1e2)[0]
         yield Case(f"shape={[o, i]}", (*factors, new.positive(o, i)))
-    yield Case("rows apart, not scaled", (new.positive(3), new.spd(1, 4, 10.0)[0]))
+    yield Case("diagonal row factor, not scaled", (new.positive(3), new.spd(1, 4, 10.0)[0]))
     yield Case("views", (new.spd(1, 3, 10.0)[0].mT, new.spd(1, 4, 10.0)[0], new.positive(4, 3).mT))
 
 

@@ -37,7 +37,7 @@ WITHOUT_DTYPE = ("pack_mask", "unpack_mask")
 
 @dataclass
 class Row:
-    """What one implementation of one op did on all cases of one dtype."""
+    """The record of one implementation of one op on all cases of one dtype."""
 
     op: str
     impl: str
@@ -48,7 +48,7 @@ class Row:
     failures: list[str] = field(default_factory=list)
     reason: str = ""  # why it ran on no case, or not on all
 
-    def take(self, case: Case, error: float, budget: float) -> None:
+    def record(self, case: Case, error: float, budget: float) -> None:
         """Record the result of a case."""
         self.cases += 1
         if not error <= budget:
@@ -58,7 +58,7 @@ class Row:
 
 
 def _used(error: float, budget: float) -> float:
-    """How much of its budget an error is."""
+    """The share of its budget that an error is."""
     return error / budget if budget else error
 
 
@@ -117,7 +117,7 @@ def check_dtype(op: Op, impl: str, dtype: torch.dtype, seed: int = 0) -> Row:
         for case in CASES[op.name](Inputs(dtype, device_of(impl), seed)):
             supported, reason = op.supports(impl, *case.args, **case.kwargs)
             if supported:
-                row.take(case, *error_and_budget(op, None if impl == "reference" else op.launcher(impl), case))
+                row.record(case, *error_and_budget(op, None if impl == "reference" else op.launcher(impl), case))
             else:
                 row.reason = row.reason or reason
     except Exception as error:  # whatever a kernel may end with; what follows on a GPU may then fail for that reason
@@ -141,11 +141,11 @@ def error_and_budget(op: Op, launcher: Callable[..., Any] | None, case: Case) ->
     if op.name == "obs_eliminate" and not case.exact:
         error_of = functools.partial(_elimination_error, case)
     else:
-        error_of = functools.partial(_error, outcome(op, op.reference, _double(case.args), case.kwargs))
-    got = outcome(op, launcher or op.reference, case.args, case.kwargs)
+        error_of = functools.partial(_error, run_case(op, op.reference, _double(case.args), case.kwargs))
+    got = run_case(op, launcher or op.reference, case.args, case.kwargs)
     error = error_of(got)
     if launcher is not None:  # the same call gives the same bits
-        again = outcome(op, launcher, case.args, case.kwargs)
+        again = run_case(op, launcher, case.args, case.kwargs)
         if not all(map(_same_bits, got, again)):
             return torch.inf, 0.0
     floating = [result.dtype for result in got if result.is_floating_point()]
@@ -160,7 +160,7 @@ def error_and_budget(op: Op, launcher: Callable[..., Any] | None, case: Case) ->
         # the condition number, is then in the comparison and not in `reference`.
         replayed = op.name == "obs_eliminate" and torch.float64 in floating
         rounding += magnified if op.name == "woodbury_update_" or replayed else magnified / 10
-    reference = error_of(outcome(op, op.reference, case.args, case.kwargs))
+    reference = error_of(run_case(op, op.reference, case.args, case.kwargs))
     return error, 2 * (reference + rounding)
 
 
@@ -169,8 +169,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def outcome(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What an implementation returns, after the memory that it may write to: a copy, of all around its targets, too."""
+def run_case(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the memory that an implementation may write to, a copy with all around its targets, and its results."""
     names = [argument.name for argument in torch._C.parse_schema(op.schema).arguments]
     written: list[Tensor] = []
     own = tuple(_copy(arg, written) if name in op.mutates else arg for name, arg in zip(names, args, strict=False))

@@ -193,7 +193,7 @@ def test_faults_are_found(name, faulty, shown_by):
     row = check.Row(name, "faulty", "")
     for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
         if case.name == shown_by:
-            row.take(case, *check.error_and_budget(OPS[name], faulty, case))
+            row.record(case, *check.error_and_budget(OPS[name], faulty, case))
             break
     assert row.failures
 
@@ -213,7 +213,7 @@ def test_coarse_faults_are_found_at_every_condition(name, faulty, condition):
 
 
 def test_torch_is_as_before_afterwards():
-    check.outcome(OPS["obs_score"], lambda *args: args[0], (torch.ones(1), torch.ones(1)), {})
+    check.run_case(OPS["obs_score"], lambda *args: args[0], (torch.ones(1), torch.ones(1)), {})
     assert not torch.are_deterministic_algorithms_enabled()
 
 
