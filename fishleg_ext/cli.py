@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("ops", nargs="*", metavar="OP", help="or a family, such as obs; default: all")
     check.add_argument(
-        "--impl", action="append", choices=("reference", "triton", "cuda"), help="default: all that there are"
+        "--impl", action="append", choices=("reference", "triton", "cuda", "cpu"), help="default: all that there are"
     )
     check.add_argument("--seed", type=int, default=0, help="of the inputs")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the table to this file, too")
@@ -118,7 +118,9 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
     elif field.type is bool:
         parser.add_argument(option, **how, action="store_true")
     elif kind == "share":
-        parser.add_argument(option, **how, nargs="?", type=float, const=True, metavar="SHARE")
+        parser.add_argument(option, **how, action="store_true")
+        how["help"] = f"the same with a number, in [0, 1]; {option} finds one"
+        parser.add_argument(f"{option}-share", **how, type=float, metavar="SHARE")
     elif kind == "list":
         parser.add_argument(option, **how, action="append", metavar="NAME")
     elif kind == "scope":

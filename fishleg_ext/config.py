@@ -10,7 +10,7 @@ from typing import Any
 
 from fishleg_ext import curvature as curvatures
 from fishleg_ext.common.arguments import checked_count, checked_damping, checked_flag, checked_sparsity, one_of
-from fishleg_ext.common.settings import Settings, setting
+from fishleg_ext.common.settings import FrozenDict, Settings, setting
 from fishleg_ext.curvature import Curvature, checked_curvature, make_recipes
 from fishleg_ext.observation.likelihoods import Likelihood, checked_likelihood
 from fishleg_ext.ops.dispatch import IMPLS
@@ -22,9 +22,9 @@ SCOPES = ("global", "flops", "layer")
 SHARED = ("num_grads", "grad_batch_size", "block_size", "damping", "labels", "likelihood")  # of the recipes
 
 
-def _checked_scope(name: str, value: Any) -> str | dict[str, float]:
+def _checked_scope(name: str, value: Any) -> str | FrozenDict:
     if isinstance(value, Mapping):
-        return {key: checked_sparsity(f"sparsity of {key}", sparsity) for key, sparsity in value.items()}
+        return FrozenDict((key, checked_sparsity(f"sparsity of {key}", sparsity)) for key, sparsity in value.items())
     if not isinstance(value, str) or value not in SCOPES:
         raise ValueError(f"expected {name} to be 'global', 'flops', 'layer' or a dict of sparsities, got {value!r}")
     return value
@@ -245,20 +245,27 @@ class PruneConfig(Settings):
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"class": type(value).__name__} | {name: _plain(v) for name, v in vars(value).items()}
+        kind = type(value)
+        known = getattr(curvatures, kind.__name__, None) is kind
+        name_of = kind.__name__ if known else f"{kind.__module__}:{kind.__qualname__}"
+        return {"class": name_of} | {name: _plain(v) for name, v in vars(value).items()}
     if callable(value):
         return {"function": f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"}
     if isinstance(value, Mapping):
         return {"dict": {name: _plain(v) for name, v in value.items()}}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else {"function": repr(value)}
 
 
 def _restored(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         if "function" in value:
-            raise ValueError(f"{name} was the function {value['function']}, which a file cannot hold")
+            raise ValueError(f"{name} was {value['function']}, which a file cannot hold")
         if "dict" in value:
             return dict(value["dict"])
+        if not hasattr(curvatures, str(value.get("class"))):
+            raise ValueError(f"{name} was of the class {value.get('class')}, which is none of fishleg_ext.curvature")
         settings = {key: _restored(key, v) for key, v in value.items() if key != "class"}
         return getattr(curvatures, value["class"])(**settings)
     return tuple(_restored(name, v) for v in value) if isinstance(value, list) else value
@@ -275,6 +282,8 @@ def describe_settings() -> str:
 
 def documented(thing: Any) -> Any:
     """Put the help texts of all settings where a docstring has {settings}."""
+    if thing.__doc__ is None:  # python -OO
+        return thing
     doc = inspect.cleandoc(thing.__doc__)
     thing.__doc__ = doc.replace("{settings}", describe_settings())
     return thing

@@ -102,8 +102,12 @@ class Pruner:
                 require_rereadable(data, "each step that prunes")
             if isinstance(self.config.scope, Mapping):
                 raise ValueError("scope={...} cannot be combined with schedule=: the schedule sets the sparsity")
+            if self.config.sparsity is not None:
+                raise ValueError(
+                    f"sparsity={self.config.sparsity} of the config cannot be combined with schedule=: both say how "
+                    "many weights"
+                )
             recipe = recipe.with_schedule()
-            allocation = None if allocation is None else allocation.with_schedule()
         self.refine_grads = None if refine_grads is None else checked_count("refine_grads", refine_grads)
         if self.refine_grads and not recipe.prior_weight:
             raise ValueError(
@@ -308,10 +312,7 @@ class Pruner:
         costs: dict[str, Costs] = {}
         solver = SOLVERS[allocator.recipe.default_saliency]
         for group in allocator.groups:
-            problem = self._problem(allocator, group)  # which is timed
-            with self._timed("allocation"):
-                costs |= solver.costs(problem)
-            self._damping_raised |= problem.estimate.damping_raised
+            costs |= self._costs(allocator, solver, group, "allocation")
         return {name: int((~mask).sum()) for name, mask in self._select(costs, counts).items()}
 
     def _prune(self, groups: list[list[str]], counts: int | Mapping[str, int], masks: dict[str, Tensor]) -> float:
@@ -319,26 +320,15 @@ class Pruner:
         solver, costs = self.solver, dict[str, Costs]()
         chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
         for group in () if solver.sweeps else groups:
-            problem = self._problem(self.estimator, group)
-            with self._timed("saliency"):
-                costs |= solver.costs(problem)
-            self._damping_raised |= problem.estimate.damping_raised
+            costs |= self._costs(self.estimator, solver, group, "saliency")
         if not solver.sweeps:
             with self._timed("selection"):
                 chosen = self._select(costs, counts)
         for group in reversed(groups):  # the last one is still held
-            problem = self._problem(self.estimator, group)
-            with self._timed("compensation"):
-                if solver.sweeps:
-                    assert isinstance(counts, Mapping)
-                    kept, moved = solver.sweep(problem, counts)
-                else:
-                    kept = {name: chosen[name] for name in group}
-                    moved = solver.compensate(problem, kept)
-                chosen |= kept
-                updated |= moved
-                increase += solver.joint_cost(problem, costs, kept)
-            self._damping_raised |= problem.estimate.damping_raised
+            kept, moved, cost = self._compensated(group, counts, chosen, costs)
+            chosen |= kept
+            updated |= moved
+            increase += cost
         for name, weight in updated.items():
             if not weight.isfinite().all():
                 raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
@@ -346,6 +336,34 @@ class Pruner:
             self.model.get_parameter(name).copy_(value)
         masks |= chosen
         return increase
+
+    def _costs(self, estimator: Estimator, solver: Solver, group: list[str], stage: str) -> dict[str, Costs]:
+        """Return the costs of one group; a function of its own, so that no estimate outlives the next one's start."""
+        problem = self._problem(estimator, group)  # which times the observation
+        with self._timed(stage):
+            costs = solver.costs(problem)
+        self._damping_raised |= problem.estimate.damping_raised
+        return costs
+
+    def _compensated(
+        self,
+        group: list[str],
+        counts: int | Mapping[str, int],
+        chosen: Mapping[str, Tensor],
+        costs: Mapping[str, Costs],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+        """Return masks of one group, its weights and biases compensated, and the joint cost; see `_costs`."""
+        problem = self._problem(self.estimator, group)
+        with self._timed("compensation"):
+            if self.solver.sweeps:
+                assert isinstance(counts, Mapping)
+                kept, moved = self.solver.sweep(problem, counts)
+            else:
+                kept = {name: chosen[name] for name in group}
+                moved = self.solver.compensate(problem, kept)
+            cost = self.solver.joint_cost(problem, costs, kept)
+        self._damping_raised |= problem.estimate.damping_raised
+        return kept, moved, cost
 
     def step(self) -> bool:
         """Prune as far as the schedule says, if it says so of this step; call it once in each training step, or epoch.
@@ -478,9 +496,11 @@ class Pruner:
         if flops and flops.keys() != self.weights.keys():
             raise ValueError(f"expected flops_per_weight of {', '.join(self.weights)}, got {', '.join(flops)}")
         estimator = self.estimator.loaded(estimate)
-        self.allocator = None if self.allocator is None else self.allocator.loaded(allocation)
-        self.estimator, self._masks, self._first = estimator, masks, first_order
-        self.history, self._step, self._flops_per_weight = copy.deepcopy(list(history)), int(step), dict(flops)
+        allocator = None if self.allocator is None else self.allocator.loaded(allocation)
+        history, step, flops = copy.deepcopy(list(history)), int(step), dict(flops)
+        # Nothing fails from here on.
+        self.estimator, self.allocator, self._masks, self._first = estimator, allocator, masks, first_order
+        self.history, self._step, self._flops_per_weight = history, step, flops
 
     def _bias_parameters(self) -> dict[str, nn.Parameter]:
         """Biases that may be compensated."""

@@ -336,3 +336,17 @@ def test_what_is_missing_in_a_state_is_named(net, data):
         del part[path[-1]]
         with pytest.raises(ValueError, match=f"expected the state of .* with '{path[-1]}'"):
             pruner.load_state_dict(state)
+
+
+@pytest.mark.parametrize("broken", [{"step": None}, {"history": 3}, {"flops_per_weight": 3}])
+def test_a_state_that_is_broken_changes_nothing(net, data, broken):
+    pruner = fishleg_ext.Pruner(net, num_grads=32, progress=False)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.5)
+    again = fishleg_ext.Pruner(copy.deepcopy(net), num_grads=32, progress=False)
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        again.load_state_dict(pruner.state_dict() | broken)
+    assert all(mask.all() for mask in again.masks.values())
+    assert not again.history
+    with pytest.raises(RuntimeError, match="call estimate"):
+        again.prune_to(0.6)

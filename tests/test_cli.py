@@ -131,8 +131,9 @@ def test_scopes_and_shares_on_the_command_line(capsys):
     parse = lambda *options: _parser().parse_args(["prune", "m:f", "d:f", "--out", "x.pt", *options])
     assert parse("--scope", "0.weight=0.5,fc.weight=.9").scope == {"0.weight": 0.5, "fc.weight": 0.9}
     assert parse("--scope", "layer").scope == "layer"
-    assert parse("--first-order", "0.5").first_order == 0.5
-    assert parse("--first-order").first_order is True
+    assert parse("--first-order-share", "0.5").first_order == 0.5
+    first = _parser().parse_args(["prune", "--first-order", "m:f", "d:f", "--out", "x.pt"])
+    assert first.first_order is True
     assert parse("--params", "a", "--params", "re:b").params == ["a", "re:b"]
     assert not parse("--quiet").progress
     assert not hasattr(parse(), "seed")  # what is not given is the config's default

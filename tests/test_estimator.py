@@ -1,6 +1,7 @@
 """What is observed is what was asked for, in as much memory as it may take."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fishleg_ext
-from fishleg_ext.curvature import BlockFisher
+from fishleg_ext.curvature import BlockFisher, Estimate
 from fishleg_ext.curvature.block import BlockEstimate
 from fishleg_ext.observation.observe import observe
 
@@ -194,3 +195,35 @@ def test_raised_damping_of_every_part_is_reported(data):
 
 def test_the_identity_needs_no_memory(net):
     prune(net, None, sparsity=0.5, curvature="identity", max_memory=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"saliency": "simultaneous"},
+        {"saliency": "fixed_order", "scope": "layer"},
+        {"first_order": 0.5},
+        {"curvature": "diagonal", "allocation": "block"},
+    ],
+)
+def test_one_estimate_lives_at_a_time_where_memory_splits_them(net, data, options, monkeypatch):
+    """The last group's is let go before the next one is begun; beside that of the allocation, if there is one."""
+    alive, most = weakref.WeakSet(), []
+    begin = Estimate.__init__
+
+    def counted(self, recipe, weights, *args, **more):
+        if weights:
+            most.append(len(alive))
+            alive.add(self)
+        begin(self, recipe, weights, *args, **more)
+
+    monkeypatch.setattr(Estimate, "__init__", counted)
+    memory = 131_000 * (2 if "allocation" in options else 1)
+    settings = options | usable(**options, block_size=16)
+    pruner = fishleg_ext.Pruner(net, num_grads=16, max_memory=memory, progress=False, **settings)
+    assert any(len(e.groups) > 1 for e in (pruner.estimator, pruner.allocator) if e is not None)
+    pruner.estimate(data, F.cross_entropy)
+    pruner.prune_to(0.4)
+    assert len(most) >= 3
+    assert max(most) == (1 if "allocation" in options else 0)

@@ -61,8 +61,10 @@ def checked_sparsity(name: str, value: Any) -> float:
 
 
 def checked_flag(name: str, value: Any) -> bool:
-    """Return `value` if it is a bool."""
-    return checked_type(name, value, bool, "a bool")
+    """Return `value` as a bool if it is one, or 0 or 1."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise TypeError(f"expected {name} to be a bool, got {value!r:.200}")
+    return bool(value)
 
 
 def one_of(*choices: str) -> Callable[[str, Any], str]:

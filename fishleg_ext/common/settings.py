@@ -18,6 +18,21 @@ def setting(default: Any, check: Callable[[str, Any], Any] | None = None, help: 
     return dataclasses.field(default=default, compare=compare, metadata={"check": check, "help": help, **more})
 
 
+class FrozenDict(dict[Any, Any]):
+    """A dict that cannot be changed, and that can be hashed where its values can."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
+        return FrozenDict, (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("these settings are frozen; make new ones, by dataclasses.replace for instance")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
+
 class Settings:
     """Base class of frozen dataclasses whose fields are made by `setting`."""
 

@@ -269,8 +269,10 @@ class Estimate(ABC, Generic[Recipe]):
             ValueError: the other is of another recipe or of other weights.
             NotImplementedError: the model cannot tell what an estimate from all observations would be.
         """
+        if not isinstance(other, Estimate):
+            raise TypeError(f"expected an estimate, got {other!r:.200}")
         if other.recipe != self.recipe:
-            raise ValueError(f"expected an estimate of {self.recipe}, got one of {getattr(other, 'recipe', other)}")
+            raise ValueError(f"expected an estimate of {self.recipe}, got one of {other.recipe}")
         if other.layouts != self.layouts or other.biases != self.biases:
             raise ValueError(f"expected an estimate of {self._weights()}, got one of {other._weights()}")
         self._merge(other)

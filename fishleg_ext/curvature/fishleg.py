@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fishleg_ext.common.arguments import checked_count, checked_integer, checked_positive
+from fishleg_ext.common.arguments import checked_count, checked_integer, checked_positive, checked_type
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.settings import setting
@@ -37,12 +37,24 @@ Monitor = Callable[[str, int, float], None]
 
 
 def _checked_structure(name: str, value: Any) -> str | tuple[tuple[str, str], ...]:
-    """One structure, or a tuple of (parameter, structure) from a mapping or such a tuple."""
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    for structure in [pairs] if isinstance(pairs, str) else [structure for _, structure in pairs]:
+    """Return one structure, or a tuple of (parameter, structure) made from a mapping or from such pairs."""
+    if isinstance(value, str):
+        given: Any = value
+        structures = [value]
+    else:
+        try:
+            given = tuple((str(parameter), structure) for parameter, structure in dict(value).items())
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {name} to be a structure or a dict of structures, got {value!r}") from None
+        structures = [structure for _, structure in given]
+    for structure in structures:
         if structure not in STRUCTURES:
             raise ValueError(f"expected {name} to be one of {', '.join(STRUCTURES)}, got {structure!r}")
-    return pairs
+    return given
+
+
+def _checked_adam(name: str, value: Any) -> Adam:
+    return checked_type(name, value, Adam, "an Adam")
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class FishLeg(KroneckerCurvature):
             matrices and convolutions with a fan-in of at most 8,192, and "block" for others.
         block_size: weights in a block, of "block".
         carry_over: prior weight, in gradients, of the previous estimate; 0 estimates from scratch, as does an estimate
-            that max_memory splits. None is 0, but 2,048 with a schedule (0 with `adam`).
+            that max_memory splits. None is 0, but 2,048 for `curvature=` with a schedule (0 with `adam`).
         adam: descend the loss by Adam, as the papers do, instead of alternating closed-form updates: for comparison.
             Not with carry_over.
         monitor: called with (parameter, gradients of this estimate so far, auxiliary loss on the last of them before
@@ -90,7 +102,7 @@ class FishLeg(KroneckerCurvature):
     structure: str | Mapping[str, str] | tuple[tuple[str, str], ...] | None = setting(None, _checked_structure)
     block_size: int = setting(128, checked_count)
     carry_over: int | None = setting(None, checked_integer)
-    adam: Adam | None = None
+    adam: Adam | None = setting(None, _checked_adam)
     monitor: Monitor | None = setting(None, compare=False)
 
     name: ClassVar[str] = "fishleg"
@@ -212,6 +224,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         for name, weight in weights.items():
             if (other := recipe.other(name, weight)) is not None:
                 self._others[name] = other.start({name: weight})
+                self._others[name].damping_raised = self.damping_raised
                 continue
             diagonal_rows = recipe.structure_of(name, weight) == "rows"
             fresh = LearnedFactors.start(recipe.damping, diagonal_rows, self._like[name], *self._shape(name))

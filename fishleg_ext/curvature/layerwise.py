@@ -147,6 +147,10 @@ class LayerwiseEstimate(Estimate[Layerwise]):
     def _merge(self, other: "LayerwiseEstimate") -> None:
         for name, gram in other._gram.items():
             own = self._gram.get(name)
+            if own is not None and own.shape != gram.shape:
+                raise ValueError(f"expected curvature of {name} of shape {list(own.shape)}, got {list(gram.shape)}")
+        for name, gram in other._gram.items():
+            own = self._gram.get(name)
             self._gram[name] = gram.to(self._like[name], copy=True) if own is None else own + gram.to(own.device)
         self._count = {name: count + other._count[name] for name, count in self._count.items()}
 

@@ -48,7 +48,7 @@ class Op:
 
     def unavailable(self, impl: str) -> str | None:
         """Why `impl` cannot run this op here, whatever the arguments, or None if it can."""
-        if impl in ("auto", "reference"):
+        if self._is_reference(impl):
             return None
         if impl not in self.kernels:
             return f"there is no {_LANGUAGE[impl]} kernel for it yet"
@@ -59,6 +59,8 @@ class Op:
 
     def launcher(self, impl: str) -> Callable[..., Any]:
         """The function that runs kernel `impl`, which must be available."""
+        if self._is_reference(impl):
+            return self.reference
         return getattr(self.module(impl), self.name)
 
     def supports(self, impl: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
@@ -66,7 +68,7 @@ class Op:
         reason = self.unavailable(impl)
         if reason is not None:
             return False, reason
-        if impl in ("auto", "reference"):
+        if self._is_reference(impl):
             return True, ""
         return getattr(self.module(impl), f"supports_{self.name}")(*args, **kwargs)
 
@@ -81,7 +83,11 @@ class Op:
             supported, reason = self.supports(chosen, *args, **kwargs)
             if not supported:
                 raise NotImplementedError(f"{self.name}: impl={chosen!r} was requested, but {reason}")
-        return self.reference if chosen == "reference" else self.launcher(chosen)
+        return self.launcher(chosen)
+
+    def _is_reference(self, impl: str) -> bool:
+        """Whether the reference runs: on a CPU it is the fastest for most ops."""
+        return impl in ("auto", "reference") or (impl == "cpu" and "cpu" not in self.kernels)
 
     def module(self, impl: str) -> ModuleType:
         """The module of the launchers of this op's family."""

@@ -95,6 +95,7 @@ def first_order_step(
             back = exact_update(estimate, moved, {name: masks[name] for name in group}, moved_biases)
             steps = {name: moving[name].detach() - x for name, x in back.items()}
         step |= steps
+        del estimate  # before the next group's is made
     if share is None:
         start = {name: parameter.detach() for name, parameter in moving.items()}
         losses = losses_along(model, data, loss_fn, start, step, SHARES, **read)

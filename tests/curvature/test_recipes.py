@@ -189,3 +189,33 @@ def test_raised_damping_of_kronecker_factors_is_in_the_history():
     with pytest.warns(UserWarning, match="weight: .*Kronecker factors are not positive definite"):
         result = prune(net, data, sparsity=0.5, curvature=Kronecker(1e-40), num_grads=16, progress=False)
     assert result.history[0]["damping_raised"] == {"weight": 1}
+
+
+def test_structures_may_be_pairs_and_nothing_else():
+    pairs = FishLeg(structure=[("a", "block")])
+    assert pairs == FishLeg(structure={"a": "block"})
+    assert hash(pairs) == hash(FishLeg(structure=(["a", "block"],)))
+    assert pairs.structures == {"a": "block"}
+    for wrong in (5, ["rows"], [("a", "dense")], {"a": "dense"}, "dense"):
+        with pytest.raises(ValueError, match="expected structure to be"):
+            FishLeg(structure=wrong)
+    with pytest.raises(TypeError, match="expected adam to be an Adam, got True"):
+        FishLeg(adam=True)
+
+
+def test_damping_raised_in_blocks_of_fishleg_is_counted():
+    estimate = FishLeg(1e-12, structure="block").start({"w": torch.zeros(4, 4)})
+    estimate.update(Observation(1, gradients={"w": torch.ones(1, 4, 4)}))
+    with pytest.warns(UserWarning, match="w: 1 of 1 Fisher blocks are not positive definite"):
+        estimate.diag()
+    assert estimate.damping_raised == {"w": 1}
+
+
+def test_layerwise_estimates_of_other_groups_are_not_merged():
+    estimates = [Layerwise().start({"w": torch.zeros(4, 3)}) for _ in range(2)]
+    estimates[0].update(Observation(5, inputs={"w": torch.ones(5, 3)}))
+    estimates[1].update(Observation(5, inputs={"w": torch.ones(2, 5, 3)}))
+    with pytest.raises(ValueError, match=r"curvature of w of shape \[1, 3, 3\], got \[2, 3, 3\]"):
+        estimates[0].merge(estimates[1])
+    with pytest.raises(TypeError, match="expected an estimate, got Layerwise"):
+        estimates[0].merge(Layerwise())
