@@ -49,7 +49,7 @@ step() {
 cli="-m fishleg_ext.cli"
 step build 180 env FISHLEG_EXT_CUDA=1 "$PYTHON" -m pip install --editable . --no-build-isolation --no-deps || DEADLINE=0
 step info 60 "$PYTHON" $cli info
-step check 120 "$PYTHON" $cli check --json "$FOLDER/check.json"
+step check 180 "$PYTHON" $cli check --json "$FOLDER/check.json"
 step missing 10 "$PYTHON" bench/gpu.py --missing "$FOLDER/check.json"
 step tests 150 "$PYTHON" -m pytest -m "gpu or triton or cuda" -rs
 # Each tensor is an allocation of its own, so that accesses beyond it are seen; torch and Triton may try calls that fail.

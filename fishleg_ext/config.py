@@ -4,12 +4,19 @@ import dataclasses
 import inspect
 import numbers
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fishleg_ext import curvature as curvatures
-from fishleg_ext.common.arguments import checked_count, checked_damping, checked_flag, checked_sparsity, one_of
+from fishleg_ext.common.arguments import (
+    checked_count,
+    checked_damping,
+    checked_flag,
+    checked_sparsity,
+    checked_type,
+    one_of,
+)
 from fishleg_ext.common.settings import FrozenDict, Settings, setting
 from fishleg_ext.curvature import Curvature, checked_curvature, make_recipes
 from fishleg_ext.observation.likelihoods import Likelihood, checked_likelihood
@@ -19,6 +26,7 @@ from fishleg_ext.sparsity.parameters import ParameterChoice
 from fishleg_ext.sparsity.patterns import Pattern
 
 SCOPES = ("global", "flops", "layer")
+NOT_OF_PRUNER = ("sparsity", "recomputations")  # settings that `prune` alone has as keywords
 SHARED = ("num_grads", "grad_batch_size", "block_size", "damping", "labels", "likelihood")  # of the recipes
 
 
@@ -241,6 +249,32 @@ class PruneConfig(Settings):
         if unknown := settings.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"expected settings of PruneConfig, got {', '.join(sorted(unknown))}")
         return cls(**{name: _restored(name, value) for name, value in settings.items()})
+
+
+def config_of(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
+    """Make the settings of a Pruner from a config, keywords or both."""
+    for name in NOT_OF_PRUNER:
+        if name in settings:
+            raise TypeError(f"Pruner takes no {name}: call prune_to, as often as you like, or give it a schedule")
+    if config is None:
+        return PruneConfig(**settings)
+    checked_type("config", config, PruneConfig, "a PruneConfig")
+    if config.recomputations != 1:
+        raise ValueError(
+            f"recomputations={config.recomputations} of the config is for prune alone: call estimate and prune_to as "
+            "often, or give the Pruner a schedule"
+        )
+    return dataclasses.replace(config, **settings)
+
+
+def with_settings(init: Callable[..., None]) -> inspect.Signature:
+    """Make the signature of Pruner from that of its __init__, with the settings in the place of **settings."""
+    own = list(inspect.signature(init).parameters.values())[1:-1]
+    fields = [field for field in dataclasses.fields(PruneConfig) if field.name not in NOT_OF_PRUNER]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        own + [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields]
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,7 @@
 
 import contextlib
 import copy
-import dataclasses
-import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +10,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_count, checked_function, checked_type
-from fishleg_ext.common.state import state_entry
-from fishleg_ext.config import PruneConfig, documented
+from fishleg_ext.common.state import Restorer, of_today, state_entry
+from fishleg_ext.config import PruneConfig, config_of, documented, with_settings
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.estimator import Estimator, Stopwatch
-from fishleg_ext.observation.batches import require_rereadable
+from fishleg_ext.observation.batches import checked_source, require_rereadable
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops import use_impl
-from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.first_order import FirstOrderStep, first_order_step
-from fishleg_ext.pruning.selection import select
-from fishleg_ext.pruning.solvers import SOLVERS, Problem, Solver
+from fishleg_ext.pruning.solvers import SOLVERS
 from fishleg_ext.result import PruneResult
+from fishleg_ext.round import Round
 from fishleg_ext.schedule import Schedule
 from fishleg_ext.sparsity.budget import Budget, Sparsity, check_names
 from fishleg_ext.sparsity.flops import flops_per_weight
@@ -33,7 +29,7 @@ from fishleg_ext.sparsity.masks import Masks
 from fishleg_ext.sparsity.parameters import biases_of, check_weight, choose_parameters
 from fishleg_ext.sparsity.patterns import Pattern
 
-NOT_OF_PRUNER = ("sparsity", "recomputations")  # settings that `prune` alone has as keywords
+STATE = ("pattern", "masks", "estimate", "allocation", "history", "step", "first_order", "flops_per_weight")
 
 
 @documented
@@ -79,13 +75,13 @@ class Pruner:
         **settings: Any,
     ) -> None:
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
-        self.config = _config_of(config, settings)
+        self.config = config_of(config, settings)
         self.pattern = Pattern.parse(self.config.pattern)
         params = self.config.params
         if masks is not None:
             checked_type("masks", masks, Mapping, "a dict of tensors")
             params = list(masks) if params is None else params
-        self.weights = self._fitting(choose_parameters(model, params), chosen=params is not None)
+        self.weights = self.pattern.fitting(choose_parameters(model, params), chosen=params is not None)
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         if masks is not None:
@@ -93,7 +89,7 @@ class Pruner:
             if unfit := [name for name, mask in masks.items() if not self.pattern.allows(mask)]:
                 raise ValueError(f"expected masks of pattern={self.pattern.name!r}, got others of {', '.join(unfit)}")
 
-        self._data, self._loss_fn = _checked_source(data, loss_fn)  # of the last estimate, or given for all
+        self._data, self._loss_fn = checked_source(data, loss_fn)  # of the last estimate, or given for all
         self.schedule, self._step = schedule, 0
         recipe, allocation = self.config.recipes()
         if schedule is not None:
@@ -118,12 +114,11 @@ class Pruner:
         self.solver = self.config.solver_of(recipe)
         self.history: list[dict[str, Any]] = []
         self._timed = Stopwatch()
-        self._damping_raised: dict[str, int] = {}
         self.estimator = self._estimator(recipe, "observation", 1 if allocation is None else 2)
         self.allocator = None if allocation is None else self._estimator(allocation, "allocation", 2)
-        self._check_blocks(recipe, self.solver)
+        self.solver.check_pattern(recipe, self.weights, self.pattern)
         if allocation is not None:
-            self._check_blocks(allocation, SOLVERS[allocation.default_saliency])
+            SOLVERS[allocation.default_saliency].check_pattern(allocation, self.weights, self.pattern)
         scope = self.config.scope_of(recipe)
         if isinstance(scope, Mapping):
             check_names(scope, self._masks)
@@ -131,7 +126,7 @@ class Pruner:
         self._flops_per_weight: dict[str, float] = {}  # with scope="flops"
         self._first = FirstOrderStep()
         self._handles: list[RemovableHandle] = []
-        self._restoring = False
+        self._restorer = Restorer()
         final = getattr(schedule, "final_sparsity", None)
         if final is not None:
             self._budget.check_final(final, self._masks)
@@ -179,11 +174,11 @@ class Pruner:
                 weights are pruned already.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
-        data, loss_fn = _checked_source(
+        data, loss_fn = checked_source(
             self._data if data is None else data, self._loss_fn if loss_fn is None else loss_fn
         )
         self._check_parameters()
-        self._warn_of_revived()
+        self._masks.warn_of_revived()
         self.solver.check(self.estimator.recipe, any(self._masks.pruned_counts().values()))
         if data is not None:
             if sum(bool(estimator.recipe.observes) for estimator in self._estimators()) > 1:
@@ -195,7 +190,7 @@ class Pruner:
                 raise ValueError("scope='flops' needs data, got None")
             require_rereadable(data, "scope='flops' reads it once more")
             self._flops_per_weight = flops_per_weight(self.model, data, self.weights, seed=self.config.seed)
-        self._timed.seconds, self._damping_raised = {}, {}
+        self._timed.seconds = {}
         seed = self.config.seed + 2**20 * self._step  # other samples of shuffled data, and other labels, in each step
         with self._implementation():
             for estimator in self._estimators():
@@ -225,41 +220,32 @@ class Pruner:
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
         counts = self._budget.counts(self.target() if sparsity is None else sparsity, self._masks)
         self._check_parameters()
-        masks: dict[str, Tensor] = {}
-        increase = 0.0
+        step = Round(
+            self.estimator,
+            self.allocator,
+            self.solver,
+            self._masks,
+            self._budget,
+            self._biases,
+            self._flops_per_weight,
+            self._first,
+            self._timed,
+            self.config.progress,
+        )
         with self._implementation(), torch.no_grad(), self.restoring():
-            if self.allocator is not None:
-                counts = self._allocated(self.allocator, counts)
-            groups = self.estimator.groups
-            for part in [[group] for group in groups] if self.estimator.recipe.sequential else [groups]:
-                increase += self._prune(part, counts, masks)
+            masks, increase = step.prune(counts)
             self._masks.set(masks)
-        increase, share = increase - self._first.gain, self._first.share
+        share = self._first.share
         self._first = FirstOrderStep()  # the weights are in the minimum of the quadratic model, as far as they may be
         for estimator in self._estimators():
             if len(estimator.groups) > 1:
                 estimator.release()  # the parts not held would be estimated on the weights of now
-        self._record(increase, share)
+        self._record(increase, share, step.damping_raised)
         return self._result()
 
-    @contextlib.contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Put weights and biases back as they were should anything be raised within; one copy of them is kept."""
-        if self._restoring:  # an outer block does it
-            yield
-            return
-        names = {id(parameter): parameter for parameter in [*self.weights.values(), *self._bias_parameters().values()]}
-        before = [(parameter, parameter.detach().clone()) for parameter in names.values()]
-        self._restoring = True
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
-            raise
-        finally:
-            self._restoring = False
+    def restoring(self) -> contextlib.AbstractContextManager[None]:
+        """Put weights and biases back as they were should anything be raised within this block."""
+        return self._restorer([*self.weights.values(), *map(self.model.get_parameter, self._biases.values())])
 
     def _estimator(self, recipe: Curvature, stage: str, sharing: int) -> Estimator:
         return Estimator(
@@ -290,80 +276,6 @@ class Pruner:
                 seed=seed,
                 progress=self.config.progress,
             )
-
-    def _problem(self, estimator: Estimator, names: list[str]) -> Problem:
-        """These parameters under their curvature, expanded about the weights, or after the first-order step."""
-        estimate = estimator.hold(names)
-        weights, biases = estimator.weights(names), estimator.biases(names)
-        if estimator is self.estimator:
-            weights, biases = self._first.subtract_from(weights), self._first.subtract_from(biases, self._biases)
-        return Problem(
-            estimate,
-            weights,
-            biases,
-            {name: self._masks[name] for name in names},
-            self.pattern,
-            conditioned=estimator.is_conditioned_on(self._masks),
-            progress=self.config.progress,
-        )
-
-    def _allocated(self, allocator: Estimator, counts: int | Mapping[str, int]) -> dict[str, int]:
-        """Count the weights of each parameter that are pruned where all of them compete under another curvature."""
-        costs: dict[str, Costs] = {}
-        solver = SOLVERS[allocator.recipe.default_saliency]
-        for group in allocator.groups:
-            costs |= self._costs(allocator, solver, group, "allocation")
-        return {name: int((~mask).sum()) for name, mask in self._select(costs, counts).items()}
-
-    def _prune(self, groups: list[list[str]], counts: int | Mapping[str, int], masks: dict[str, Tensor]) -> float:
-        """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
-        solver, costs = self.solver, dict[str, Costs]()
-        chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
-        for group in () if solver.sweeps else groups:
-            costs |= self._costs(self.estimator, solver, group, "saliency")
-        if not solver.sweeps:
-            with self._timed("selection"):
-                chosen = self._select(costs, counts)
-        for group in reversed(groups):  # the last one is still held
-            kept, moved, cost = self._compensated(group, counts, chosen, costs)
-            chosen |= kept
-            updated |= moved
-            increase += cost
-        for name, weight in updated.items():
-            if not weight.isfinite().all():
-                raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
-        for name, value in updated.items():
-            self.model.get_parameter(name).copy_(value)
-        masks |= chosen
-        return increase
-
-    def _costs(self, estimator: Estimator, solver: Solver, group: list[str], stage: str) -> dict[str, Costs]:
-        """Return the costs of one group; a function of its own, so that no estimate outlives the next one's start."""
-        problem = self._problem(estimator, group)  # which times the observation
-        with self._timed(stage):
-            costs = solver.costs(problem)
-        self._damping_raised |= problem.estimate.damping_raised
-        return costs
-
-    def _compensated(
-        self,
-        group: list[str],
-        counts: int | Mapping[str, int],
-        chosen: Mapping[str, Tensor],
-        costs: Mapping[str, Costs],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-        """Return masks of one group, its weights and biases compensated, and the joint cost; see `_costs`."""
-        problem = self._problem(self.estimator, group)
-        with self._timed("compensation"):
-            if self.solver.sweeps:
-                assert isinstance(counts, Mapping)
-                kept, moved = self.solver.sweep(problem, counts)
-            else:
-                kept = {name: chosen[name] for name in group}
-                moved = self.solver.compensate(problem, kept)
-            cost = self.solver.joint_cost(problem, costs, kept)
-        self._damping_raised |= problem.estimate.damping_raised
-        return kept, moved, cost
 
     def step(self) -> bool:
         """Prune as far as the schedule says, if it says so of this step; call it once in each training step, or epoch.
@@ -434,8 +346,8 @@ class Pruner:
         Training that goes on afterwards needs `attach` again. Warns if pruned weights were not zero, and if the
         schedule, or a pattern of n:m, is not complete.
         """
-        self._warn_of_revived()
-        self._warn_of_incomplete()
+        self._masks.warn_of_revived()
+        self._budget.warn_of_incomplete(getattr(self.schedule, "final_sparsity", None), self._masks)
         self.apply_masks()
         if self.config.recalibrate_batchnorm:
             data = () if self._data is None else self._data
@@ -471,20 +383,9 @@ class Pruner:
             ValueError: the state is of other parameters, shapes, curvature models or another pattern; nothing is
                 changed then.
         """
-        state = _of_today(state)
-        pattern, packed, estimate, allocation, history, step, first, flops = (
-            state_entry(state, key, "a Pruner")
-            for key in (
-                "pattern",
-                "masks",
-                "estimate",
-                "allocation",
-                "history",
-                "step",
-                "first_order",
-                "flops_per_weight",
-            )
-        )
+        state = of_today(state)
+        entries = (state_entry(state, key, "a Pruner") for key in STATE)
+        pattern, packed, estimate, allocation, history, step, first, flops = entries
         if pattern != self.pattern.name:
             raise ValueError(f"expected the state of pattern={self.pattern.name!r}, got one of {pattern!r}")
         if (allocation is None) != (self.allocator is None):
@@ -502,10 +403,6 @@ class Pruner:
         self.estimator, self.allocator, self._masks, self._first = estimator, allocator, masks, first_order
         self.history, self._step, self._flops_per_weight = history, step, flops
 
-    def _bias_parameters(self) -> dict[str, nn.Parameter]:
-        """Biases that may be compensated."""
-        return {name: self.model.get_parameter(name) for name in self._biases.values()}
-
     def _estimators(self) -> list[Estimator]:
         return [self.estimator] if self.allocator is None else [self.allocator, self.estimator]
 
@@ -517,55 +414,11 @@ class Pruner:
                 raise RuntimeError(f"{name} was replaced in the model since this Pruner was made; make a new one")
             check_weight(name, weight)
 
-    def _warn_of_revived(self) -> None:
-        if moved := self._masks.num_revived():
-            pruned = sum(self._masks.pruned_counts().values())
-            warnings.warn(
-                f"{moved} of {pruned} pruned weights are not zero: was an optimizer not attached? attach(optimizer) "
-                "keeps them at zero while it trains the others; apply_masks() sets them to zero now",
-                stacklevel=3,
-            )
-
-    def _warn_of_incomplete(self) -> None:
-        wanted, sparsity = getattr(self.schedule, "final_sparsity", None), self._masks.sparsity()
-        if wanted is not None and self._budget.exceeds(wanted, self._masks):
-            warnings.warn(f"finalized at a sparsity of {sparsity:.4g}, the schedule ends at {wanted}", stacklevel=3)
-        pruned = {name: count for name, count in self._masks.pruned_counts().items() if self.pattern.m and count}
-        partly = [n for n, count in pruned.items() if count != self.pattern.max_count(self.weights[n].numel())]
-        if partly:
-            warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
-
-    def _fitting(self, weights: dict[str, nn.Parameter], *, chosen: bool) -> dict[str, nn.Parameter]:
-        """Leave out parameters whose fan-in the pattern does not divide; an error where users chose them themselves."""
-        misfits = self.pattern.misfits(weights)
-        if not misfits:
-            return weights
-        listed = ", ".join(f"{name} (fan-in {fan_in})" for name, fan_in in misfits.items())
-        multiple = f"the fan-in to be a multiple of {self.pattern.unit} with pattern={self.pattern.name!r}"
-        if chosen or len(misfits) == len(weights):
-            raise ValueError(f"expected {multiple}, got {listed}")
-        warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=4)
-        return {name: weight for name, weight in weights.items() if name not in misfits}
-
-    def _check_blocks(self, recipe: Curvature, solver: Solver) -> None:
-        """Raise ValueError unless the pattern divides the blocks that the solver works in."""
-        for name, weight in self.weights.items() if solver.in_blocks else ():
-            size = recipe.layout(name, weight.detach()).block_size
-            if size % self.pattern.unit:
-                raise ValueError(
-                    f"expected blocks of a multiple of {self.pattern.unit} weights with "
-                    f"pattern={self.pattern.name!r}, but {type(recipe).__name__} has blocks of {size} in {name}"
-                )
-
-    def _select(self, costs: Mapping[str, Costs], counts: int | Mapping[str, int]) -> dict[str, Tensor]:
-        limits = self._budget.max_counts(self._masks) if self._budget.min_density else None
-        return select(costs, counts, flops_per_weight=self._flops_per_weight, max_counts=limits)
-
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""
         return contextlib.nullcontext() if self.config.impl == "auto" else use_impl(self.config.impl)
 
-    def _record(self, increase: float, share: float) -> None:
+    def _record(self, increase: float, share: float, damping_raised: Mapping[str, int]) -> None:
         self.history.append(
             {
                 "sparsity": self._masks.sparsity(),
@@ -573,7 +426,7 @@ class Pruner:
                 "num_grads": self.estimator.used_grads,
                 "predicted_loss_increase": increase,
                 **({"first_order_share": share} if self.config.first_order else {}),
-                "damping_raised": dict(self._damping_raised),
+                "damping_raised": dict(damping_raised),
                 "seconds": self._timed.seconds,
             }
         )
@@ -590,47 +443,4 @@ class Pruner:
         )
 
 
-def _config_of(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConfig:
-    """The settings of a Pruner, from a config, keywords or both."""
-    for name in NOT_OF_PRUNER:
-        if name in settings:
-            raise TypeError(f"Pruner takes no {name}: call prune_to, as often as you like, or give it a schedule")
-    if config is None:
-        return PruneConfig(**settings)
-    checked_type("config", config, PruneConfig, "a PruneConfig")
-    if config.recomputations != 1:
-        raise ValueError(
-            f"recomputations={config.recomputations} of the config is for prune alone: call estimate and prune_to as "
-            "often, or give the Pruner a schedule"
-        )
-    return dataclasses.replace(config, **settings)
-
-
-def _checked_source(data: Iterable[Any] | None, loss_fn: LossFunction) -> tuple[Any, LossFunction]:
-    """Data and loss, if they are what they should be."""
-    if data is not None and not hasattr(data, "__getitem__"):  # which is enough to be iterated over
-        checked_type("data", data, Iterable, "an iterable of batches")
-    return data, checked_function("loss_fn", loss_fn, "a function of outputs and targets")
-
-
-def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state of a Pruner as versions before 0.2 wrote it, in today's layout."""
-    if "held" not in state:
-        return state
-    of_estimate = ("held", "used_grads", "masks_at_estimate", "model", "curvature")
-    rest = {key: value for key, value in state.items() if key not in (*of_estimate, "uses")}
-    estimate = {key: state[key] for key in of_estimate if key in state}
-    return {**rest, "estimate": estimate, "flops_per_weight": state.get("uses", {})}
-
-
-def _signature() -> inspect.Signature:
-    """The signature of Pruner, with the settings in the place of **settings."""
-    own = list(inspect.signature(Pruner.__init__).parameters.values())[1:-1]
-    fields = [field for field in dataclasses.fields(PruneConfig) if field.name not in NOT_OF_PRUNER]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature(
-        own + [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields]
-    )
-
-
-Pruner.__signature__ = _signature()  # type: ignore[attr-defined]
+Pruner.__signature__ = with_settings(Pruner.__init__)  # type: ignore[attr-defined]

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fishleg_ext.common.arguments import checked_function, checked_type
+from fishleg_ext.observation.likelihoods import LossFunction
+
 CHUNK_SAMPLES = 64  # whose activations are held at a time
 
 
@@ -67,3 +70,10 @@ def require_rereadable(data: Iterable[Any], why: str) -> None:
             f"expected data that can be read again, as {why}, got a one-shot {type(data).__name__}; "
             "pass a list or a DataLoader"
         )
+
+
+def checked_source(data: Iterable[Any] | None, loss_fn: LossFunction) -> tuple[Any, LossFunction]:
+    """Return data and loss if they are an iterable and a function."""
+    if data is not None and not hasattr(data, "__getitem__"):  # which is enough to be iterated over
+        checked_type("data", data, Iterable, "an iterable of batches")
+    return data, checked_function("loss_fn", loss_fn, "a function of outputs and targets")

@@ -54,6 +54,16 @@ class Solver(ABC):
     def check(self, recipe: Curvature, any_pruned: bool) -> None:  # noqa: B027
         """Raise ValueError where the model cannot answer what this solver asks, some weights being pruned already."""
 
+    def check_pattern(self, recipe: Curvature, weights: Mapping[str, Tensor], pattern: Pattern) -> None:
+        """Raise ValueError unless the pattern divides the blocks that the solver works in."""
+        for name, weight in weights.items() if self.in_blocks else ():
+            size = recipe.layout(name, weight.detach()).block_size
+            if size % pattern.unit:
+                raise ValueError(
+                    f"expected blocks of a multiple of {pattern.unit} weights with "
+                    f"pattern={pattern.name!r}, but {type(recipe).__name__} has blocks of {size} in {name}"
+                )
+
     def costs(self, problem: Problem) -> dict[str, Costs]:
         """Return what pruning each weight costs."""
         raise NotImplementedError

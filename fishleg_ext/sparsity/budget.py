@@ -1,6 +1,7 @@
 """How many weights a sparsity is, and whether so many can be pruned."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,17 @@ class Budget:
                 raise ValueError(f"expected a sparsity of {only} with pattern={self.pattern.name!r}, got {given}")
         if isinstance(sparsity, Mapping) or self.exceeds(sparsity, masks):
             self.counts(sparsity, masks)
+
+    def warn_of_incomplete(self, final: float | None, masks: Masks) -> None:
+        """Warn where a schedule has not come to its final sparsity, or a pattern of n:m is there in part."""
+        if final is not None and self.exceeds(final, masks):
+            warnings.warn(
+                f"finalized at a sparsity of {masks.sparsity():.4g}, the schedule ends at {final}", stacklevel=3
+            )
+        pruned = {name: count for name, count in masks.pruned_counts().items() if self.pattern.m and count}
+        partly = [name for name, count in pruned.items() if count != self.pattern.max_count(masks[name].numel())]
+        if partly:
+            warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
 
     def _target(self, sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
         count = self.pattern.round_count(sparsity, size)

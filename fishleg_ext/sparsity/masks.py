@@ -1,5 +1,6 @@
 """Holds masks of parameters, and keeps pruned weights at zero once they are pruned."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,16 @@ class Masks(Mapping[str, Tensor]):
     def num_revived(self) -> int:
         """How many pruned entries of the parameters are not zero, as before `apply`."""
         return sum(int(((self.weights[name].detach() != 0) & ~mask).sum()) for name, mask in self.items())
+
+    def warn_of_revived(self) -> None:
+        """Warn where pruned entries of the parameters are not zero."""
+        if moved := self.num_revived():
+            pruned = sum(self.pruned_counts().values())
+            warnings.warn(
+                f"{moved} of {pruned} pruned weights are not zero: was an optimizer not attached? attach(optimizer) "
+                "keeps them at zero while it trains the others; apply_masks() sets them to zero now",
+                stacklevel=3,
+            )
 
     def sparsity(self) -> float:
         """Pruned entries over all entries."""

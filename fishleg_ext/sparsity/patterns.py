@@ -1,13 +1,16 @@
 """Which weights may be pruned together: any of them, m - n of each m, or whole groups of N."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fishleg_ext import ops
+
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ class Pattern:
         """Name -> fan-in of the parameters whose fan-in is not a multiple of `unit`."""
         fan_in = {name: (weight[:1] if weight.dim() > 1 else weight).numel() for name, weight in weights.items()}
         return {name: size for name, size in fan_in.items() if size % self.unit}
+
+    def fitting(self, weights: Mapping[str, T], *, chosen: bool) -> dict[str, T]:
+        """Leave out parameters whose fan-in the pattern does not divide; an error where users chose them themselves."""
+        misfits = self.misfits(weights)
+        if not misfits:
+            return dict(weights)
+        listed = ", ".join(f"{name} (fan-in {fan_in})" for name, fan_in in misfits.items())
+        multiple = f"the fan-in to be a multiple of {self.unit} with pattern={self.name!r}"
+        if chosen or len(misfits) == len(weights):
+            raise ValueError(f"expected {multiple}, got {listed}")
+        warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=5)
+        return {name: weight for name, weight in weights.items() if name not in misfits}
 
 
 UNSTRUCTURED = Pattern()
