@@ -60,7 +60,7 @@ def bench_rows_that_share_an_inverse(measure, size, implementation):
     def gate():
         rank, cost = (result[:4] for result in call())
         case = cases.Case("", (weight[:4], inverse, alive[:4]), condition=1e3)
-        return check.error_and_budget(OPS["obs_eliminate"], lambda *args: (rank, cost), case)
+        return check.compare_to_float64(OPS["obs_eliminate"], lambda *args: (rank, cost), case)
 
     work = harness.Work(inverse.nbytes + 13 * rows * size, rows * size**3 // 3)
     measure("obs_eliminate", f"{rows} rows of {size} with one inverse", implementation, [call], work, gate)
@@ -92,7 +92,7 @@ def bench_obs_eliminate(measure, size, group, implementation):
         some = slice(None, None, max(1, len(weight) // 16))
         rank, cost = calls[0]()
         case = cases.Case("", tuple(arg[some].clone() for arg in buffers[0]), options, condition=1e3)
-        return check.error_and_budget(OPS["obs_eliminate"], lambda *args, **options: (rank[some], cost[some]), case)
+        return check.compare_to_float64(OPS["obs_eliminate"], lambda *args, **options: (rank[some], cost[some]), case)
 
     work = harness.Work(inverse.nbytes + 13 * weight.numel(), weight.numel() * size**2 // 3)
     groups = f"groups of {group}, " if options else ""
@@ -130,7 +130,7 @@ def bench_obs_compensate(measure, size, implementation):
         some = slice(None, None, max(1, len(args[0]) // 16))
         moved = calls[0]()
         case = cases.Case("", tuple(arg[some].clone() for arg in args), condition=1e3)
-        return check.error_and_budget(OPS["obs_compensate"], lambda *args: moved[some], case)
+        return check.compare_to_float64(OPS["obs_compensate"], lambda *args: moved[some], case)
 
     work = harness.Work(args[1].nbytes // 2 + 9 * args[0].numel(), args[0].numel() * size**2 // 2)
     measure("obs_compensate", f"{len(args[0])} blocks of {size}, float32", implementation, calls, work, gate)

@@ -10,11 +10,10 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 from fishleg_ext.common.arguments import checked_count, checked_sparsity
 
-Schedule = Callable[[int], Optional[float]]
+Schedule = Callable[[int], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class _Curve(ABC):
     start: float = 0
     end: float
     frequency: float = 1
-    steps_per_epoch: Optional[int] = None
+    steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
         checked_sparsity("final_sparsity", self.final_sparsity)
@@ -59,7 +58,7 @@ class _Curve(ABC):
         if self._steps(self.frequency) < 1:
             raise ValueError(f"expected a frequency of at least one step, got {self.frequency}")
 
-    def __call__(self, step: int) -> Optional[float]:
+    def __call__(self, step: int) -> float | None:
         """The sparsity to be reached in this step, or None."""
         start, end = self._steps(self.start), self._steps(self.end)
         if not start <= step <= end or ((step - start) % self._steps(self.frequency) and step != end):
@@ -114,12 +113,12 @@ class OneShot:
 
     final_sparsity: float
     start: float = 0
-    steps_per_epoch: Optional[int] = None
+    steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
         self._curve()  # which checks
 
-    def __call__(self, step: int) -> Optional[float]:
+    def __call__(self, step: int) -> float | None:
         """The sparsity to be reached in this step, or None."""
         return self._curve()(step)
 

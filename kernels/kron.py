@@ -18,7 +18,6 @@ edge counts as 0; offsets within a matrix fit into 32 bits.
 """
 
 import functools
-from typing import Optional
 
 import torch
 import triton
@@ -152,19 +151,19 @@ def col_product_kernel(
 
 
 def supports_kron_mul(
-    x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None
+    x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor | None = None
 ) -> tuple[bool, str]:
     """See `supports_foreach_kron_mul`."""
     return supports_foreach_kron_mul([x], [row_factor], [col_factor], [scale])
 
 
-def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor | None = None) -> Tensor:
     """Multiply one parameter; see `ops.kron_mul`."""
     return foreach_kron_mul([x], [row_factor], [col_factor], [scale])[0]
 
 
 def supports_foreach_kron_mul(
-    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Optional[Tensor]]
+    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Tensor | None]
 ) -> tuple[bool, str]:
     """Float32 results on a GPU, outside the capture of a CUDA graph, which would hold the addresses of this call."""
     for tensor, row, col, factor in zip(x, row_factor, col_factor, scale, strict=True):
@@ -182,7 +181,7 @@ def supports_foreach_kron_mul(
 
 
 def foreach_kron_mul(
-    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Optional[Tensor]]
+    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Tensor | None]
 ) -> list[Tensor]:
     """One launch, where P is dense two, for each device, dtype, kind of scale and of P, and alignment."""
     results = [torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device) for tensor in x]

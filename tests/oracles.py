@@ -1,6 +1,6 @@
 """Slow and plain float64 versions of what the library computes."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def naive_elimination(weight: Tensor, inverse: Tensor, alive: Tensor) -> tuple[l
     return order, costs
 
 
-def kronecker_matrix(row: Tensor, col: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+def kronecker_matrix(row: Tensor, col: Tensor, scale: Tensor | None = None) -> Tensor:
     """diag(scale) (row (x) col) diag(scale), dense; a row factor of one dimension is a diagonal."""
     dense = torch.kron(row if row.dim() == 2 else row.diag(), col)
     return dense if scale is None else scale.reshape(-1, 1) * dense * scale.flatten()

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Run:
         batch: int = 64,
         seed: int = 0,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adamw,
-        augment: Optional[Augment] = None,
+        augment: Augment | None = None,
         **pruner: Any,
     ) -> None:
         self.model, self.images, self.targets = model, images, targets
@@ -120,7 +120,7 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         self.done = state["done"]
 
-    def finish(self, path: Optional[Path] = None, every: int = 10, progress: bool = True) -> None:
+    def finish(self, path: Path | None = None, every: int = 10, progress: bool = True) -> None:
         """Take the steps that are left, with a checkpoint now and then."""
         if path is not None and path.exists():
             self.load_state_dict(checkpoint.load(path))

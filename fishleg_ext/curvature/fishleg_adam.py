@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Adam:
     steps: int = 100
     warm_up: int = 512
     loss: str = "auxiliary"
-    probes: Optional[str] = None
+    probes: str | None = None
     num_probes: int = 1
     preconditioned: bool = True
     products: str = "gradients"
@@ -114,7 +114,7 @@ class AdamFactors:
         return loss
 
     @ieee_products()
-    def probe(self, grads: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def probe(self, grads: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probes u, of these gradients if they are not to be Gaussian, and v = Q u, both [num_probes, o, i]."""
         count = self.options.num_probes
         if self.options.probes == "gradients" and grads is not None:

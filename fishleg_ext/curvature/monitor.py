@@ -1,7 +1,6 @@
 """Curves of FishLeg's auxiliary loss."""
 
 from os import PathLike
-from typing import Union
 
 
 class LossCurves:
@@ -19,7 +18,7 @@ class LossCurves:
         """Keep one."""
         self.losses.setdefault(name, []).append((gradients, loss))
 
-    def plot(self, target: Union[str, PathLike[str]]) -> None:
+    def plot(self, target: str | PathLike[str]) -> None:
         """Draw the losses of the last estimate, each parameter's over the size of its least.
 
         Args:

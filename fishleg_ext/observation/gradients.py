@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,18 @@ class GradientObserver:
         loss_fn: LossFunction,
         weights: Mapping[str, nn.Parameter],
         masks: Mapping[str, Tensor],
-        draw: Optional[DrawLabels],
+        draw: DrawLabels | None,
     ) -> None:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        self.vectorized: Optional[bool] = None
+        self.vectorized: bool | None = None
         self.any_nonzero = False
 
     def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
         """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
         inputs = pytree.tree_map(lambda x: x[:samples], inputs)
         targets = pytree.tree_map(lambda x: x[:samples], targets)
-        scale: Union[float, Tensor] = 1.0
+        scale: float | Tensor = 1.0
         if self.draw is not None:
             targets, scale = self.draw(call(self.model, self.weights, inputs), samples, count)
         group = lambda x: x.unflatten(0, (count, -1))
@@ -98,7 +98,7 @@ class GradientObserver:
                 result[name][i] = gradient
         return result
 
-    def _masked(self, values: dict[str, Tensor], scale: Union[float, Tensor]) -> dict[str, Tensor]:
+    def _masked(self, values: dict[str, Tensor], scale: float | Tensor) -> dict[str, Tensor]:
         """Finite, scaled (all, or each gradient), and zero where a mask is False; in place."""
         sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
         if not sums.isfinite().all():

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class LayerObserver:
         loss_fn: LossFunction,
         weights: Mapping[str, nn.Parameter],
         observer: Observer,
-        draw: Optional[DrawLabels],
+        draw: DrawLabels | None,
         chunk_bytes: int,
     ) -> None:
         self.model, self.loss_fn, self.observer, self.draw = model, loss_fn, observer, draw
@@ -60,7 +60,7 @@ class LayerObserver:
             reached, self.outputs = self.outputs, []
             if not reached:
                 return
-            scale: Union[float, Tensor] = 1.0
+            scale: float | Tensor = 1.0
             if self.draw is not None:
                 targets, scale = self.draw(pytree.tree_map(torch.detach, outputs), samples, samples)
             # One by one: the mean over several may weigh them by their targets.
@@ -96,7 +96,7 @@ def output_rows(module: nn.Module, x: Tensor) -> Tensor:
     return channels_last.reshape(-1, x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1])
 
 
-def input_rows(module: nn.Module, x: Optional[Tensor]) -> Tensor:
+def input_rows(module: nn.Module, x: Tensor | None) -> Tensor:
     """Unfold what the weight of a Linear or Conv layer is multiplied by: [rows, fan_in], or [groups, rows, fan_in].
 
     Args:

@@ -7,7 +7,7 @@ changed: parameters are replaced functionally, training flags and PyTorch's RNG 
 import functools
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ def observe(
     observer: Observer,
     weights: Mapping[str, nn.Parameter],
     *,
-    masks: Optional[Mapping[str, Tensor]] = None,
+    masks: Mapping[str, Tensor] | None = None,
     num_grads: int = 1024,
     grad_batch_size: int = 1,
     labels: str = "data",
-    likelihood: Optional[Likelihood] = None,
+    likelihood: Likelihood | None = None,
     seed: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
     progress: bool = False,
@@ -78,8 +78,8 @@ def observe(
     needs_labels = wanted != {"inputs"}
     sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
     generator = torch.Generator(device).manual_seed(seed)
-    draw: Optional[DrawLabels] = None if sampler is None else functools.partial(sampler.draw, generator)
-    source: Optional[GradientObserver] = None
+    draw: DrawLabels | None = None if sampler is None else functools.partial(sampler.draw, generator)
+    source: GradientObserver | None = None
     with (
         running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,

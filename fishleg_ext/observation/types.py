@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Protocol
 
 from torch import Tensor
 
 # v by parameter name -> F v.
 FisherProduct = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # (outputs, samples, count) -> targets and what to scale gradients by, as of `LabelSampler.draw`.
-DrawLabels = Callable[[Any, int, int], tuple[Any, Union[float, Tensor]]]
+DrawLabels = Callable[[Any, int, int], tuple[Any, float | Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Observation:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     output_gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    fisher_product: Optional[FisherProduct] = None
+    fisher_product: FisherProduct | None = None
 
 
 class Observer(Protocol):

@@ -1,19 +1,17 @@
 """Products with a Kronecker-factored inverse, Q = diag(scale) (P x M) diag(scale)."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from fishleg_ext.common.dtypes import widened
 
 
-def dtype_of(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor]) -> torch.dtype:
+def dtype_of(row_factor: Tensor, col_factor: Tensor, scale: Tensor | None) -> torch.dtype:
     """Dtype of products and diagonals."""
     return widened(row_factor.dtype, col_factor.dtype, *([] if scale is None else [scale.dtype]))
 
 
-def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Tensor | None = None) -> Tensor:
     """Two matrix products between two scalings."""
     dtype = dtype_of(row_factor, col_factor, scale)
     row, x = row_factor.to(dtype), x.to(dtype)
@@ -24,13 +22,13 @@ def kron_mul(x: Tensor, row_factor: Tensor, col_factor: Tensor, scale: Optional[
 
 
 def foreach_kron_mul(
-    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Optional[Tensor]]
+    x: list[Tensor], row_factor: list[Tensor], col_factor: list[Tensor], scale: list[Tensor | None]
 ) -> list[Tensor]:
     """One after the other."""
     return [kron_mul(*one) for one in zip(x, row_factor, col_factor, scale, strict=True)]
 
 
-def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+def kron_diag(row_factor: Tensor, col_factor: Tensor, scale: Tensor | None = None) -> Tensor:
     """An outer product of two diagonals, scaled twice."""
     dtype = dtype_of(row_factor, col_factor, scale)
     row = row_factor.diagonal() if row_factor.dim() == 2 else row_factor

@@ -1,7 +1,7 @@
 """Compares every implementation of every op with the reference in float64, on this machine.
 
 A case is one call. Its inputs are drawn in float64, rounded to the dtype under test, and given to the implementation as
-they are and to the reference, the yardstick, in float64 on the CPU. So only what the implementation does is measured.
+they are and to the reference in float64 on the CPU. So only what the implementation does is measured.
 
 - Floating-point results: the error is max |got - expected| / max |expected|; NaN and inf must be in the same places.
   A kernel's budget is twice (the error of the reference in the same precision + one rounding of the result). Where the
@@ -117,7 +117,7 @@ def check_dtype(op: Op, impl: str, dtype: torch.dtype, seed: int = 0) -> Row:
         for case in CASES[op.name](Inputs(dtype, device_of(impl), seed)):
             supported, reason = op.supports(impl, *case.args, **case.kwargs)
             if supported:
-                row.record(case, *error_and_budget(op, None if impl == "reference" else op.launcher(impl), case))
+                row.record(case, *compare_to_float64(op, None if impl == "reference" else op.launcher(impl), case))
             else:
                 row.reason = row.reason or reason
     except Exception as error:  # whatever a kernel may end with; what follows on a GPU may then fail for that reason
@@ -135,7 +135,7 @@ def device_of(impl: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def error_and_budget(op: Op, launcher: Callable[..., Any] | None, case: Case) -> tuple[float, float]:
+def compare_to_float64(op: Op, launcher: Callable[..., Any] | None, case: Case) -> tuple[float, float]:
     """How far a kernel, or where None is given the reference, is from float64 in a case, and how far it may be."""
     error_of: Callable[[list[Tensor]], float]
     if op.name == "obs_eliminate" and not case.exact:

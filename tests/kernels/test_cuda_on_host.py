@@ -86,7 +86,7 @@ def keeps_its_budget(driver, problems, dtype, folder):
     row = check.Row(op.name, "cuda", str(dtype))
     with host.on_host(driver.stem, host.build(driver, sanitize="address,undefined"), folder) as printed:
         for case in problems:
-            row.record(case, *check.error_and_budget(op, launcher, case))
+            row.record(case, *check.compare_to_float64(op, launcher, case))
     assert not row.failures
     assert row.cases > 3
     assert len(printed) > row.cases / 2  # all but empty ones

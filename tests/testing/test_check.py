@@ -193,7 +193,7 @@ def test_faults_are_found(name, faulty, shown_by):
     row = check.Row(name, "faulty", "")
     for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
         if case.name == shown_by:
-            row.record(case, *check.error_and_budget(OPS[name], faulty, case))
+            row.record(case, *check.compare_to_float64(OPS[name], faulty, case))
             break
     assert row.failures
 
@@ -208,7 +208,7 @@ def test_coarse_faults_are_found_at_every_condition(name, faulty, condition):
     """In single precision, too, and by each case of more than one weight."""
     for case in cases.CASES[name](cases.Inputs(torch.float32, torch.device("cpu"), 0)):
         if f"condition={condition:g}" in case.name and case.args[0].shape[-1] > 1:
-            error, budget = check.error_and_budget(OPS[name], faulty, case)
+            error, budget = check.compare_to_float64(OPS[name], faulty, case)
             assert error > budget, case.name
 
 
