@@ -1,1 +1,1 @@
-"""What every other part of the library stands on: block layouts, dtypes, checks of arguments, progress bars."""
+"""Every other part of the library stands on these: block layouts, dtypes, checks of arguments, progress bars."""

@@ -1,4 +1,4 @@
-"""Which dtype sums are taken in, and how their products are rounded."""
+"""Chooses the dtype that sums are taken in, and how their products are rounded."""
 
 import contextlib
 import functools

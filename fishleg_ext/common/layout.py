@@ -1,4 +1,4 @@
-"""How a parameter is cut into blocks of weights. The only place that knows about padding."""
+"""Cuts a parameter into blocks of weights. No other place knows about padding."""
 
 import math
 from dataclasses import dataclass

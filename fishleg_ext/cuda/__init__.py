@@ -49,7 +49,7 @@ def build_record() -> dict[str, Any]:
 
 
 def supports_device(tensor: Tensor) -> tuple[bool, str]:
-    """Whether the kernels run on this tensor's device, and if not, why not."""
+    """Say whether the kernels run on this tensor's device, and if not, why not."""
     if not tensor.is_cuda:
         return False, f"its CUDA C++ kernel takes tensors on a GPU, not on {tensor.device}"
     capability, oldest = torch.cuda.get_device_capability(tensor.device), oldest_capability()
@@ -65,7 +65,7 @@ def oldest_capability() -> tuple[int, int]:
 
 
 def supports_block_size(size: int, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the kernels that hold a block in registers take blocks of so many weights."""
+    """Say whether the kernels that hold a block in registers take blocks of so many weights."""
     largest = largest_block(dtype)
     return size <= largest, (
         f"its CUDA C++ kernel holds a block in registers: up to {largest} weights in {dtype}, not {size}"

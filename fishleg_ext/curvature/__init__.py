@@ -97,7 +97,7 @@ def make_recipes(
 
 
 def _can_use(model: str | Curvature, name: str) -> bool:
-    """Whether a setting given beside a model may be used: an instance has settings of its own but the shared ones."""
+    """Say whether a setting beside a model may be used: an instance has its own but for the shared ones."""
     if name in ("labels", "likelihood"):
         observes = model.observes if isinstance(model, Curvature) else MODELS[model]().observes
         return bool(observes - {"inputs"})

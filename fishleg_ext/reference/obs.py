@@ -31,6 +31,7 @@ def obs_eliminate(
     rank = torch.where(alive, size, -1).to(torch.int32)
     cost = torch.full_like(rank, torch.inf, dtype=dtype)
     group_of = torch.arange(size, device=weight.device) // group
+    limit = torch.inf if stop is None else stop
     for part in block_slices(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
         pending = alive[part].clone()
         h = (inverse if len(inverse) == 1 else inverse[part]).to(dtype).expand(len(pending), -1, -1).clone()
@@ -42,9 +43,7 @@ def obs_eliminate(
         for _ in range(size // group):
             joint = group_costs(w, h, pending, group, n, m)
             best, chosen = joint.min(1, keepdim=True)  # of ties the first
-            members = (
-                pending & (group_of == chosen) & (best <= (torch.inf if stop is None else stop)) & (best < torch.inf)
-            )
+            members = pending & (group_of == chosen) & (best <= limit) & (best < torch.inf)
             if not members.any():
                 break
             rank[part] = torch.where(members, done + members.cumsum(1, dtype=torch.int32) - 1, rank[part])
