@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.observation.batches import require_rereadable
@@ -37,7 +38,7 @@ class DataSource(NamedTuple):
     """The data that an estimate is made from."""
 
     data: Iterable[Any]
-    loss_fn: LossFunction
+    loss_fn: LossFunction | None
     num_grads: int
     seed: int
 
@@ -49,6 +50,7 @@ class Estimator:
         model: any module.
         weights: name -> parameter of the model.
         biases: name of a weight -> name of its layer's bias.
+        orientations: name of a weight -> how it is seen as a matrix. The curvature sees all weights so, outputs first.
         recipe: what is estimated.
         max_memory: bytes for the curvature, its workspace and its gradients; None is all at once.
         sharing: how many estimates are held at a time, each with an equal part of max_memory.
@@ -68,6 +70,7 @@ class Estimator:
         model: nn.Module,
         weights: Mapping[str, nn.Parameter],
         biases: Mapping[str, str],
+        orientations: Mapping[str, Orientation],
         recipe: Curvature,
         *,
         max_memory: int | None,
@@ -78,10 +81,10 @@ class Estimator:
     ) -> None:
         recipe.check(weights)
         self.model, self._parameters, self.recipe = model, weights, recipe
+        self._orientations = orientations
         self.known_biases = dict(biases) if recipe.takes_biases else {}
         self.num_grads = recipe.num_grads or recipe.default_num_grads
         self.grad_batch_size = recipe.grad_batch_size or 1
-        self.labels = recipe.labels or recipe.default_labels
         self._given_memory, self._sharing = max_memory, sharing
         self.max_memory = None if max_memory is None else max_memory // sharing
         self.progress, self._timed, self._stage = progress, timed, stage
@@ -111,7 +114,7 @@ class Estimator:
     def begin(
         self,
         data: Iterable[Any] | None,
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | None,
         masks: Mapping[str, Tensor],
         *,
         num_grads: int | None = None,
@@ -125,7 +128,7 @@ class Estimator:
             num_grads: fewer than usual.
         """
         self.release()
-        label_sampler(self.labels, loss_fn, self.recipe.likelihood)
+        label_sampler(self._labels(loss_fn), loss_fn, self.recipe.likelihood)
         if self.recipe.observes:
             name = type(self.recipe).__name__
             if data is None:
@@ -155,8 +158,18 @@ class Estimator:
             self.estimate = self.recipe.start({})
 
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Name -> the weights as they are now."""
+        """Name -> the weights as they are now, as the parameters have them."""
         return {name: self._parameters[name].detach() for name in names}
+
+    def oriented(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> what is of the shape of a parameter, as the curvature has it; what is of biases as it is."""
+        known = self._orientations
+        return {name: known[name].to_matrix(x) if name in known else x for name, x in tensors.items()}
+
+    def as_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `oriented`."""
+        known = self._orientations
+        return {name: known[name].to_parameter(x) if name in known else x for name, x in tensors.items()}
 
     def biases(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Name of the weight -> its layer's bias as it is now, of those that the curvature knows."""
@@ -199,7 +212,12 @@ class Estimator:
         return loaded
 
     def _start(self, names: list[str], previous: Estimate[Any] | None = None) -> Estimate[Any]:
-        return self.recipe.start(self.weights(names), self.known_biases, previous=previous, progress=self.progress)
+        weights = self.oriented(self.weights(names))
+        return self.recipe.start(weights, self.known_biases, previous=previous, progress=self.progress)
+
+    def _labels(self, loss_fn: LossFunction | None) -> str:
+        """Where targets come from: for a loss of the model's own, from the data unless told otherwise."""
+        return self.recipe.labels or ("data" if loss_fn is None else self.recipe.default_labels)
 
     def _observe(self, names: list[str], source: DataSource) -> None:
         self.held = []
@@ -219,9 +237,11 @@ class Estimator:
                     self.estimate,
                     observed,
                     masks={name: self._masks[name] for name in names} if self.recipe.conditions_on_masks else None,
+                    orientations=self._orientations,
+                    biases={name: (self.known_biases[name], bias) for name, bias in self.biases(names).items()},
                     num_grads=source.num_grads,
                     grad_batch_size=self.grad_batch_size,
-                    labels=self.labels,
+                    labels=self._labels(source.loss_fn),
                     likelihood=self.recipe.likelihood,
                     seed=source.seed + number,  # other labels in each pass
                     chunk_bytes=self._chunk_bytes(names),
@@ -257,7 +277,8 @@ class Estimator:
 
     def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
         """State of these parameters, the largest workspace that one of them needs, and some gradients."""
-        weights = [(name, self._parameters[name], self.num_grads, name in self.known_biases) for name in names]
+        matrices = self.oriented(self.weights(names))
+        weights = [(name, x, self.num_grads, name in self.known_biases) for name, x in matrices.items()]
         held = sum(self.recipe.state_bytes(*weight) for weight in weights)
         workspace = max(self.recipe.workspace_bytes(*weight) for weight in weights)
         gradients = gradient_bytes(self._parameters[name] for name in names) if self.recipe.observes else 0

@@ -8,7 +8,7 @@ from torch import nn
 
 from fishleg_ext.config import PruneConfig, documented
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.observation.batches import require_rereadable
+from fishleg_ext.observation.batches import BatchFunction, require_rereadable
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.pruner import Pruner
 from fishleg_ext.result import PruneResult
@@ -20,7 +20,7 @@ from fishleg_ext.sparsity.parameters import ParameterChoice
 def prune(
     model: nn.Module,
     data: Iterable[Any] | None,
-    loss_fn: LossFunction = nn.functional.cross_entropy,
+    loss_fn: LossFunction | None = nn.functional.cross_entropy,
     *,
     sparsity: float | None = None,
     curvature: str | Curvature = "block",
@@ -43,15 +43,22 @@ def prune(
     allocation: str | Curvature | None = None,
     min_density: float = 0.0,
     first_order: bool | float = False,
+    batch_fn: BatchFunction | None = None,
 ) -> PruneResult:
     """Prune a model in place, in one call. If anything is raised, the model is as before the call.
 
     Args:
         model: any module.
-        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). May
-            be None with curvature="identity".
-        loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). With
+            loss_fn=None a batch may be one mapping of keywords, labels among them, as Hugging Face's collators make it.
+            The first dimension of tensors is the sample; what is no tensor is passed on. May be None with
+            curvature="identity".
+        loss_fn: (outputs, targets) -> scalar, the mean over the batch; None is the loss that the model itself returns
+            as `outputs.loss`. The loss of a sample is the loss on that sample alone; class weights of a
+            CrossEntropyLoss multiply it.
     {settings}
+        batch_fn: what makes (inputs, targets) of each batch of data, or a list of such tuples, one for each sample,
+            where samples cannot be put together.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, or that the chosen curvature cannot use; empty data; NaN
@@ -65,9 +72,9 @@ def prune(
         >>> prune(model, data, sparsity=0.75, num_grads=16, progress=False).sparsity
         0.75
     """
-    settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn")}
+    settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "batch_fn")}
     config = PruneConfig(**settings)
-    pruner = Pruner(model, dataclasses.replace(config, recomputations=1), data=data, loss_fn=loss_fn)
+    pruner = Pruner(model, dataclasses.replace(config, recomputations=1), data=data, loss_fn=loss_fn, batch_fn=batch_fn)
     target = pruner.target()
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")

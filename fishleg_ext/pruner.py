@@ -14,7 +14,7 @@ from fishleg_ext.common.state import Restorer, of_today, state_entry
 from fishleg_ext.config import PruneConfig, config_of, documented, with_settings
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.estimator import Estimator, Stopwatch
-from fishleg_ext.observation.batches import checked_source, require_rereadable
+from fishleg_ext.observation.batches import BatchFunction, checked_source, require_rereadable
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops import use_impl
@@ -26,7 +26,7 @@ from fishleg_ext.schedule import Schedule
 from fishleg_ext.sparsity.budget import Budget, Sparsity, check_names
 from fishleg_ext.sparsity.flops import flops_per_weight
 from fishleg_ext.sparsity.masks import Masks
-from fishleg_ext.sparsity.parameters import biases_of, check_weight, choose_parameters
+from fishleg_ext.sparsity.parameters import biases_of, check_weight, choose_parameters, orientations_of
 from fishleg_ext.sparsity.patterns import Pattern
 
 STATE = ("pattern", "masks", "estimate", "allocation", "history", "step", "first_order", "flops_per_weight")
@@ -46,6 +46,7 @@ class Pruner:
             `carry_over` then has another default.
         data: what `step` estimates the curvature from, as in `prune`; may be given to `estimate` instead.
         loss_fn: the loss of `data`, as in `prune`.
+        batch_fn: what makes (inputs, targets) of each batch of data, here and in `estimate`, as in `prune`.
         refine_grads: gradients of every estimate but the first, where the curvature starts from the previous estimate;
             None is `num_grads`.
         masks: to begin with, name -> bool tensor, True = kept: those of an earlier pruning (`PruneResult.masks`), and
@@ -69,7 +70,8 @@ class Pruner:
         *,
         schedule: Schedule | None = None,
         data: Iterable[Any] | None = None,
-        loss_fn: LossFunction = nn.functional.cross_entropy,
+        loss_fn: LossFunction | None = nn.functional.cross_entropy,
+        batch_fn: BatchFunction | None = None,
         refine_grads: int | None = None,
         masks: Mapping[str, Tensor] | None = None,
         **settings: Any,
@@ -81,15 +83,20 @@ class Pruner:
         if masks is not None:
             checked_type("masks", masks, Mapping, "a dict of tensors")
             params = list(masks) if params is None else params
-        self.weights = self.pattern.fitting(choose_parameters(model, params), chosen=params is not None)
+        chosen = choose_parameters(model, params)
+        self._orientations = orientations_of(model, chosen, channels_last=bool(self.pattern.m))
+        shapes = {name: orientation.matrix_shape for name, orientation in self._orientations.items()}
+        self.weights = {name: chosen[name] for name in self.pattern.fitting(shapes, chosen=params is not None)}
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         if masks is not None:
             self._masks.set(masks)
-            if unfit := [name for name, mask in masks.items() if not self.pattern.allows(mask)]:
+            matrices = {name: self._orientations[name].to_matrix(mask) for name, mask in self._masks.items()}
+            if unfit := [name for name, mask in matrices.items() if not self.pattern.allows(mask)]:
                 raise ValueError(f"expected masks of pattern={self.pattern.name!r}, got others of {', '.join(unfit)}")
 
-        self._data, self._loss_fn = checked_source(data, loss_fn)  # of the last estimate, or given for all
+        self._batch_fn = batch_fn
+        self._data, self._loss_fn = checked_source(data, loss_fn, batch_fn)  # of the last estimate, or given for all
         self.schedule, self._step = schedule, 0
         recipe, allocation = self.config.recipes()
         if schedule is not None:
@@ -116,9 +123,10 @@ class Pruner:
         self._timed = Stopwatch()
         self.estimator = self._estimator(recipe, "observation", 1 if allocation is None else 2)
         self.allocator = None if allocation is None else self._estimator(allocation, "allocation", 2)
-        self.solver.check_pattern(recipe, self.weights, self.pattern)
+        matrices = self.estimator.oriented(self.estimator.weights(self.weights))
+        self.solver.check_pattern(recipe, matrices, self.pattern)
         if allocation is not None:
-            SOLVERS[allocation.default_saliency].check_pattern(allocation, self.weights, self.pattern)
+            SOLVERS[allocation.default_saliency].check_pattern(allocation, matrices, self.pattern)
         scope = self.config.scope_of(recipe)
         if isinstance(scope, Mapping):
             check_names(scope, self._masks)
@@ -166,7 +174,7 @@ class Pruner:
         Args:
             data: iterable of (inputs, targets) batches; may be None where the curvature observes nothing.
             loss_fn: (outputs, targets) -> scalar, the mean over the batch. What is None is as the last time, or as
-                given to the constructor.
+                given to the constructor, where loss_fn=None is the loss that the model returns.
 
         Raises:
             ValueError: no data, data that can be read only once where it is needed again, labels="model" without a
@@ -174,9 +182,8 @@ class Pruner:
                 weights are pruned already.
             RuntimeError: parameters of the model were replaced since this pruner was made.
         """
-        data, loss_fn = checked_source(
-            self._data if data is None else data, self._loss_fn if loss_fn is None else loss_fn
-        )
+        data = self._data if data is None else checked_source(data, None, self._batch_fn)[0]
+        loss_fn = self._loss_fn if loss_fn is None else checked_source(None, loss_fn)[1]
         self._check_parameters()
         self._masks.warn_of_revived()
         self.solver.check(self.estimator.recipe, any(self._masks.pruned_counts().values()))
@@ -252,6 +259,7 @@ class Pruner:
             self.model,
             self.weights,
             self._biases,
+            {name: self._orientations[name] for name in self.weights},
             recipe,
             max_memory=self.config.max_memory,
             sharing=sharing,
@@ -260,7 +268,7 @@ class Pruner:
             stage=stage,
         )
 
-    def _first_order_step(self, data: Iterable[Any] | None, loss_fn: LossFunction, seed: int) -> FirstOrderStep:
+    def _first_order_step(self, data: Iterable[Any] | None, loss_fn: LossFunction | None, seed: int) -> FirstOrderStep:
         if data is None:
             raise ValueError("first_order needs data, got None")
         require_rereadable(data, "first_order= reads it twice more")

@@ -75,9 +75,9 @@ class Round:
         for name, weight in updated.items():
             if not weight.isfinite().all():
                 raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
-        for name, value in updated.items():
+        for name, value in self.estimator.as_parameters(updated).items():
             self.estimator.model.get_parameter(name).copy_(value)
-        masks |= chosen
+        masks |= self.estimator.as_parameters(chosen)
         return increase
 
     def _allocated(self, allocator: Estimator, counts: int | Mapping[str, int]) -> dict[str, int]:
@@ -124,9 +124,9 @@ class Round:
             weights, biases = self.first.subtract_from(weights), self.first.subtract_from(biases, self.bias_names)
         return Problem(
             estimate,
-            weights,
+            estimator.oriented(weights),
             biases,
-            {name: self.masks[name] for name in names},
+            estimator.oriented({name: self.masks[name] for name in names}),
             self.budget.pattern,
             conditioned=estimator.is_conditioned_on(self.masks),
             progress=self.progress,

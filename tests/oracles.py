@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.curvature import Curvature, Estimate
+from fishleg_ext.observation.types import ProductRows
 
 
 def cholesky_inverse(matrix: Tensor) -> Tensor:
@@ -54,6 +55,11 @@ def trained(net: nn.Module, inputs: Tensor, targets: Tensor, steps: int = 80, ra
 
 def batches(inputs: Tensor, targets: Tensor, size: int = 16) -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def rows_of(x: Tensor, outputs: int) -> ProductRows:
+    """What `observe` hands over of one product: rows [n, size], or [groups, n, size]; of all outputs of the weight."""
+    return ProductRows(x if x.dim() == 3 else x[None], (0, outputs))
 
 
 def order_of(rank: Tensor) -> list[int]:

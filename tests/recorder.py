@@ -23,10 +23,16 @@ class Recorder:
         return torch.cat([o.gradients[name] for o in self.seen])
 
     def inputs(self, name):
-        return torch.cat([o.inputs[name] for o in self.seen if name in o.inputs], dim=-2)
+        """Rows [n, fan_in], or [groups, n, fan_in]."""
+        return self._rows("inputs", name)
 
     def output_gradients(self, name):
-        return torch.cat([o.output_gradients[name] for o in self.seen if name in o.output_gradients])
+        """Rows [n, fan_out], or [groups, n, fan_out / groups]."""
+        return self._rows("output_gradients", name)
+
+    def _rows(self, what, name):
+        rows = torch.cat([getattr(o, what)[name].rows for o in self.seen if name in getattr(o, what)], dim=1)
+        return rows if len(rows) > 1 else rows[0]
 
 
 def small_net():

@@ -124,7 +124,7 @@ def test_bad_data_is_explained_and_changes_nothing(net, data):
         prune(net, None, sparsity=0.5)
     with pytest.raises(TypeError, match="data to be an iterable of batches, got 5"):
         prune(net, 5, sparsity=0.5)
-    with pytest.raises(TypeError, match="loss_fn to be a function of outputs and targets, got 0.5"):
+    with pytest.raises(TypeError, match="loss_fn to be a function of outputs and targets or None, got 0.5"):
         prune(net, data, 0.5, sparsity=0.5)
     with pytest.raises(TypeError, match="model to be an nn.Module, got 'net'"):
         prune("net", data, sparsity=0.5)

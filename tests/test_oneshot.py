@@ -46,6 +46,7 @@ def test_signatures_of_the_contract():
         "allocation",
         "min_density",
         "first_order",
+        "batch_fn",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
     over_time = {"config", "schedule", "data", "refine_grads", "masks"}

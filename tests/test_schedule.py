@@ -119,7 +119,11 @@ def test_a_schedule_may_be_any_function_and_data_those_of_the_last_estimate(net,
     "options, error, message",
     [
         ({"schedule": "cubic"}, TypeError, "schedule to be a function of the step, got 'cubic'"),
-        ({"loss_fn": "cross_entropy"}, TypeError, "loss_fn to be a function of outputs and targets, got 'cross_"),
+        (
+            {"loss_fn": "cross_entropy"},
+            TypeError,
+            "loss_fn to be a function of outputs and targets or None, got 'cross_",
+        ),
         ({"data": 5}, TypeError, "data to be an iterable of batches, got 5"),
         (
             {"pattern": "2:4", "schedule": Cubic(final_sparsity=0.95, end=4)},

@@ -89,7 +89,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
         for name, like in self._like.items():
             rows, cols = self._shape(name)
             self._moments[name] = Factors(zero_moment(like, rows, recipe.block_diagonal), zero_moment(like, cols))
-        self._counts = {name: [0, 0] for name in weights}  # of what went into S and A
+        self._counts: dict[str, list[float]] = {name: [0, 0] for name in weights}  # of what went into S and A
 
     @override
     def update(self, observation: Observation) -> None:
@@ -99,15 +99,20 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
             add_moment_(row, matrices.mT.reshape(-1, len(row)))
             add_moment_(col, matrices.reshape(-1, len(col)))
             self._counts[name] = [count + observation.count for count in self._counts[name]]
-        for name, rows in observation.output_gradients.items():
-            add_moment_(self._moments[name].row, rows)
-            self._counts[name][0] += len(rows)
-        for name, rows in observation.inputs.items():
-            groups = len(rows) if rows.dim() == 3 else 1
-            rows = rows.reshape(-1, rows.shape[-1])
+        for name, (rows, (first, last)) in observation.output_gradients.items():
+            row, n = self._moments[name].row, rows.shape[1]
+            for index, part in enumerate(rows):  # of outputs that have inputs of their own
+                start = first + index * part.shape[1]
+                own = slice(start, start + part.shape[1])
+                add_moment_(row[own] if row.dim() == 1 else row[own, own], part)
+            self._counts[name][0] += n * (last - first) / len(row)
+        for name, (rows, (first, last)) in observation.inputs.items():
+            share = (last - first) / len(self._moments[name].row) / len(rows)  # the mean over outputs
+            rows = rows.flatten(0, 1)
             if self._has_bias(name):  # it is multiplied by 1
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-            add_moment_(self._moments[name].col, rows, 1 / groups)
+            add_moment_(self._moments[name].col, rows, share)
+        for name in self.layouts if not observation.gradients else ():
             self._counts[name][1] += observation.count
 
     def factors(self, name: str) -> Factors:

@@ -1,5 +1,6 @@
 """The curvature of each layer's own output error, from its inputs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, check_names, curvature_entry
 from fishleg_ext.curvature.joint_cost import joint_cost
+from fishleg_ext.curvature.kronecker import matrix_shape
 from fishleg_ext.observation.types import Observation
 
 
@@ -25,9 +27,9 @@ class Layerwise(Curvature):
 
     A row w of a Linear or Conv layer gives the outputs w . a, a the inputs it is multiplied by (for a convolution the
     patch at each position), so that moving it by dw costs 1/2 E (dw . a)^2 = 1/2 dw^T A dw of squared output error, a
-    mean over samples (the first dimension of the layer's input) and a sum over positions. All rows share A, those of a
-    convolution with groups the A of their group. Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 2; SparseGPT,
-    arXiv 2301.00774.
+    mean over the network's samples and a sum over positions, and over all products of a shared weight. All rows share
+    A; where groups of rows have inputs of their own, as in a convolution with groups or the experts of a fused weight,
+    each has its own A. Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 2; SparseGPT, arXiv 2301.00774.
 
     Needs forward passes alone. Costs are in the units of each layer's own outputs, hence the scope "layer".
 
@@ -54,7 +56,7 @@ class Layerwise(Curvature):
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Cut a block for each row, of fan-in size."""
-        return BlockLayout(weight.shape, max(1, weight[:1].numel()))
+        return BlockLayout(weight.shape, matrix_shape(weight)[1])
 
     @override
     def start(
@@ -64,7 +66,7 @@ class Layerwise(Curvature):
 
     def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
         """Count a matrix of fan-in x fan-in; a convolution with groups has one for each."""
-        return weight[:1].numel() ** 2 * widened(weight.dtype).itemsize
+        return matrix_shape(weight)[1] ** 2 * widened(weight.dtype).itemsize
 
 
 class LayerwiseEstimate(Estimate[Layerwise]):
@@ -78,12 +80,20 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     @override
     def update(self, observation: Observation) -> None:
-        for name, rows in observation.inputs.items():
-            grouped = (rows if rows.dim() == 3 else rows[None]).transpose(0, 1)  # [rows, groups, fan-in]
-            if name not in self._gram:
-                size = grouped.shape[2]
-                self._gram[name] = self._like[name].new_zeros(grouped.shape[1], size, size)
-            ops.block_gram_(self._gram[name], grouped)
+        for name, (rows, (first, last)) in observation.inputs.items():
+            outputs, size = self.layouts[name].num_blocks, rows.shape[2]
+            gram = self._gram.get(name)
+            if gram is None:
+                gram = self._like[name].new_zeros(1, size, size)
+            # Equal groups of outputs, as few as will do, whose inputs have been and are the same.
+            held, width = len(gram), math.gcd(outputs // len(gram), first, (last - first) // len(rows))
+            if held < outputs // width:
+                gram = gram.repeat_interleave(outputs // width // held, dim=0)
+            groups = gram[first // width : last // width]
+            grouped = rows.repeat_interleave(len(groups) // len(rows), dim=0).transpose(0, 1)  # [n, groups, fan-in]
+            ops.block_gram_(groups, grouped)
+            self._gram[name] = gram
+        for name in self._count if not observation.gradients else ():
             self._count[name] += observation.count
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,11 +157,12 @@ class LayerwiseEstimate(Estimate[Layerwise]):
     def _merge(self, other: "LayerwiseEstimate") -> None:
         for name, gram in other._gram.items():
             own = self._gram.get(name)
-            if own is not None and own.shape != gram.shape:
-                raise ValueError(f"expected curvature of {name} of shape {list(own.shape)}, got {list(gram.shape)}")
-        for name, gram in other._gram.items():
-            own = self._gram.get(name)
-            self._gram[name] = gram.to(self._like[name], copy=True) if own is None else own + gram.to(own.device)
+            if own is None:
+                self._gram[name] = gram.to(self._like[name], copy=True)
+            else:
+                groups = math.lcm(len(own), len(gram))
+                finer = (x.to(own.device).repeat_interleave(groups // len(x), dim=0) for x in (own, gram))
+                self._gram[name] = sum(finer, torch.zeros((), device=own.device))
         self._count = {name: count + other._count[name] for name, count in self._count.items()}
 
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:

@@ -40,18 +40,19 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
     device = first.device if first is not None else torch.device("cpu")
     before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     used = 0
-    with running(model, device, seed), progress_bar(what="BatchNorm", show=progress) as bar:
+    with running(model, device, seed, restore_buffers=False), progress_bar(what="BatchNorm", show=progress) as bar:
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
-            for inputs, _, samples in chunks(data, BATCHNORM_SAMPLES, sys.maxsize, device):
+            for chunk in chunks(data, BATCHNORM_SAMPLES, sys.maxsize, device):
+                samples = chunk.samples
                 if used and samples == 1:
                     break  # one sample alone may have no variance
                 used += samples
                 for norm in norms:
                     norm.momentum = samples / used  # so that every sample counts the same
-                call(model, {}, inputs)
+                call(model, {}, chunk.inputs)
                 bar.update(samples)
             if used == 0:
                 raise ValueError("expected data that yields at least one sample, got none")

@@ -1,22 +1,35 @@
 """Runs a model without changing it."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fishleg_ext.observation.likelihoods import LossFunction
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """The model in eval mode and PyTorch's RNG seeded; both as they were afterwards."""
+def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffers: bool = True) -> Iterator[None]:
+    """The model in eval mode and PyTorch's RNG seeded; both, and the buffers, as they were afterwards.
+
+    What was compiled runs uncompiled meanwhile.
+    """
     training = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        if restore_buffers:
+            stack.enter_context(_restoring_buffers(model))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not forked too
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -29,16 +42,50 @@ def running(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]
                 module.training = flag
 
 
+@contextlib.contextmanager
+def _restoring_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo what forward passes write into buffers, in place or by assignment."""
+    before = [
+        (module, name, buffer, buffer.clone(), None if buffer.is_inference() else buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values, version in before:
+            if version is None or buffer._version != version:
+                buffer.copy_(values)
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+
+
 def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:
-    """The model's outputs with some parameters replaced: a tuple is positional, a dict keywords."""
+    """The model's outputs with some parameters replaced: a tuple is positional, a dict keywords.
+
+    The model gets copies of the inputs' tensors, which it may change in place.
+    """
+    inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     return functional_call(model, dict(weights), args, kwargs)
 
 
-def scalar_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """The loss, or ValueError if it is not one number."""
-    loss = loss_fn(outputs, targets)
+def scalar_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any) -> Tensor:
+    """The loss, or an error if it is not one number; without a loss function the one that the model returns."""
+    if loss_fn is None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                "expected a model whose outputs have a loss, with loss_fn=None, got "
+                f"{type(outputs).__name__}{'' if loss is None else f' with a {type(loss).__name__} as loss'}; are the "
+                "labels among the inputs?"
+            )
+    else:
+        loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected loss_fn to return a scalar tensor, got a {type(loss).__name__}")
     if loss.dim():
         raise ValueError(f"expected loss_fn to return a scalar, got a tensor of shape {list(loss.shape)}")
     return loss

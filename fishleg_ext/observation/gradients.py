@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
 from fishleg_ext.observation.types import DrawLabels, FisherProduct
@@ -27,50 +29,62 @@ class GradientObserver:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | None,
         weights: Mapping[str, nn.Parameter],
         masks: Mapping[str, Tensor],
         draw: DrawLabels | None,
+        orientations: Mapping[str, Orientation],
     ) -> None:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
+        self._orientations = orientations
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.vectorized: bool | None = None
         self.any_nonzero = False
 
-    def gradients(self, inputs: Any, targets: Any, samples: int, count: int) -> dict[str, Tensor]:
-        """`count` gradients, each of as many of the samples; name -> [count, *shape]."""
-        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
-        targets = pytree.tree_map(lambda x: x[:samples], targets)
+    def gradients(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
+        """`count` gradients, each of as many of the samples; name -> [count, *matrix_shape]."""
         scale: float | Tensor = 1.0
         if self.draw is not None:
-            targets, scale = self.draw(call(self.model, self.weights, inputs), samples, count)
-        group = lambda x: x.unflatten(0, (count, -1))
-        values = self._compute(pytree.tree_map(group, inputs), pytree.tree_map(group, targets), count)
-        return self._masked(values, scale)
+            outputs = call(self.model, self.weights, chunk.inputs)
+            targets, scale = self.draw(outputs, chunk.targets, chunk.samples, count)
+            chunk = chunk.with_targets(targets)
+        return self._oriented(self._masked(self._compute(chunk, count), scale))
 
-    def fisher_product(self, inputs: Any, samples: int, hessian: LossHessian) -> FisherProduct:
+    def fisher_product(self, chunk: Chunk, hessian: LossHessian) -> FisherProduct:
         """J^T H J v, J the outputs' derivative by the weights and H the loss's second one by the outputs."""
-        inputs = pytree.tree_map(lambda x: x[:samples], inputs)
-        function = lambda weights: call(self.model, weights, inputs)
+        function = lambda weights: call(self.model, weights, chunk.inputs)
+        known = self._orientations
 
         def multiply(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            v = {name: known[name].to_parameter(x) if name in known else x for name, x in v.items()}
             tangents = {name: v.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in self.weights.items()}
             outputs, tangent = jvp(function, (self.weights,), (tangents,))[:2]
-            return vjp(function, self.weights)[1](hessian(outputs, tangent))[0]
+            return self._oriented(vjp(function, self.weights)[1](hessian(outputs, tangent))[0])
 
         return multiply
 
-    def _compute(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
-        """Gradients of inputs and targets [count, group, ...]."""
-        if self.vectorized is False:
-            return self._loop(inputs, targets, count)
+    def _oriented(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = self._orientations
+        return {name: known[name].to_matrix(x) if name in known else x for name, x in tensors.items()}
+
+    def _compute(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
+        """Gradients of `count` groups of samples."""
+        if self.vectorized is False or not chunk.divisible:
+            return self._loop(chunk, count)
+        leaves, spec = pytree.tree_flatten((chunk.inputs, chunk.targets))
+        groups = [leaf.unflatten(0, (count, -1)) for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def loss(weights: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
+            parts = iter(tensors)
+            whole = [next(parts) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return self._loss(weights, *pytree.tree_unflatten(whole, spec))
+
         try:
-            vmapped = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
-            values = vmapped(self.weights, inputs, targets)
+            values = vmap(grad(loss), in_dims=(None, 0), randomness="different")(self.weights, groups)
         except Exception as error:
             if self.vectorized:  # it worked before, so this is not about vmap
                 raise
-            values = self._loop(inputs, targets, count)  # raises what is wrong with the model or the data itself
+            values = self._loop(chunk, count)  # raises what is wrong with the model or the data itself
             self.vectorized = False
             reason = str(error).strip().splitlines()
             warnings.warn(
@@ -85,17 +99,22 @@ class GradientObserver:
     def _loss(self, values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
         return scalar_loss(self.loss_fn, call(self.model, values, inputs), targets)
 
-    def _loop(self, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+    def _loop(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
         """The same by plain autograd, for models that torch.func cannot run."""
         weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-        result = {name: weight.new_empty((count, *weight.shape)) for name, weight in self.weights.items()}
+        result = {name: weight.new_zeros((count, *weight.shape)) for name, weight in self.weights.items()}
+        size = chunk.samples // count
         for i in range(count):
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # may be written to
+            group = chunk.part(i * size, (i + 1) * size)
             with torch.enable_grad():
-                one = pytree.tree_map(lambda x, i=i: x[i], (inputs, targets))
-                loss = self._loss(weights | buffers, *one)
-            for name, gradient in zip(result, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                result[name][i] = gradient
+                loss = self._loss(weights | buffers, group.inputs, group.targets)
+            if not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(result, found, strict=True):
+                if gradient is not None:
+                    result[name][i] = gradient
         return result
 
     def _masked(self, values: dict[str, Tensor], scale: float | Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 LossFunction = Callable[[Any, Any], Tensor]
 Likelihood = str | Callable[[Any, torch.Generator], Any]
 LossHessian = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100  # the class of a target that PyTorch's cross entropy leaves out, unless told otherwise
 
 
 def checked_likelihood(name: str, value: Any) -> Likelihood:
@@ -26,62 +27,237 @@ class NamedLikelihood:
 
     Attributes:
         sample: (outputs, generator) -> targets.
-        hessian: (outputs, v) -> H v, H the second derivative of the mean loss by the outputs.
+        hessian: (outputs, v) -> H v, H the second derivative of the mean loss by the outputs; None where none is there.
         sample_by_importance: (outputs [N, C], generator) -> a target for each sample, and a factor [N] for its
             gradient; None where targets are drawn as they are distributed.
+        class_dim: dimension of the outputs that goes over classes; None where targets are no classes.
+        shift: how many positions later than the outputs, along dimension 1, targets lie.
     """
 
     sample: Callable[[Tensor, torch.Generator], Tensor]
-    hessian: LossHessian
+    hessian: LossHessian | None = None
     sample_by_importance: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
+    class_dim: int | None = None
+    shift: int = 0
 
 
 class LabelSampler:
     """Draws targets from a model's outputs.
 
     Args:
-        likelihood: a named one; or (outputs, generator) -> targets, for a loss that is the mean over samples.
+        likelihood: a named one; or (outputs, generator) -> targets, for a loss that is the mean over samples; None for
+            a model with a loss of its own, which it is then found from.
+        ignore_index: class of the targets that the loss leaves out.
+        summed: whether the loss of a sample is the sum over its targets, not the mean.
     """
 
-    def __init__(self, likelihood: NamedLikelihood | Callable[[Any, torch.Generator], Any]) -> None:
-        self.likelihood = likelihood
+    def __init__(
+        self,
+        likelihood: NamedLikelihood | Callable[[Any, torch.Generator], Any] | None,
+        *,
+        ignore_index: int = IGNORED,
+        summed: bool = False,
+    ) -> None:
+        self.likelihood, self.ignore_index, self.summed = likelihood, ignore_index, summed
 
-    def draw(self, generator: torch.Generator, outputs: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
+    def draw(
+        self, generator: torch.Generator, outputs: Any, targets: Any, samples: int, count: int
+    ) -> tuple[Any, float | Tensor]:
         """Draw targets, and a factor that makes the mean square of `count` gradients that of the Fisher matrix.
+
+        Args:
+            generator: of random numbers.
+            outputs: of the model.
+            targets: those of the data: where they are ignored, they stay. None where there are none.
+            samples, count: how many gradients of how many samples in all the factor is for.
 
         Returns:
             targets for all samples, and a factor for all gradients or [count] of them.
+
+        Raises:
+            TypeError, ValueError: outputs that the likelihood cannot be of, or drawn targets of another shape than
+                those of the data.
         """
-        if isinstance(self.likelihood, NamedLikelihood):
-            if not isinstance(outputs, Tensor):
-                raise TypeError(
-                    f"expected a tensor of outputs, got a {type(outputs).__name__}; "
-                    "give likelihood= as a function (outputs, generator) -> targets"
-                )
-            if self.likelihood.sample_by_importance is not None and samples == count and outputs.dim() == 2:
-                return self.likelihood.sample_by_importance(outputs, generator)
-            targets = self.likelihood.sample(outputs, generator)
-            terms = targets.numel()
-        else:
-            targets = self.likelihood(outputs, generator)
-            terms = samples
+        if self.likelihood is None:
+            self.likelihood = _own_likelihood(outputs, targets)
+        if not isinstance(self.likelihood, NamedLikelihood):
+            return self._drawn_by_function(self.likelihood(outputs, generator), samples), (samples / count) ** 0.5
+        logits = _logits(outputs)
+        known = self.likelihood
+        if known.sample_by_importance is not None and samples == count and logits.dim() == 2:
+            drawn, factor = known.sample_by_importance(logits, generator)
+            ignored = self._ignored(drawn, targets)
+            if ignored is None:
+                return drawn, factor
+            return torch.where(ignored, targets, drawn), torch.where(ignored, 0, factor)
+        drawn = known.sample(logits, generator)
+        if known.shift:
+            if not isinstance(targets, Tensor) or targets.shape != drawn.shape:
+                raise ValueError(_unlike(drawn, targets))
+            drawn = torch.cat([targets[:, : known.shift], drawn[:, : -known.shift]], dim=1)
+        ignored = self._ignored(drawn, targets)
+        terms: int | Tensor = drawn[:, known.shift :].numel() if known.shift else drawn.numel()
+        if ignored is not None:
+            drawn = torch.where(ignored, targets, drawn)
+            terms = (~ignored[:, known.shift :] if known.shift else ~ignored).reshape(count, -1).sum(1) * count
+        # The mean of t independent terms has a gradient whose square is Fisher / t.
+        return drawn, ((samples if self.summed else terms) / count) ** 0.5
+
+    def _ignored(self, drawn: Tensor, targets: Any) -> Tensor | None:
+        """Where the data's targets are left out by the loss; None where nowhere."""
+        assert isinstance(self.likelihood, NamedLikelihood)
+        if not isinstance(targets, Tensor):
+            return None
+        probabilities = self.likelihood.class_dim is not None and targets.is_floating_point()
+        if not probabilities and targets.shape != drawn.shape:
+            raise ValueError(_unlike(drawn, targets))
+        if self.likelihood.class_dim is None or probabilities:
+            return None
+        ignored = targets == self.ignore_index
+        return ignored if bool(ignored.any()) else None
+
+    def _drawn_by_function(self, targets: Any, samples: int) -> Any:
         for leaf in pytree.tree_leaves(targets):
             if not isinstance(leaf, Tensor) or leaf.dim() == 0:
                 raise TypeError(f"expected likelihood to draw a tensor with a target for each sample, got {leaf!r}")
             if len(leaf) != samples:
                 raise ValueError(f"expected likelihood to draw targets for {samples} samples, got {len(leaf)}")
-        # The mean of t independent terms has a gradient whose square is Fisher / t.
-        return targets, (terms / count) ** 0.5
+        return targets
+
+    def check(self, loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
+        """Raise ValueError unless the loss reads targets as the likelihood draws them.
+
+        Args:
+            loss_fn: the loss.
+            outputs: of the model, for one sample or more.
+            targets: drawn for them.
+        """
+        others = self._others(outputs, targets)
+        ours, theirs = (_output_gradients(loss_fn, outputs, t) for t in (targets, others))
+        if not ours:
+            return
+        same = lambda a, b: isinstance(a, Tensor) and torch.equal(a, b)
+        drawn_anew = zip(pytree.tree_leaves(targets), pytree.tree_leaves(others), strict=True)
+        if all(map(torch.equal, ours, theirs)) and not all(same(a, b) for a, b in drawn_anew):
+            raise ValueError(
+                "the loss does not depend on the targets that labels='model' draws: expected a loss_fn that reads its "
+                "targets, or labels='data'"
+            )
+        if not isinstance(self.likelihood, NamedLikelihood) or (dim := self.likelihood.class_dim) is None:
+            return
+        gradient = ours[0].double()
+        if gradient.sum(dim).abs().max() > 1e-2 * gradient.abs().sum(dim).max():
+            raise ValueError(
+                f"the loss is not that of the likelihood, which has classes in dimension {dim} of outputs of shape "
+                f"{list(gradient.shape)}; 'tokens' and 'next_token' have them in the last, and a function may be given"
+            )
+
+    def _others(self, outputs: Any, targets: Any) -> Any:
+        """Other targets than these, of the same kind."""
+        if not isinstance(self.likelihood, NamedLikelihood):
+            assert self.likelihood is not None
+            device = next((x.device for x in pytree.tree_leaves(targets) if isinstance(x, Tensor)), "cpu")
+            return self.likelihood(outputs, torch.Generator(device).manual_seed(1))
+        if targets.is_floating_point():
+            return 1 - targets
+        return torch.where(targets == self.ignore_index, targets, (targets - 1).abs())  # 0 becomes 1
 
 
-def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Likelihood | None) -> LabelSampler | None:
+def _unlike(drawn: Tensor, targets: Any) -> str:
+    got = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+    return (
+        f"labels='model' draws targets of shape {list(drawn.shape)}, but those of the data are {got}: the likelihood "
+        "is not that of the loss. 'categorical' has classes in dimension 1, 'tokens' and 'next_token' in the last; or "
+        "give likelihood= as a function (outputs, generator) -> targets"
+    )
+
+
+def _logits(outputs: Any) -> Tensor:
+    """The tensor that targets are drawn from."""
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"expected a tensor of outputs, or outputs with logits, got a {type(outputs).__name__}; "
+            "give likelihood= as a function (outputs, generator) -> targets"
+        )
+    return logits
+
+
+def _output_gradients(loss_fn: LossFunction, outputs: Any, targets: Any) -> list[Tensor]:
+    """Gradients of a loss by the model's outputs, that it depends on."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    with torch.enable_grad():
+        free = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+        loss = loss_fn(pytree.tree_unflatten(free, spec), targets)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return []
+        tensors = [x for x in free if isinstance(x, Tensor) and x.requires_grad]
+        found = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
+    """The named likelihood that the loss in a model's outputs is of."""
+    logits = _logits(outputs)
+    loss = getattr(outputs, "loss", None)
+    if isinstance(labels, Tensor) and isinstance(loss, Tensor) and not labels.is_floating_point():
+        for name in ("categorical", "tokens", "next_token"):
+            known = LIKELIHOODS[name]
+            z = logits if known.class_dim == 1 else logits.movedim(-1, 1)
+            if known.shift and (z.dim() < 3 or labels.dim() < 2):
+                continue
+            z, t = (z[:, :, :-1], labels[:, 1:]) if known.shift else (z, labels)
+            if z.shape[:1] + z.shape[2:] == t.shape and (t < z.shape[1]).all():
+                expected = nn.functional.cross_entropy(z.float(), t)
+                if torch.isclose(expected, loss.float(), rtol=1e-2, atol=1e-4):
+                    return known
+    raise ValueError(
+        "the model's own loss is none of categorical, tokens and next_token, by which labels could be drawn: give "
+        "labels='data', or a loss_fn and likelihood="
+    )
+
+
+def sample_loss(loss_fn: LossFunction | None) -> LossFunction | None:
+    """Return the loss as a mean over samples, whatever its reduction, with class weights not divided out again.
+
+    PyTorch's cross entropy with class weights is a weighted mean, in which the weight of a single sample has no effect.
+    Here it is the sum of weighted terms over their number.
+    """
+    if isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is not None:
+        cross_entropy = loss_fn
+
+        def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+            total = nn.functional.cross_entropy(
+                outputs,
+                targets,
+                cross_entropy.weight,
+                ignore_index=cross_entropy.ignore_index,
+                label_smoothing=cross_entropy.label_smoothing,
+                reduction="sum",
+            )
+            if cross_entropy.reduction == "sum":
+                return total / len(targets)
+            number = outputs.numel() / outputs.shape[1]
+            if targets.is_floating_point():
+                return total / number
+            return total / (targets != cross_entropy.ignore_index).sum().clamp(min=1)
+
+        return weighted
+    if isinstance(loss_fn, nn.modules.loss._Loss) and loss_fn.reduction == "sum":
+        summed = loss_fn
+        return lambda outputs, targets: summed(outputs, targets) / len(targets)
+    return loss_fn
+
+
+def label_sampler(labels: str, loss_fn: LossFunction | None, likelihood: Likelihood | None) -> LabelSampler | None:
     """Choose how targets are drawn, or return None to take those of the data.
 
     A named likelihood goes with a loss that is the mean over all targets, as PyTorch's are by default (over outputs and
-    positions too); a function goes with one that is the mean over samples.
+    positions too), or the sum with reduction="sum"; a function goes with one that is the mean over samples.
 
     Raises:
-        ValueError: labels is neither "data" nor "model", or the likelihood is unknown or cannot be told.
+        ValueError: labels is neither "data" nor "model", or the likelihood is unknown or cannot be told; class weights,
+            with which the loss is that of no likelihood.
     """
     if labels not in ("data", "model"):
         raise ValueError(f"expected labels to be 'data' or 'model', got {labels!r}")
@@ -89,21 +265,33 @@ def label_sampler(labels: str, loss_fn: LossFunction, likelihood: Likelihood | N
         checked_likelihood("likelihood", likelihood)
     if labels == "data":
         return None
-    return LabelSampler(likelihood if callable(likelihood) else LIKELIHOODS[_named(loss_fn, likelihood)])
+    if isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is not None and not callable(likelihood):
+        raise ValueError(
+            "labels='model' cannot be combined with CrossEntropyLoss(weight=...), which is the negative log-likelihood "
+            "of no distribution: give labels='data', or leave the class weights out"
+        )
+    summed = isinstance(loss_fn, nn.modules.loss._Loss) and loss_fn.reduction == "sum"
+    ignore_index = getattr(loss_fn, "ignore_index", IGNORED)
+    if callable(likelihood):
+        return LabelSampler(likelihood)
+    if loss_fn is None and likelihood is None:
+        return LabelSampler(None)
+    return LabelSampler(LIKELIHOODS[_named(loss_fn, likelihood)], ignore_index=ignore_index, summed=summed)
 
 
-def loss_hessian(loss_fn: LossFunction, likelihood: Likelihood | None) -> LossHessian:
+def loss_hessian(loss_fn: LossFunction | None, likelihood: Likelihood | None) -> LossHessian:
     """Return (outputs, v) -> H v, H the second derivative by the outputs of the mean negative log-likelihood.
 
     Raises:
         ValueError: the likelihood is a function or unknown, or cannot be told.
     """
-    if callable(likelihood) or not (likelihood is None or likelihood in LIKELIHOODS):
+    known = [name for name, entry in LIKELIHOODS.items() if entry.hessian is not None]
+    name = likelihood if callable(likelihood) or likelihood is not None else _named(loss_fn, None)
+    hessian = LIKELIHOODS[name].hessian if isinstance(name, str) and name in known else None
+    if hessian is None:
         raise ValueError(
-            f"expected likelihood to be one of {', '.join(LIKELIHOODS)} for products with the Fisher matrix, "
-            f"got {likelihood!r}"
+            f"expected likelihood to be one of {', '.join(known)} for products with the Fisher matrix, got {name!r}"
         )
-    hessian = LIKELIHOODS[_named(loss_fn, likelihood)].hessian
 
     def of_tensors(outputs: Tensor, v: Tensor) -> Tensor:
         if not isinstance(outputs, Tensor):
@@ -113,21 +301,26 @@ def loss_hessian(loss_fn: LossFunction, likelihood: Likelihood | None) -> LossHe
     return of_tensors
 
 
-def _named(loss_fn: LossFunction, likelihood: str | None) -> str:
+def _named(loss_fn: LossFunction | None, likelihood: str | None) -> str:
     """Name of the likelihood given, or of the loss."""
     if likelihood is not None:
         return likelihood
     if loss_fn is not nn.functional.cross_entropy and not isinstance(loss_fn, nn.CrossEntropyLoss):
         raise ValueError(
             "expected likelihood= for the true Fisher matrix (labels='model') of another loss than cross_entropy: "
-            "'categorical', 'gaussian', 'bernoulli' or a function (outputs, generator) -> targets"
+            f"{', '.join(map(repr, LIKELIHOODS))} or a function (outputs, generator) -> targets"
         )
     return "categorical"
 
 
 def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw classes from logits [N, C, ...]."""
-    probabilities = _finite(logits).float().softmax(1).movedim(1, -1)
+    return _tokens(logits.movedim(1, -1), generator)
+
+
+def _tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw classes from logits [N, ..., C]."""
+    probabilities = _finite(logits).float().softmax(-1)
     drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
     return drawn.reshape(probabilities.shape[:-1])
 
@@ -184,7 +377,9 @@ def _bernoulli_hessian(logits: Tensor, v: Tensor) -> Tensor:
 
 
 LIKELIHOODS = {
-    "categorical": NamedLikelihood(_categorical, _categorical_hessian, _informative_classes),
+    "categorical": NamedLikelihood(_categorical, _categorical_hessian, _informative_classes, class_dim=1),
+    "tokens": NamedLikelihood(_tokens, class_dim=-1),
+    "next_token": NamedLikelihood(_tokens, class_dim=-1, shift=1),
     "gaussian": NamedLikelihood(_gaussian, _gaussian_hessian),
     "bernoulli": NamedLikelihood(_bernoulli, _bernoulli_hessian),
 }

@@ -1,4 +1,4 @@
-"""The mean loss over samples, and its gradient."""
+"""The mean loss over samples, each alone, and its gradient."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
+from fishleg_ext.observation.batches import CHUNK_SAMPLES, Chunk, chunks
 from fishleg_ext.observation.forward import call, running, scalar_loss
-from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.likelihoods import LossFunction, sample_loss
+from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
 
 
 def mean_gradient(
     model: nn.Module,
     data: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     weights: Mapping[str, nn.Parameter],
     *,
     num_samples: int,
@@ -31,18 +32,24 @@ def mean_gradient(
     """
     device = next(iter(weights.values())).device
     total = {name: torch.zeros_like(weight, dtype=widened(weight.dtype)) for name, weight in weights.items()}
-    used = 0
+    losses, used = SampleLosses(sample_loss(loss_fn)), 0
     with running(model, device, seed), progress_bar(what="mean gradient", total=num_samples, show=progress) as bar:
-        for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_samples, device):
-            free = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            with torch.enable_grad():
-                loss = samples * scalar_loss(loss_fn, call(model, free, inputs), targets)
-            grads = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
-            for name, gradient in zip(free, grads, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
-            used += samples
-            bar.update(samples)
+        for chunk in chunks(data, CHUNK_SAMPLES, num_samples, device, own_loss=loss_fn is None):
+            for part in _cuttable(model, losses, chunk):
+                free = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+                with torch.enable_grad():
+                    outputs = call(model, free, part.inputs)
+                    if part.samples == 1:
+                        loss = scalar_loss(losses.loss_fn, outputs, part.targets)
+                        grads = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+                    else:
+                        found, by_outputs = losses.gradients(OutputTree(outputs), part.targets, part.samples)
+                        grads = torch.autograd.grad(found, list(free.values()), by_outputs, allow_unused=True)
+                for name, gradient in zip(free, grads, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient
+            used += chunk.samples
+            bar.update(chunk.samples)
     if not used:
         raise ValueError("expected data that yields at least one sample, got none")
     for name, gradient in total.items():
@@ -54,7 +61,7 @@ def mean_gradient(
 def losses_along(
     model: nn.Module,
     data: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     weights: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
     shares: Sequence[float],
@@ -72,11 +79,31 @@ def losses_along(
     """
     device = next(iter(weights.values())).device
     total, used = torch.zeros(len(shares), dtype=torch.float64, device=device), 0
+    losses = SampleLosses(sample_loss(loss_fn))
     with running(model, device, seed), progress_bar(what="step length", total=num_samples, show=progress) as bar:
-        for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_samples, device):
-            for index, share in enumerate(shares):
-                there = {name: (weight - share * direction[name]).to(weight.dtype) for name, weight in weights.items()}
-                total[index] += samples * scalar_loss(loss_fn, call(model, there, inputs), targets)
-            used += samples
-            bar.update(samples)
+        for chunk in chunks(data, CHUNK_SAMPLES, num_samples, device, own_loss=loss_fn is None):
+            for part in _cuttable(model, losses, chunk):
+                for index, share in enumerate(shares):
+                    there = {name: (w - share * direction[name]).to(w.dtype) for name, w in weights.items()}
+                    outputs = call(model, there, part.inputs)
+                    if part.samples == 1:
+                        total[index] += scalar_loss(losses.loss_fn, outputs, part.targets)
+                    else:
+                        values = losses.values(OutputTree(outputs), part.targets, part.samples)
+                        total[index] += values.sum(dtype=torch.float64)
+            used += chunk.samples
+            bar.update(chunk.samples)
     return (total / used).tolist()
+
+
+def _cuttable(model: nn.Module, losses: SampleLosses, chunk: Chunk) -> list[Chunk]:
+    """The samples together, or each by itself where the loss cannot be cut into theirs."""
+    if chunk.samples > 1 and losses.together is None:
+        try:
+            losses.values(OutputTree(call(model, {}, chunk.inputs)), chunk.targets, chunk.samples)
+            losses.together = True
+        except CannotCut:
+            losses.together = False
+    if chunk.samples == 1 or losses.together:
+        return [chunk]
+    return [chunk.part(s, s + 1) for s in range(chunk.samples)]

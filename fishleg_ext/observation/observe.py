@@ -12,12 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
 from fishleg_ext.observation.forward import running
 from fishleg_ext.observation.gradients import GradientObserver, gradient_bytes
-from fishleg_ext.observation.layer_inputs import LayerObserver
-from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, label_sampler, loss_hessian
+from fishleg_ext.observation.layers import LayerObserver
+from fishleg_ext.observation.likelihoods import (
+    IGNORED,
+    Likelihood,
+    LossFunction,
+    label_sampler,
+    loss_hessian,
+    sample_loss,
+)
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer
 
 # Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples. One
@@ -28,11 +36,13 @@ CHUNK_BYTES = 2**28
 def observe(
     model: nn.Module,
     data: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     observer: Observer,
     weights: Mapping[str, nn.Parameter],
     *,
     masks: Mapping[str, Tensor] | None = None,
+    orientations: Mapping[str, Orientation] | None = None,
+    biases: Mapping[str, tuple[str, Tensor]] | None = None,
     num_grads: int = 1024,
     grad_batch_size: int = 1,
     labels: str = "data",
@@ -45,16 +55,19 @@ def observe(
 
     Args:
         model: any module; put into eval mode while this runs.
-        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords).
-        loss_fn: (outputs, targets) -> scalar, the mean over the batch.
+        data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). With
+            loss_fn=None a mapping may be both.
+        loss_fn: (outputs, targets) -> scalar, the mean over the batch; None is the loss that the model returns.
         observer: its `observes` says what is computed; its `update` gets it.
         weights: name -> parameter of the model.
         masks: name -> bool tensor, True = kept; gradients of the pruned are zero.
+        orientations: name -> how a parameter is seen as a matrix; the default one where there is none.
+        biases: name of a weight -> name and tensor of a bias that is added to each of its products.
         num_grads: gradients in all; for layer inputs, num_grads * grad_batch_size samples.
         grad_batch_size: samples whose mean loss one gradient is of.
         labels: "data", or "model": targets sampled from the model's own likelihood (true Fisher).
-        likelihood: for labels="model"; "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets.
-            May be None with cross_entropy.
+        likelihood: for labels="model"; a name of `LIKELIHOODS` or (outputs, generator) -> targets. May be None with
+            cross_entropy.
         seed: of the sampled labels, and of PyTorch's RNG while the data is read.
         chunk_bytes: memory for gradients or for unfolded inputs at a time.
         progress: show a progress bar.
@@ -65,6 +78,7 @@ def observe(
     Raises:
         ValueError: no data; gradients with NaN or inf, by parameter; labels="model" without a likelihood.
         TypeError: data that does not yield pairs of batches of tensors.
+        NotImplementedError: inputs of a weight that does not enter by products alone, by name.
     """
     wanted = observer.observes
     known = [{"gradients"}, {"gradients", "fisher_products"}, {"inputs"}, {"output_gradients"}]
@@ -77,45 +91,66 @@ def observe(
     device = next(iter(weights.values())).device
     needs_labels = wanted != {"inputs"}
     sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
+    own_loss, loss_fn = loss_fn is None, sample_loss(loss_fn)
     generator = torch.Generator(device).manual_seed(seed)
-    draw: DrawLabels | None = None if sampler is None else functools.partial(sampler.draw, generator)
-    source: GradientObserver | None = None
+    unchecked = not own_loss
+
+    def drawn(outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
+        nonlocal unchecked
+        assert sampler is not None
+        result = sampler.draw(generator, outputs, targets, samples, count)
+        if unchecked and loss_fn is not None:
+            unchecked = False
+            sampler.check(loss_fn, outputs, result[0])
+        return result
+
+    draw: DrawLabels | None = None if sampler is None else drawn
+    limit, used, nonzero = num_grads * grad_batch_size, 0, True
+    read = functools.partial(chunks, data, limit=limit, device=device, own_loss=own_loss if needs_labels else None)
     with (
         running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
         if "gradients" in wanted:
-            source = GradientObserver(model, loss_fn, weights, masks or {}, draw)
+            source = GradientObserver(model, loss_fn, weights, masks or {}, draw, orientations or {})
             per_gradient = gradient_bytes(weights.values())
-            chunk = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
-            limit = num_grads * grad_batch_size
-            used = 0
-            for inputs, targets, samples in chunks(data, chunk * grad_batch_size, limit, device):
-                count = samples // grad_batch_size
+            size = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
+            for chunk in read(size=size * grad_batch_size):
+                if not chunk.divisible and grad_batch_size > 1:
+                    raise ValueError(
+                        f"grad_batch_size={grad_batch_size} cannot be combined with samples that cannot be put together"
+                    )
+                count = chunk.samples // grad_batch_size
                 if count:
-                    samples = count * grad_batch_size  # a gradient of the few left over would count as much
+                    # A gradient of the few left over would count as much.
+                    chunk = chunk.part(0, count * grad_batch_size)
                 elif not used:
                     count = 1  # fewer samples in all than one gradient is to have
                 if count:
-                    gradients = source.gradients(inputs, targets, samples, count)
-                    product = source.fisher_product(inputs, samples, hessian) if hessian else None
+                    gradients = source.gradients(chunk, count)
+                    product = None
+                    if hessian:
+                        _require_all_targets(chunk.targets, getattr(loss_fn, "ignore_index", IGNORED))
+                        product = source.fisher_product(chunk, hessian)
                     observer.update(Observation(count, gradients=gradients, fisher_product=product))
                     del gradients  # before the next chunk's are computed
                 used += count
                 bar.update(count)
+            nonzero = source.any_nonzero
         else:
             bar.set_description("layers")
-            layers = LayerObserver(model, loss_fn, weights, observer, draw, chunk_bytes)
-            used = 0
-            with layers.hooked():
-                for inputs, targets, samples in chunks(data, CHUNK_SAMPLES, num_grads * grad_batch_size, device):
-                    layers.run(inputs, targets, samples)
-                    used += samples
-                    bar.update(samples)
+            layers = LayerObserver(
+                model, loss_fn, weights, observer, draw, chunk_bytes, orientations or {}, biases or {}
+            )
+            for chunk in read(size=CHUNK_SAMPLES):
+                layers.run(chunk)
+                used += chunk.samples
+                bar.update(chunk.samples)
             used = -(-used // grad_batch_size)
+            nonzero = layers.any_nonzero is not False
     if used == 0:
         raise ValueError("expected data that yields at least one sample, got none")
-    if source is not None and not source.any_nonzero:
+    if not nonzero:
         warnings.warn("every gradient is zero: does the loss fit the model's outputs?", stacklevel=2)
     if used < num_grads:
         warnings.warn(
@@ -123,3 +158,12 @@ def observe(
             stacklevel=2,
         )
     return used
+
+
+def _require_all_targets(targets: Any, ignore_index: int) -> None:
+    """Raise ValueError where the loss leaves targets out, which products with the Fisher matrix know nothing of."""
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and bool((targets == ignore_index).any()):
+        raise ValueError(
+            f"products with the Fisher matrix cannot leave targets out, got some of {ignore_index}; learn from "
+            "gradients, or give samples without these"
+        )

@@ -2,14 +2,27 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 # v by parameter name -> F v.
 FisherProduct = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-# (outputs, samples, count) -> targets and what to scale gradients by, as of `LabelSampler.draw`.
-DrawLabels = Callable[[Any, int, int], tuple[Any, float | Tensor]]
+# (outputs, targets, samples, count) -> targets and what to scale gradients by, as of `LabelSampler.draw`.
+DrawLabels = Callable[[Any, Any, int, int], tuple[Any, float | Tensor]]
+
+
+class ProductRows(NamedTuple):
+    """Inputs of one product y = W x of a weight matrix W, or gradients by its outputs.
+
+    Attributes:
+        rows: [groups, n, fan_in], or [groups, n, fan_out / groups]: a row for each sample and position.
+        outputs: first row of W that takes part, and the one after the last, in `groups` equal groups; each has inputs
+            of its own, as in a convolution with groups.
+    """
+
+    rows: Tensor
+    outputs: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -17,20 +30,19 @@ class Observation:
     """One chunk of what a curvature model observes; parameters go by name.
 
     Attributes:
-        count: gradients or samples in this chunk.
+        count: gradients in this chunk; or samples whose inputs and output gradients have come before this, in
+            observations of their own, which count as 0.
         gradients: name -> [count, *shape], zero where a mask is False.
-        inputs: name -> [rows, fan_in], what the layer's weight is multiplied by: a row for each sample and position.
-            A convolution with g groups has [g, rows, fan_in]. The layers come one at a time.
-        output_gradients: name -> [rows, fan_out], of each sample's loss by the layer's outputs, a row for each sample
-            and position. The layers come one at a time.
+        inputs: name -> what the weight is multiplied by in one product.
+        output_gradients: name -> gradients of each sample's loss by the outputs of one product.
         fisher_product: multiplies by the whole network's Fisher matrix, the mean over the samples of this chunk without
             sampled labels: the generalised Gauss-Newton matrix.
     """
 
     count: int
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    output_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, ProductRows] = field(default_factory=dict)
+    output_gradients: Mapping[str, ProductRows] = field(default_factory=dict)
     fisher_product: FisherProduct | None = None
 
 

@@ -61,7 +61,7 @@ def first_order_step(
     estimator: Estimator,
     masks: Mapping[str, Tensor],
     data: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     *,
     share: float | None = None,
     dead_move: bool = False,
@@ -88,11 +88,13 @@ def first_order_step(
         estimate = estimator.hold(group)
         weights, biases = estimator.weights(group), estimator.biases(group)
         own = {name: own_biases[name] for name in biases}
-        steps = estimate.mul({name: gradient[name] for name in [*group, *own.values()]})
+        steps = estimate.mul(estimator.oriented({name: gradient[name] for name in [*group, *own.values()]}))
+        steps = estimator.as_parameters(steps)
         if dead_move and not all(bool(masks[name].all()) for name in group):
             moved = {name: weight - steps[name] for name, weight in weights.items()}
             moved_biases = {name: bias - steps[own[name]] for name, bias in biases.items()}
-            back = exact_update(estimate, moved, {name: masks[name] for name in group}, moved_biases)
+            kept = estimator.oriented({name: masks[name] for name in group})
+            back = estimator.as_parameters(exact_update(estimate, estimator.oriented(moved), kept, moved_biases))
             steps = {name: moving[name].detach() - x for name, x in back.items()}
         step |= steps
         del estimate  # before the next group's is made

@@ -3,23 +3,26 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fishleg_ext.observation.batches import chunks
 from fishleg_ext.observation.forward import call, running
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+from fishleg_ext.observation.products import ProductRecorder
+from fishleg_ext.sparsity.parameters import orientations_of
 
 
 def flops_per_weight(
-    model: nn.Module, data: Iterable[Any], weights: Mapping[str, nn.Parameter], *, seed: int = 0
+    model: nn.Module,
+    data: Iterable[Any],
+    weights: Mapping[str, nn.Parameter],
+    *,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Multiplications by each weight of a parameter in a forward pass of one sample, the first of the data.
 
     A weight of a Linear layer is used once for each vector that the layer transforms, that of a convolution once for
-    each position of its output (of its input, if it is transposed). Layers called several times, or that share the
-    parameter, add up.
+    each position of its output (of its input, if it is transposed). All products of a parameter add up; of those of a
+    part of its outputs the mean over all outputs counts.
 
     Args:
         model: any module; put into eval mode while this runs.
@@ -28,7 +31,7 @@ def flops_per_weight(
         seed: of PyTorch's RNG.
 
     Raises:
-        ValueError: no data, or a parameter that is the weight of no Linear or Conv layer that was called.
+        ValueError: no data, or a parameter that no inputs are multiplied by.
 
     Examples:
         >>> import torch
@@ -36,28 +39,24 @@ def flops_per_weight(
         >>> flops_per_weight(conv, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], {"weight": conv.weight})
         {'weight': 36.0}
     """
-    names = {id(parameter): name for name, parameter in weights.items()}
-    uses = dict.fromkeys(weights, 0.0)
-
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        x = inputs[0] if isinstance(module, TRANSPOSED) else output
-        uses[names[id(weight)]] += x.numel() / len(weight)
-
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, LAYERS) and id(m.weight) in names]
+    known = orientations_of(model, weights)
     device = next(iter(weights.values())).device
-    try:
-        with running(model, device, seed):
-            for inputs, _, _ in chunks(data, 1, 1, device):
-                call(model, {}, inputs)
-                break
-            else:
-                raise ValueError("expected data that yields at least one sample, got none")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    recorder = ProductRecorder({name: weight.detach() for name, weight in weights.items()}, known)
+    with running(model, device, seed):
+        for chunk in chunks(data, 1, 1, device):
+            with recorder:
+                call(model, {}, chunk.inputs)
+            break
+        else:
+            raise ValueError("expected data that yields at least one sample, got none")
+    uses = dict.fromkeys(weights, 0.0)
+    for product in recorder.products:
+        first, last = product.outputs
+        outputs = weights[product.name].numel() / known[product.name].fan_in
+        uses[product.name] += product.uses * (last - first) / outputs
     if unseen := [name for name, number in uses.items() if not number]:
         raise ValueError(
-            f"expected weights of Linear and Conv layers that are called, {', '.join(unseen)} is none; see params="
+            f"expected weights that inputs are multiplied by, {', '.join(unseen)} is none in a forward pass of the "
+            "first sample; see params="
         )
     return uses

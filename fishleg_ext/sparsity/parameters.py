@@ -1,23 +1,32 @@
-"""Which parameters of a model are pruned."""
+"""Which parameters of a model are pruned, and which of their dimensions are outputs."""
 
 import difflib
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
+from fishleg_ext.common.orientation import Orientation
+
 ParameterChoice = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -> dict[str, nn.Parameter]:
     """The parameters to prune, by name, in the model's order; tied ones once.
 
+    Warns of layers that are left out since their weight is computed from other parameters.
+
     Args:
         model: any module.
         params: a name, a regular expression "re:..." that is searched for in names, a list of these, or a predicate
-            (name, parameter) -> bool. None is the weight of every Linear and Conv layer.
+            (name, parameter) -> bool. None is the weight of every Linear and Conv layer, the projections of
+            nn.MultiheadAttention, and in models of transformers Conv1D and the fused weights of experts.
 
     Raises:
         ValueError: nothing is chosen, a name matches nothing, or a weight holds NaN or inf.
@@ -29,11 +38,19 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
     """
     named = dict(model.named_parameters())
     if params is None:
-        layers = (nn.Linear, nn.modules.conv._ConvNd)
-        weights = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, layers)}
-        chosen = {name: p for name, p in named.items() if id(p) in weights}
+        weights = {id(weight) for module in model.modules() for _, weight in layer_weights(module)}
+        chosen = {name: p for name, p in named.items() if id(p) in weights and p.numel()}
+        left_out = {name: why for name, module in model.named_modules() if (why := _why_left_out(name, module))}
         if not chosen:
-            raise ValueError("expected a model with Linear or Conv layers, or params= to name others; found none")
+            found = "; ".join(left_out.values()) or "none"
+            raise ValueError(f"expected a model with Linear or Conv layers, or params= to name others; found {found}")
+        if left_out:
+            warnings.warn(f"these layers stay dense: {'; '.join(left_out.values())}", stacklevel=4)
+    elif isinstance(params, nn.Module):
+        raise TypeError(
+            f"expected params to be names, 're:...' or a predicate, got the module {type(params).__name__}: give the "
+            "names of its parameters"
+        )
     elif callable(params):
         chosen = {name: p for name, p in named.items() if params(name, p)}
         if not chosen:
@@ -46,6 +63,83 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
     for name, parameter in chosen.items():
         check_weight(name, parameter)
     return chosen
+
+
+def layer_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a layer that are matrices its inputs are multiplied by, by the name of the attribute."""
+    if isinstance(module, LAYERS) or _is_conv1d(module):
+        names: tuple[str, ...] = ("weight",)
+    elif isinstance(module, nn.MultiheadAttention):
+        names = ATTENTION_WEIGHTS
+    else:
+        names = tuple(module._parameters) if _is_experts(module) else ()
+    for name in names:
+        weight = module._parameters.get(name)
+        if weight is not None and (weight.dim() == 3 or not _is_experts(module)):
+            yield name, weight
+
+
+def orientations_of(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], *, channels_last: bool = False
+) -> dict[str, Orientation]:
+    """Name of a weight -> which of its dimensions are outputs, as its layer has them.
+
+    Args:
+        model: any module.
+        weights: name -> parameter of the model.
+        channels_last: whether the fan-in of a convolution goes over input channels last, for patterns along them.
+
+    Examples:
+        >>> layer = nn.ConvTranspose1d(4, 6, 3)
+        >>> orientations_of(layer, {"weight": layer.weight})["weight"].matrix_shape
+        (6, 4, 3)
+    """
+    found = {id(weight): Orientation.of(weight.shape) for weight in weights.values()}
+    for module in model.modules():
+        for _, weight in layer_weights(module):
+            if id(weight) in found:
+                found[id(weight)] = _orientation(module, weight, channels_last)
+    return {name: found[id(weight)] for name, weight in weights.items()}
+
+
+def _orientation(module: nn.Module, weight: nn.Parameter, channels_last: bool) -> Orientation:
+    shape = tuple(weight.shape)
+    if isinstance(module, TRANSPOSED):
+        channels, outs, *kernel = shape
+        positions = range(3, 3 + len(kernel))
+        order = (0, 2, *positions, 1) if channels_last else (0, 2, 1, *positions)
+        split = (module.groups, channels // module.groups, outs, *kernel)
+        return Orientation.of(shape, order, split=split, num_out=2)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return Orientation.of(shape, (0, *range(2, len(shape)), 1) if channels_last else None)
+    if _is_conv1d(module):
+        return Orientation.of(shape, (1, 0))
+    if _is_experts(module):
+        return Orientation.of(shape, (0, 2, 1) if getattr(module, "is_transposed", False) else None, num_out=2)
+    return Orientation.of(shape)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers, a linear layer whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether it holds the weights of all experts in tensors [experts, ...], as those of transformers."""
+    return type(module).__name__.endswith("Experts") and hasattr(module, "num_experts")
+
+
+def _why_left_out(name: str, module: nn.Module) -> str:
+    """Why a layer has no weight of its own that could be pruned; empty where it has one, or is none."""
+    if not isinstance(module, LAYERS) or isinstance(module._parameters.get("weight"), nn.Parameter):
+        return ""
+    where = f"{name}." if name else ""
+    originals = [f"{where}{key}" for key, _ in module.named_parameters() if key != "bias"]
+    if any(key.endswith("weight_orig") for key in originals):
+        return f"{where}weight is masked by torch.nn.utils.prune; torch.nn.utils.prune.remove makes it a parameter"
+    if originals:
+        return f"{where}weight is computed from {', '.join(originals)}, which params can name"
+    return ""
 
 
 def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -61,10 +155,12 @@ def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     pruned, found = {id(parameter) for parameter in weights.values()}, list[tuple[str, str]]()
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and id(module.weight) in pruned:
-            bias = module.bias
-            known = bias is not None and id(bias) in names and id(bias) not in pruned
-            found.append((names[id(module.weight)], names[id(bias)] if known else ""))
+        if isinstance(module, LAYERS) or _is_conv1d(module) or isinstance(module, nn.MultiheadAttention):
+            for name, weight in layer_weights(module):
+                if id(weight) in pruned:
+                    bias = module._parameters.get(name.removesuffix("weight") + "bias")
+                    known = bias is not None and id(bias) in names and id(bias) not in pruned
+                    found.append((names[id(weight)], names[id(bias)] if known else ""))
     # Not where layers share the weight or the bias, and not where some of these have none.
     layers = Counter(name for pair in found for name in pair)
     return {weight: bias for weight, bias in found if bias and layers[weight] == layers[bias] == 1}

@@ -1,16 +1,15 @@
 """Which weights may be pruned together: any of them, m - n of each m, or whole groups of N."""
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from fishleg_ext import ops
-
-T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -77,26 +76,40 @@ class Pattern:
         return ops.nm_mask(order, self.n, self.m) if self.m else None
 
     def allows(self, mask: Tensor) -> bool:
-        """Whether a parameter with this mask, True = kept, has the pattern, or may have it after more is pruned."""
+        """Whether a parameter with this mask [out, ...], True = kept, has the pattern, or may have it later."""
         kept = mask.reshape(-1, self.unit).sum(1)
         return bool(((kept >= self.n) & (kept % self.group == 0)).all())
 
-    def misfits(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
-        """Name -> fan-in of the parameters whose fan-in is not a multiple of `unit`."""
-        fan_in = {name: (weight[:1] if weight.dim() > 1 else weight).numel() for name, weight in weights.items()}
-        return {name: size for name, size in fan_in.items() if size % self.unit}
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Name -> how many consecutive weights there are, where that is no multiple of `unit`.
 
-    def fitting(self, weights: Mapping[str, T], *, chosen: bool) -> dict[str, T]:
-        """Leave out parameters whose fan-in the pattern does not divide; an error where users chose them themselves."""
-        misfits = self.misfits(weights)
+        Args:
+            shapes: name -> shape of a parameter as `Orientation.to_matrix` has it: outputs, then fan-in. n:m goes along
+                the last dimension, input channels, as sparse tensor cores take it; groups along all of the fan-in.
+        """
+        length = {name: shape[-1] if self.m else math.prod(shape[1:] or shape) for name, shape in shapes.items()}
+        return {name: size for name, size in length.items() if size % self.unit}
+
+    def fitting(self, shapes: Mapping[str, tuple[int, ...]], *, chosen: bool) -> list[str]:
+        """Leave out parameters whose fan-in the pattern does not divide; an error where users chose them themselves.
+
+        Args:
+            shapes: see `misfits`.
+            chosen: whether users did.
+
+        Returns:
+            names of the others.
+        """
+        misfits = self.misfits(shapes)
         if not misfits:
-            return dict(weights)
-        listed = ", ".join(f"{name} (fan-in {fan_in})" for name, fan_in in misfits.items())
-        multiple = f"the fan-in to be a multiple of {self.unit} with pattern={self.name!r}"
-        if chosen or len(misfits) == len(weights):
+            return list(shapes)
+        of = "input channels" if self.m else "fan-in"
+        listed = ", ".join(f"{name} ({of} {size})" for name, size in misfits.items())
+        multiple = f"the {of} to be a multiple of {self.unit} with pattern={self.name!r}"
+        if chosen or len(misfits) == len(shapes):
             raise ValueError(f"expected {multiple}, got {listed}")
         warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=5)
-        return {name: weight for name, weight in weights.items() if name not in misfits}
+        return [name for name in shapes if name not in misfits]
 
 
 UNSTRUCTURED = Pattern()

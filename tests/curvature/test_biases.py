@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from oracles import batches, kronecker_matrix, naive_elimination, trained, with_estimate
+from oracles import batches, kronecker_matrix, naive_elimination, rows_of, trained, with_estimate
 from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, FishLeg, Kronecker
 from fishleg_ext.curvature.fishleg import FishLegEstimate
-from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.observation.unfold import conv_rows
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
 from fishleg_ext.pruning.fixed_order import fixed_order_prune
 from fishleg_ext.pruning.saliency import exact_costs
@@ -128,9 +128,9 @@ def test_layer_inputs_have_a_column_of_ones(generator):
     x = torch.randn(6, 4, 3, 3, dtype=torch.float64, generator=generator)
     model = Kronecker(0.1, structure="kronecker")
     model = model.start({"w": layer.weight}, {"w": "b"})
-    rows = input_rows(layer, x)  # [2, rows, 8]
-    model.update(Observation(6, inputs={"w": rows}))
-    model.update(Observation(6, output_gradients={"w": torch.ones(24, 2, dtype=torch.float64)}))
+    rows = conv_rows(x, kernel=(2, 2), groups=2, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    model.update(Observation(6, inputs={"w": rows_of(rows, 2)}))  # [2, rows, 8]
+    model.update(Observation(0, output_gradients={"w": rows_of(torch.ones(2, 24, 1, dtype=torch.float64), 2)}))
     both = torch.cat([rows, torch.ones(2, 24, 1, dtype=torch.float64)], 2)
     expected = torch.einsum("gri,grj->ij", both, both) / 2
     torch.testing.assert_close(model.state_dict()["col"]["w"], expected)

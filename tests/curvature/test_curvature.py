@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import assert_agrees_with_dense, kronecker_matrix
+from oracles import assert_agrees_with_dense, kronecker_matrix, rows_of
 
 from fishleg_ext.curvature import (
     BlockFisher,
@@ -15,8 +15,8 @@ from fishleg_ext.curvature import (
     LowRankFisher,
     make_curvature,
 )
-from fishleg_ext.observation.layer_inputs import input_rows
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.observation.unfold import conv_rows
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
 DAMPING = 0.05
@@ -42,7 +42,7 @@ def gradients(generator):
 
 def inputs_of(gradients):
     """Inputs [rows, fan-in] of layers with these weights."""
-    return {n: g[:, :1].flatten(1) for n, g in gradients.items()}
+    return {n: matrices(gradients, n)[:, 0] for n in gradients}
 
 
 def flat(tensors):
@@ -71,7 +71,7 @@ def dense_fisher(kind, gradients):
         moments = {n: x.mT @ x / len(x) for n, x in inputs_of(gradients).items()}
         damped = {n: a + DAMPING * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype) for n, a in moments.items()}
         return torch.block_diag(
-            *(torch.kron(torch.eye(s[0], dtype=torch.float64), damped[n]) for n, s in SHAPES.items())
+            *(torch.kron(torch.eye(matrices(gradients, n).shape[1], dtype=torch.float64), a) for n, a in damped.items())
         )
     if kind in ("kronecker", "kronecker, rows"):
         moment = lambda x: x.mT @ x / len(x)
@@ -116,10 +116,12 @@ def estimated(kind, gradients, chunk=5, dtype=torch.float64):
 
 def observation(gradients, curvature):
     if curvature.observes == {"inputs"}:
-        return Observation(len(gradients["a"]), inputs=inputs_of(gradients))
+        inputs = {n: rows_of(x, matrices(gradients, n).shape[1]) for n, x in inputs_of(gradients).items()}
+        return Observation(len(gradients["a"]), inputs=inputs)
     if "output_gradients" in curvature.observes:
         xs = {n: matrices(gradients, n) for n in SHAPES}
-        inputs, outputs = {n: x[:, 0] for n, x in xs.items()}, {n: x[..., 0] for n, x in xs.items()}
+        inputs = {n: rows_of(x[:, 0], x.shape[1]) for n, x in xs.items()}
+        outputs = {n: rows_of(x[..., 0], x.shape[1]) for n, x in xs.items()}
         return Observation(len(gradients["a"]), inputs=inputs, output_gradients=outputs)
     return Observation(len(gradients["a"]), gradients=gradients)
 
@@ -259,7 +261,8 @@ def test_groups_of_a_convolution_have_inputs_of_their_own(generator):
     x = torch.randn(20, 4, 6, 6, dtype=torch.float64, generator=generator)
     curvature = Layerwise(1e-3)
     curvature = curvature.start({"weight": conv.weight.detach()})
-    curvature.update(Observation(20, inputs={"weight": input_rows(conv, x)}))
+    rows = conv_rows(x, kernel=(3, 3), groups=2, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    curvature.update(Observation(20, inputs={"weight": rows_of(rows, 6)}))
     v = torch.randn(conv.weight.shape, dtype=torch.float64, generator=generator)
     for group in range(2):
         patches = torch.nn.functional.unfold(x[:, 2 * group : 2 * group + 2], 3)  # [N, 18, positions]
@@ -283,10 +286,10 @@ def test_a_layer_that_is_not_called_is_named():
 def test_inputs_that_are_always_zero_make_weights_cheap_and_nothing_singular():
     curvature = Layerwise()
     curvature = curvature.start({"w": torch.zeros(2, 3)})
-    curvature.update(Observation(4, inputs={"w": torch.eye(4, 3) * torch.tensor([1.0, 0.0, 2.0])}))
+    curvature.update(Observation(4, inputs={"w": rows_of(torch.eye(4, 3) * torch.tensor([1.0, 0.0, 2.0]), 2)}))
     diagonal = curvature.diag()["w"]
     assert diagonal.isfinite().all()
     assert (diagonal.argmax(1) == 1).all()
     curvature = curvature.recipe.start({"w": torch.zeros(2, 3)})
-    curvature.update(Observation(4, inputs={"w": torch.zeros(4, 3)}))
+    curvature.update(Observation(4, inputs={"w": rows_of(torch.zeros(4, 3), 2)}))
     assert curvature.diag()["w"].isfinite().all()

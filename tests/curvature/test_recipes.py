@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from oracles import batches, trained
+from oracles import batches, rows_of, trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from fishleg_ext.curvature import (
     Layerwise,
     make_curvature,
 )
-from fishleg_ext.observation.types import Observation
+from fishleg_ext.observation.types import Observation, ProductRows
 
 RECIPES = [
     *(model() for model in MODELS.values()),
@@ -111,10 +111,10 @@ def test_a_name_and_its_recipe_are_the_same_along_a_schedule(generator):
 
 def observation(recipe, gradients):
     if recipe.observes == {"inputs"}:
-        return Observation(len(gradients), inputs={"w": gradients[:, 0]})
+        return Observation(len(gradients), inputs={"w": rows_of(gradients[:, 0], gradients.shape[1])})
     if "output_gradients" in recipe.observes:
-        x = {"w": gradients[:, 0]}
-        return Observation(len(gradients), inputs=x, output_gradients={"w": gradients[..., 0]})
+        x, d = ({"w": rows_of(rows, gradients.shape[1])} for rows in (gradients[:, 0], gradients[..., 0]))
+        return Observation(len(gradients), inputs=x, output_gradients=d)
     return Observation(len(gradients), gradients={"w": gradients})
 
 
@@ -177,7 +177,7 @@ def test_every_model_warns_of_raised_damping_once(name):
 
 def test_what_no_damping_mends_is_named():
     estimate = Layerwise().start({"w": torch.zeros(2, 3)})
-    estimate.update(Observation(4, inputs={"w": torch.full((4, 3), torch.inf)}))
+    estimate.update(Observation(4, inputs={"w": rows_of(torch.full((4, 3), torch.inf), 2)}))
     with pytest.raises(CurvatureError, match="w: 1 of 1 second moments of its layer's inputs cannot be inverted"):
         estimate.diag()
 
@@ -211,11 +211,19 @@ def test_damping_raised_in_blocks_of_fishleg_is_counted():
     assert estimate.damping_raised == {"w": 1}
 
 
-def test_layerwise_estimates_of_other_groups_are_not_merged():
-    estimates = [Layerwise().start({"w": torch.zeros(4, 3)}) for _ in range(2)]
-    estimates[0].update(Observation(5, inputs={"w": torch.ones(5, 3)}))
-    estimates[1].update(Observation(5, inputs={"w": torch.ones(2, 5, 3)}))
-    with pytest.raises(ValueError, match=r"curvature of w of shape \[1, 3, 3\], got \[2, 3, 3\]"):
-        estimates[0].merge(estimates[1])
+def test_layerwise_estimates_of_other_groups_are_merged(generator):
+    """Of all rows, of two halves, and of four of six rows: each row has the inputs that it was multiplied by."""
+    x = [torch.randn(g, 5, 3, dtype=torch.float64, generator=generator) for g in (1, 2, 1)]
+    observed = [ProductRows(x[0], (0, 6)), ProductRows(x[1], (0, 6)), ProductRows(x[2], (2, 6))]
+    estimates = [Layerwise().start({"w": torch.zeros(6, 3, dtype=torch.float64)}) for _ in range(2)]
+    estimates[0].update(Observation(5, inputs={"w": observed[0]}))
+    for rows in observed[1:]:
+        estimates[1].update(Observation(0, inputs={"w": rows}))
+    estimates[1].update(Observation(5))
+    estimates[0].merge(estimates[1])
+    gram = lambda rows: rows.mT @ rows
+    expected = torch.stack([gram(x[0][0]) + gram(x[1][r // 3]) + (gram(x[2][0]) if r >= 2 else 0) for r in range(6)])
+    torch.testing.assert_close(estimates[0].state_dict()["gram"]["w"], expected)
+    assert estimates[0].state_dict()["count"] == {"w": 10}
     with pytest.raises(TypeError, match="expected an estimate, got Layerwise"):
         estimates[0].merge(Layerwise())

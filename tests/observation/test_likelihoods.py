@@ -11,9 +11,9 @@ from fishleg_ext.observation.likelihoods import label_sampler
 from fishleg_ext.observation.observe import observe
 
 
-def drawn_by(loss_fn, likelihood, outputs, generator, count=None):
+def drawn_by(loss_fn, likelihood, outputs, generator, count=None, targets=None):
     samples = len(outputs)
-    return label_sampler("model", loss_fn, likelihood).draw(generator, outputs, samples, count or samples)
+    return label_sampler("model", loss_fn, likelihood).draw(generator, outputs, targets, samples, count or samples)
 
 
 def test_sampled_labels_follow_the_model(generator):
@@ -92,7 +92,7 @@ def test_sampled_labels_depend_on_the_seed_alone(net, samples):
 
 
 def test_named_likelihoods_want_a_tensor(generator):
-    with pytest.raises(TypeError, match="expected a tensor of outputs, got a dict"):
+    with pytest.raises(TypeError, match="a tensor of outputs, or outputs with logits, got a dict"):
         drawn_by(F.cross_entropy, "categorical", {"logits": torch.zeros(1, 3)}, generator)
 
 

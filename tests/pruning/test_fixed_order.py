@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import rows_of
 
 from fishleg_ext.curvature import BlockFisher, CurvatureError, Layerwise
 from fishleg_ext.observation.types import Observation
@@ -12,7 +13,7 @@ from fishleg_ext.pruning.fixed_order import fixed_order_prune
 def estimated(inputs, weight, damping=1e-3):
     curvature = Layerwise(damping)
     curvature = curvature.start({"w": weight})
-    curvature.update(Observation(len(inputs), inputs={"w": inputs}))
+    curvature.update(Observation(len(inputs), inputs={"w": rows_of(inputs, len(weight))}))
     moment = inputs.mT @ inputs / len(inputs)
     return curvature, moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
 

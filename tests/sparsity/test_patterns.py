@@ -31,12 +31,12 @@ WAYS = [
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(nn.Conv2d(8, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
 @pytest.fixture
 def data(generator):
-    x = torch.randn(48, 4, 3, 3, generator=generator)
+    x = torch.randn(48, 8, 3, 3, generator=generator)
     return batches(x, torch.randint(0, 4, (48,), generator=generator))
 
 
@@ -48,7 +48,8 @@ def prune(net, data, **options):
     return fishleg_ext.prune(net, data, **options)
 
 
-def groups(tensor, size):
+def groups(tensor, size, *, channels_last=False):
+    tensor = tensor.movedim(1, -1) if channels_last else tensor  # [out, *kernel, in]
     return tensor.flatten(1).unflatten(1, (-1, size))
 
 
@@ -62,7 +63,7 @@ def test_n_of_each_m_are_kept(net, data, curvature, saliency, pattern, n, m, rou
     result = prune(net, data, curvature=curvature, saliency=saliency, pattern=pattern, recomputations=rounds, **options)
     assert result.sparsity == 1 - n / m
     for name, mask in result.masks.items():
-        assert (groups(mask, m).sum(2) == n).all()
+        assert (groups(mask, m, channels_last=True).sum(2) == n).all()
         weight = net.get_parameter(name)
         assert (weight[~mask] == 0).all()
         assert weight[mask].all()
@@ -103,11 +104,12 @@ def test_n_m_is_the_greedy_order_of_every_block(net, data):
     inverse = {name: pruner.curvature.blocks(name).inverse for name in pruner.weights}
     result = pruner.prune_to()
     for name, mask in result.masks.items():
-        rows = before[name].reshape(-1, 16)
+        as_blocks = lambda x: x.movedim(1, -1).reshape(-1, 16)
+        rows = as_blocks(before[name])
         rank, _ = ops.obs_eliminate(rows, inverse[name], torch.ones_like(rows, dtype=torch.bool), n=2, m=4)
-        assert torch.equal(mask.reshape(-1, 16), rank == 16)
+        assert torch.equal(as_blocks(mask), rank == 16)
         moved = ops.obs_compensate(rows, inverse[name], rank < 16)
-        torch.testing.assert_close(net.get_parameter(name).detach().reshape(-1, 16), moved)
+        torch.testing.assert_close(as_blocks(net.get_parameter(name).detach()), moved)
 
 
 def test_greedy_beats_the_single_weight_rule_under_a_pattern(net, data):
@@ -149,11 +151,13 @@ def test_weights_that_were_never_reached_keep_the_pattern():
 
 def test_a_pattern_that_does_not_fit_every_layer(data):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5, 8), nn.Linear(8, 4))
-    with pytest.warns(UserWarning, match=r"multiple of 4 with pattern='2:4'; these stay dense: 2.weight \(fan-in 5\)"):
+    net = nn.Sequential(nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(5, 8), nn.Linear(8, 4))
+    with pytest.warns(
+        UserWarning, match=r"multiple of 4 with pattern='2:4'; these stay dense: 2.weight \(input channels 5\)"
+    ):
         result = prune(net, data, curvature="identity", pattern="2:4")
     assert list(result.masks) == ["0.weight", "3.weight"]
-    with pytest.raises(ValueError, match=r"multiple of 4 with pattern='2:4', got 2.weight \(fan-in 5\)"):
+    with pytest.raises(ValueError, match=r"multiple of 4 with pattern='2:4', got 2.weight \(input channels 5\)"):
         prune(net, data, pattern="2:4", params="re:weight")
     with pytest.raises(ValueError, match=r"multiple of 16 with pattern='block16'"):
         prune(net, data, pattern="block16", sparsity=0.5)
@@ -189,7 +193,7 @@ def test_the_sparsity_of_n_m_is_its_own(net, data):
     again = fishleg_ext.Pruner(net, masks=pruner.masks, curvature="identity", pattern="1:4", progress=False)
     again.estimate()
     again.prune_to(0.75)
-    assert all((mask.reshape(-1, 4).sum(1) == 1).all() for mask in again.masks.values())
+    assert all((groups(mask, 4, channels_last=True).sum(2) == 1).all() for mask in again.masks.values())
     other = fishleg_ext.Pruner(net, curvature="identity", progress=False)
     with pytest.raises(ValueError, match="state of pattern='unstructured', got one of '1:4'"):
         other.load_state_dict(pruner.state_dict())
@@ -216,7 +220,7 @@ def test_uses_of_weights_are_the_outputs_that_they_reach(data):
             self.conv, self.up, self.shared = conv, up, shared
 
         def forward(self, x):
-            x = self.up(self.conv(x.flatten(2)[..., :8])).mT  # [N, 8, 6]
+            x = self.up(self.conv(x[:, :4].flatten(2)[..., :8])).mT  # [N, 8, 6]
             return self.shared(self.shared(x))[:, 0]
 
     names = {"conv.weight": conv.weight, "up.weight": up.weight, "shared.weight": shared.weight}
@@ -232,16 +236,16 @@ def test_flops_count_the_cost_over_how_often_a_weight_is_used(net, data, salienc
         pruner.curvature, weights, pruner.masks
     )
     dearer = {n: Costs(c.layout, c.cost / (4 if n == "0.weight" else 1), c.alive, c.rank) for n, c in costs.items()}
-    expected = select(dearer, round(0.6 * 704))
+    expected = select(dearer, round(0.6 * 832))
     result = pruner.prune_to(0.6)
     assert all(torch.equal(result.masks[n], expected[n]) for n in expected)
-    assert sum(int((~m).sum()) for m in result.masks.values()) == round(0.6 * 704)
+    assert sum(int((~m).sum()) for m in result.masks.values()) == round(0.6 * 832)
 
 
 def test_flops_of_what_is_no_layer_or_has_no_data(net, data):
     with pytest.raises(ValueError, match="scope='flops' needs data"):
         prune(net, None, curvature="identity", scope="flops", sparsity=0.5)
-    with pytest.raises(ValueError, match=r"weights of Linear and Conv layers that are called, 0.bias is none"):
+    with pytest.raises(ValueError, match=r"weights that inputs are multiplied by, 0.bias is none"):
         prune(net, data, params=["0.bias", "0.weight"], scope="flops", sparsity=0.5)
     with pytest.raises(ValueError, match="scope='flops' reads it once more"):
         prune(net, iter(data), scope="flops", sparsity=0.5)
@@ -255,12 +259,12 @@ def test_no_parameter_loses_more_than_it_may(net, data, curvature):
     with torch.no_grad():
         net[0].weight.mul_(1e-3)  # magnitude would lose all of it
     result = prune(net, data, curvature=curvature, sparsity=0.8, min_density=0.1)
-    assert sum(int((~m).sum()) for m in result.masks.values()) == round(0.8 * 704)
+    assert sum(int((~m).sum()) for m in result.masks.values()) == round(0.8 * 832)
     for mask in result.masks.values():
         assert int(mask.sum()) >= 0.1 * mask.numel()
     if curvature == "identity":
-        assert int(result.masks["0.weight"].sum()) == 13  # of 128
-    with pytest.raises(ValueError, match=r"sparsity 0.95 is 669 weights, but min_density=0.1 leaves only \d+ to prune"):
+        assert int(result.masks["0.weight"].sum()) == 26  # of 256
+    with pytest.raises(ValueError, match=r"sparsity 0.95 is 790 weights, but min_density=0.1 leaves only \d+ to prune"):
         prune(net, data, curvature=curvature, sparsity=0.95, min_density=0.1)
     with pytest.raises(ValueError, match=r"min_density in \[0, 1\), got 1"):
         prune(net, data, sparsity=0.5, min_density=1)

@@ -1,0 +1,174 @@
+"""Observes the inputs of products with weights, and the gradients of each sample's loss by their outputs."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.observation.batches import Chunk
+from fishleg_ext.observation.forward import call, scalar_loss
+from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
+from fishleg_ext.observation.products import Product, ProductRecorder
+from fishleg_ext.observation.types import DrawLabels, Observation, Observer, ProductRows
+from fishleg_ext.observation.verification import VERIFIED_SAMPLES, Signature, Verifier
+
+
+class LayerObserver:
+    """Hands over inputs and output gradients, product by product.
+
+    Samples go through the model together where verification shows that they do not influence each other, and that the
+    loss can be cut into theirs; else one by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        weights: Mapping[str, nn.Parameter],
+        observer: Observer,
+        draw: DrawLabels | None,
+        chunk_bytes: int,
+        orientations: Mapping[str, Orientation],
+        biases: Mapping[str, tuple[str, Tensor]],
+    ) -> None:
+        self.model, self.loss_fn, self.observer, self.draw = model, loss_fn, observer, draw
+        self.chunk_bytes, self.orientations = chunk_bytes, orientations
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.backward = "output_gradients" in observer.observes
+        self.any_nonzero: bool | None = None  # of the output gradients, where there are any
+        self._verifier = Verifier(model, self.weights, orientations, biases)
+        self._verified: set[tuple[bool, Signature]] = set()  # with several samples together, or one
+        self._losses = SampleLosses(loss_fn)
+        self._together: bool | None = None
+        self._looked_up: set[str] = set()
+
+    def run(self, chunk: Chunk) -> None:
+        """Observe some samples."""
+        if self._together is None and chunk.divisible and chunk.samples > 1:
+            self._verify(chunk.part(0, min(VERIFIED_SAMPLES, chunk.samples)))
+        try:
+            if self._together or chunk.samples == 1:
+                return self._run(chunk)
+        except _NotTogether as reason:
+            self._observe_one_by_one(str(reason))
+        for s in range(chunk.samples):
+            self._run(chunk.part(s, s + 1))
+
+    def _verify(self, chunk: Chunk) -> None:
+        signature, why_not = self._verifier.verify(chunk)
+        self._verified.add((chunk.samples > 1, signature))
+        if chunk.samples > 1:
+            self._together = not why_not
+            if why_not:
+                self._observe_one_by_one(why_not)
+
+    def _observe_one_by_one(self, reason: str) -> None:
+        self._together = False
+        warnings.warn(
+            f"samples are observed one by one, which is slower: {reason}",
+            stacklevel=2,
+        )
+
+    def _run(self, chunk: Chunk) -> None:
+        """A forward pass, and a backward pass if gradients are observed."""
+        if self.backward:
+            self._run_backward(chunk)
+        else:
+            recorder = ProductRecorder(self.weights, self.orientations, self._observe_inputs)
+            with recorder:
+                call(self.model, self.weights, chunk.inputs)
+            if not self._is_verified(recorder, chunk):
+                raise ValueError(
+                    "the samples of a later batch influence each other, as those of the first did not; expected data "
+                    "in batches of one sample for this curvature model"
+                )
+        self.observer.update(Observation(chunk.samples))
+
+    def _is_verified(self, recorder: ProductRecorder, chunk: Chunk) -> bool:
+        """Whether these products are right, verified now where their sequence is a new one."""
+        for lookup in recorder.lookups:
+            if lookup.name not in self._looked_up:
+                self._looked_up.add(lookup.name)
+                warnings.warn(
+                    f"{lookup.name} is looked up as an embedding as well; its inputs are those of its products alone",
+                    stacklevel=2,
+                )
+        together = chunk.samples > 1
+        if (together, recorder.signature) not in self._verified:
+            signature, why_not = self._verifier.verify(chunk)
+            self._verified.add((together, signature))
+            return not why_not
+        return True
+
+    def _run_backward(self, chunk: Chunk) -> None:
+        weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        recorder = ProductRecorder(weights, self.orientations)
+        with torch.enable_grad(), recorder:
+            outputs = call(self.model, weights, chunk.inputs)
+        if not self._is_verified(recorder, chunk):
+            raise _NotTogether("samples of a later batch influence each other")
+        targets, scale = chunk.targets, torch.ones(())
+        if self.draw is not None:
+            tree = OutputTree(outputs)
+            detached = tree.with_leaves([x.detach() if isinstance(x, Tensor) else x for x in tree.leaves])
+            targets, factor = self.draw(detached, targets, chunk.samples, chunk.samples)
+            scale = torch.as_tensor(factor)
+            if chunk.own_loss:  # which is computed from the labels among the inputs
+                recorder = ProductRecorder(weights, self.orientations)
+                with torch.enable_grad(), recorder:
+                    outputs = call(self.model, weights, chunk.with_targets(targets).inputs)
+        reached = [product for product in recorder.products if product.edge is not None]
+        for product, gradient in zip(
+            reached, self._output_gradients(outputs, targets, scale, chunk, reached), strict=True
+        ):
+            if gradient is not None:
+                self.any_nonzero = bool(self.any_nonzero) or bool(gradient.any())
+                self._observe(product, "output_gradients", gradient)
+        if "inputs" in self.observer.observes:
+            for product in recorder.products:
+                self._observe_inputs(product)
+
+    def _output_gradients(
+        self, outputs: Any, targets: Any, scale: Tensor, chunk: Chunk, products: list[Product]
+    ) -> list[Tensor | None]:
+        """Gradients of each sample's own loss, times its scale, by the outputs of products."""
+        edges = [product.edge for product in products if product.edge is not None]
+        if chunk.samples == 1:
+            with torch.enable_grad():
+                loss = scalar_loss(self.loss_fn, outputs, targets)
+            if not loss.requires_grad or not edges:
+                return [None] * len(products)
+            return list(torch.autograd.grad(loss, edges, scale.to(loss).reshape(()), allow_unused=True))
+        try:
+            free, gradients = self._losses.gradients(OutputTree(outputs), targets, chunk.samples)
+        except CannotCut as what:
+            raise _NotTogether(f"the loss needs {what}, which cannot be cut into samples") from None
+        if not free or not edges:
+            return [None] * len(products)
+        scaled = [g * scale.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in gradients]
+        return list(torch.autograd.grad(free, edges, scaled, allow_unused=True))
+
+    def _observe_inputs(self, product: Product) -> None:
+        self._observe(product, "inputs", product.inputs)
+
+    def _observe(self, product: Product, what: str, x: Tensor) -> None:
+        if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
+            raise ValueError(f"the {what.replace('_', ' ')} of the layer of {product.name} contain NaN or inf")
+        if not x.numel():
+            return
+        rows = product.input_rows if what == "inputs" else product.output_rows
+        parts = [x]
+        if product.divisible:
+            per_sample = rows(x[:1]).numel() * x.element_size()
+            parts = list(x.split(max(1, self.chunk_bytes // max(1, per_sample))))
+        for part in parts:
+            observed: dict[str, Any] = {what: {product.name: ProductRows(rows(part), product.outputs)}}
+            self.observer.update(Observation(0, **observed))
+
+
+class _NotTogether(Exception):
+    """Samples cannot be observed together; the message says why."""

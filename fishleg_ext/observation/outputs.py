@@ -1,0 +1,182 @@
+"""Cuts a model's outputs into samples, and differentiates the loss of each by them."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
+
+from fishleg_ext.observation.batches import PASSED_ON
+from fishleg_ext.observation.forward import scalar_loss
+from fishleg_ext.observation.likelihoods import LossFunction
+
+
+class CannotCut(Exception):
+    """The loss needs what cannot be cut into samples."""
+
+
+class _Uncut:
+    """Stands for an output that cannot be cut, so that a loss that needs it says so."""
+
+    def __init__(self, what: str) -> None:
+        object.__setattr__(self, "what", what)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # which Python, not the loss, asks for
+            raise AttributeError(name)
+        raise CannotCut(self.what)
+
+    def _fail(self, *_: Any) -> NoReturn:
+        raise CannotCut(self.what)
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = _fail
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _fail
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        found = [x for x in pytree.tree_leaves((args, kwargs or {})) if isinstance(x, _Uncut)]
+        raise CannotCut(found[0].what)
+
+
+class OutputTree:
+    """A model's outputs as leaves: tensors, and what else containers and dataclasses hold.
+
+    Attributes:
+        leaves: in a fixed order.
+        names: of the leaves, to tell them apart.
+    """
+
+    def __init__(self, outputs: Any) -> None:
+        self._outputs = outputs
+        self.leaves: list[Any] = []
+        self.names: list[str] = []
+        self._map(outputs, self._collect)
+
+    def _collect(self, leaf: Any, name: str) -> Any:
+        self.leaves.append(leaf)
+        self.names.append(name)
+        return leaf
+
+    def with_leaves(self, leaves: list[Any]) -> Any:
+        """The same structure with other leaves."""
+        remaining = iter(leaves)
+        return self._map(self._outputs, lambda *_: next(remaining))
+
+    def cuttable(self, samples: int) -> list[bool]:
+        """Which leaves are tensors whose first dimension can be the sample."""
+        return [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in self.leaves]
+
+    def uncut(self, index: int) -> Any:
+        """What stands for a leaf that cannot be cut."""
+        leaf = self.leaves[index]
+        if isinstance(leaf, PASSED_ON):
+            return leaf
+        kind = f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        return _Uncut(f"{self.names[index] or 'its output'}, {kind}")
+
+    def _map(self, tree: Any, function: Any, name: str = "") -> Any:
+        if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not isinstance(tree, dict):
+            fields = [field.name for field in dataclasses.fields(tree) if field.init]
+            by_field = {key: self._map(getattr(tree, key), function, f"{name}.{key}") for key in fields}
+            return dataclasses.replace(tree, **by_field)
+        paths, spec = pytree.tree_flatten_with_path(tree)
+        if len(paths) == 1 and paths[0][1] is tree:
+            return function(tree, name)
+        mapped = [self._map(leaf, function, name + pytree.keystr(path)) for path, leaf in paths]
+        return pytree.tree_unflatten(mapped, spec)
+
+
+class SampleLosses:
+    """The loss of each sample, from the outputs of all, by vmap where the loss allows it.
+
+    Attributes:
+        loss_fn: (outputs, targets) -> scalar.
+        together: whether outputs can be cut into samples; None where that is not known yet.
+    """
+
+    def __init__(self, loss_fn: LossFunction | None) -> None:
+        self.loss_fn = loss_fn
+        self.together: bool | None = None
+        self._vectorized = True
+
+    def values(self, outputs: OutputTree, targets: Any, samples: int) -> Tensor:
+        """Return the losses [samples].
+
+        Raises:
+            CannotCut: the loss needs an output that cannot be cut into samples.
+        """
+        cut = _Cut(self.loss_fn, outputs, targets, samples)
+        found = self._vectorize(vmap(cut.loss), cut)
+        if found is not None:
+            return found
+        return torch.stack([cut.loss(*parts) for parts in cut.samples()])
+
+    def gradients(self, outputs: OutputTree, targets: Any, samples: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs that require gradients, and the gradient of each sample's own loss by them.
+
+        Raises:
+            CannotCut: the loss needs an output that cannot be cut into samples.
+        """
+        cut = _Cut(self.loss_fn, outputs, targets, samples)
+        found = self._vectorize(vmap(grad(cut.loss)), cut)
+        if found is not None:
+            return cut.free, list(found)
+        rows: list[list[Tensor]] = [[] for _ in cut.free]
+        for free, rest, target_parts in cut.samples():
+            with torch.enable_grad():
+                free = [x.requires_grad_() for x in free]
+                loss = cut.loss(free, rest, target_parts)
+            by: tuple[Tensor | None, ...] = (None,) * len(free)
+            if loss.requires_grad:
+                by = torch.autograd.grad(loss, free, allow_unused=True)
+            for row, x, gradient in zip(rows, free, by, strict=True):
+                row.append(torch.zeros_like(x) if gradient is None else gradient)
+        return cut.free, [torch.stack(row) for row in rows]
+
+    def _vectorize(self, function: Any, cut: "_Cut") -> Any:
+        """What the function returns for all samples, or None where vmap cannot run the loss."""
+        if not self._vectorized:
+            return None
+        try:
+            return function(*cut.tensors())
+        except CannotCut:
+            raise
+        except Exception:  # what is wrong with the loss itself is raised where it is called without vmap
+            self._vectorized = False
+            return None
+
+
+class _Cut:
+    """The loss as a function of what belongs to one sample: outputs by which it is differentiated, others, targets."""
+
+    def __init__(self, loss_fn: LossFunction | None, outputs: OutputTree, targets: Any, samples: int) -> None:
+        if loss_fn is None:
+            raise CannotCut("the loss that the model itself returns, a mean over the batch")
+        self._loss_fn, self._outputs, self._samples = loss_fn, outputs, samples
+        indices = [i for i, yes in enumerate(outputs.cuttable(samples)) if yes]
+        self._free = [i for i in indices if outputs.leaves[i].requires_grad]
+        self._rest = [i for i in indices if i not in self._free]
+        self._targets, self._spec = pytree.tree_flatten(targets)
+        self.free = [outputs.leaves[i] for i in self._free]
+
+    def tensors(self) -> list[list[Tensor]]:
+        """The three of all samples."""
+        rest = [self._outputs.leaves[i] for i in self._rest]
+        return [[x.detach() for x in self.free], rest, [x for x in self._targets if isinstance(x, Tensor)]]
+
+    def samples(self) -> Iterator[list[list[Tensor]]]:
+        """The three of each sample, without the dimension of samples."""
+        for s in range(self._samples):
+            yield [[x[s].detach() for x in part] for part in self.tensors()]
+
+    def loss(self, free: list[Tensor], rest: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """The loss on one sample."""
+        given = dict(zip(self._free + self._rest, [*free, *rest], strict=True))
+        leaves = [given[i][None] if i in given else self._outputs.uncut(i) for i in range(len(self._outputs.leaves))]
+        parts = iter(targets)
+        whole = [next(parts)[None] if isinstance(leaf, Tensor) else leaf for leaf in self._targets]
+        tree = pytree.tree_unflatten(whole, self._spec)
+        return scalar_loss(self._loss_fn, self._outputs.with_leaves(leaves), tree)
