@@ -19,6 +19,7 @@ from tabulate import tabulate
 import fishleg_ext
 from fishleg_ext import checkpoint, cuda
 from fishleg_ext.config import PruneConfig
+from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops.dispatch import OPS
 from fishleg_ext.sparsity.masks import pack_masks
 
@@ -98,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
     prune.add_argument(
         "--loss",
-        metavar="MODULE:FUNCTION",
-        help="(outputs, targets) -> scalar; default cross entropy",
+        metavar="MODULE:FUNCTION|none",
+        help="(outputs, targets) -> scalar; default cross entropy; none is the loss that the model itself returns",
     )
     prune.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="model -> number, shown before and after")
     for field in dataclasses.fields(PruneConfig):
@@ -272,10 +273,14 @@ def _prune(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {arguments.out} would be a file of torch.save, which has masks, too; use another suffix"
         )
+    if arguments.out.is_dir():
+        raise OSError(f"expected --out to be a file, {arguments.out} is a folder")
     if not arguments.out.parent.is_dir():
         raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
-    loss_fn = _load(arguments.loss) if arguments.loss else torch.nn.functional.cross_entropy
+    loss_fn: LossFunction | None = torch.nn.functional.cross_entropy
+    if arguments.loss:
+        loss_fn = None if arguments.loss == "none" else _load(arguments.loss)
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate else None
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(PruneConfig) if hasattr(arguments, f.name)}
@@ -284,10 +289,10 @@ def _prune(arguments: argparse.Namespace) -> int:
 
     after = float(evaluate(model)) if evaluate else None
 
-    rows = [[name, f"{s:.2%}", result.masks[name].numel()] for name, s in result.layer_sparsity.items()]
-    rows.append(["all", f"{result.sparsity:.2%}", sum(mask.numel() for mask in result.masks.values())])
-    print(tabulate(rows, ["parameter", "pruned", "of"], tablefmt="plain", colalign=("left", "right", "right")))
+    print(result.table())
     print(f"predicted loss increase {result.predicted_loss_increase:.4g}")
+    if result.divergence is not None:
+        print(f"divergence from the dense network {result.divergence:.4g}, {result.divergence_ratio:.3g} times as much")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {after} after")
     checkpoint.save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)
@@ -297,6 +302,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         "checkpoint": arguments.checkpoint and str(arguments.checkpoint),
         "options": config.to_dict(),
         "sparsity": result.sparsity,
+        "divergence": result.divergence,
         "evaluation": {"before": before, "after": after} if evaluate else None,
         "history": result.history,
     }

@@ -13,20 +13,21 @@ from fishleg_ext.common.arguments import (
     checked_count,
     checked_damping,
     checked_flag,
+    checked_integer,
     checked_sparsity,
     checked_type,
     one_of,
 )
 from fishleg_ext.common.settings import FrozenDict, Settings, setting
 from fishleg_ext.curvature import Curvature, checked_curvature, make_recipes
-from fishleg_ext.observation.likelihoods import Likelihood, checked_likelihood
+from fishleg_ext.observation.likelihoods import LIKELIHOODS, Likelihood, checked_likelihood
 from fishleg_ext.ops.dispatch import IMPLS
 from fishleg_ext.pruning.solvers import SOLVERS, Solver
 from fishleg_ext.sparsity.parameters import ParameterChoice
 from fishleg_ext.sparsity.patterns import Pattern
 
 SCOPES = ("global", "flops", "layer")
-NOT_OF_PRUNER = ("sparsity", "recomputations")  # settings that `prune` alone has as keywords
+NOT_OF_PRUNER = ("sparsity", "recomputations", "holdout")  # settings that `prune` alone has as keywords
 SHARED = ("num_grads", "grad_batch_size", "block_size", "damping", "labels", "likelihood")  # of the recipes
 
 
@@ -110,17 +111,17 @@ class PruneConfig(Settings):
     pattern: str = setting(
         "unstructured",
         _checked_pattern,
-        '"unstructured"; "n:m", such as "2:4", keeps n of each m consecutive weights along the fan-in of each output; '
-        '"blockN", such as "block4", keeps or prunes N consecutive weights together, the nearest multiple of N to '
-        "sparsity. Parameters whose fan-in is no multiple of m or N stay dense, with a warning, unless `params` names "
-        "them.",
+        '"unstructured"; "n:m", such as "2:4", keeps n of each m consecutive inputs of each output, of a convolution '
+        'input channels, as sparse tensor cores take them; "blockN", such as "block4", keeps or prunes N consecutive '
+        "weights of the fan-in together, the nearest multiple of N to sparsity. Parameters with inputs that m, or a "
+        "fan-in that N, does not divide stay dense, with a warning, unless `params` names them.",
     )
     params: ParameterChoice | None = setting(
         None,
         _checked_params,
         'a name, "re:..." (searched for in names), a list of these, or a predicate (name, parameter) -> bool. None is '
-        "the weight of every Linear and Conv layer (nn.MultiheadAttention's in_proj_weight is none of them), whether "
-        "or not it requires a gradient.",
+        "the weight of every Linear and Conv layer, the projections of nn.MultiheadAttention and, in models of "
+        "transformers, Conv1D and fused weights of experts, whether or not they require a gradient.",
         plain="list",
     )
     num_grads: int | None = setting(
@@ -154,9 +155,11 @@ class PruneConfig(Settings):
     likelihood: Likelihood | None = setting(
         None,
         checked_likelihood,
-        'of labels="model": "categorical", "gaussian", "bernoulli" or (outputs, generator) -> targets. May be None '
-        "with cross_entropy.",
-        choices=("categorical", "gaussian", "bernoulli"),
+        'of labels="model": "categorical" (classes in dimension 1 of the outputs), "tokens" (in the last), '
+        '"next_token" (in the last, for the target one position later), "gaussian", "bernoulli" or '
+        "(outputs, generator) -> targets. "
+        "May be None with cross_entropy, and with a loss of the model's own that is one of the first three.",
+        choices=tuple(LIKELIHOODS),
     )
     recalibrate_batchnorm: bool = setting(
         False, checked_flag, "afterwards recompute running statistics of BatchNorm on all of the data."
@@ -194,6 +197,14 @@ class PruneConfig(Settings):
         "published; True looks for the part at which the loss on the same samples is lowest, and takes half of that. "
         "Reads the data twice more.",
         plain="share",
+    )
+
+    holdout: int = setting(
+        0,
+        checked_integer,
+        "samples, after those that the curvature is estimated from, on which the divergence of the pruned network's "
+        "outputs from the dense one's is measured in the end, without labels; 0 measures nothing. Reads the data once "
+        "more.",
     )
 
     def __post_init__(self) -> None:
@@ -264,6 +275,8 @@ def config_of(config: PruneConfig | None, settings: dict[str, Any]) -> PruneConf
             f"recomputations={config.recomputations} of the config is for prune alone: call estimate and prune_to as "
             "often, or give the Pruner a schedule"
         )
+    if config.holdout:
+        raise ValueError(f"holdout={config.holdout} of the config is for prune alone, which knows the dense network")
     return dataclasses.replace(config, **settings)
 
 

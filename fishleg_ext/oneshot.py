@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from fishleg_ext.common.grad_mode import outside_inference_mode
 from fishleg_ext.config import PruneConfig, documented
 from fishleg_ext.curvature import Curvature
-from fishleg_ext.observation.batches import BatchFunction, require_rereadable
-from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
+from fishleg_ext.observation.batches import BatchFunction, checked_source, require_rereadable
+from fishleg_ext.observation.divergence import divergence
+from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, output_divergence
 from fishleg_ext.pruner import Pruner
 from fishleg_ext.result import PruneResult
 from fishleg_ext.sparsity.budget import Sparsity
@@ -17,6 +19,7 @@ from fishleg_ext.sparsity.parameters import ParameterChoice
 
 
 @documented
+@outside_inference_mode
 def prune(
     model: nn.Module,
     data: Iterable[Any] | None,
@@ -43,6 +46,7 @@ def prune(
     allocation: str | Curvature | None = None,
     min_density: float = 0.0,
     first_order: bool | float = False,
+    holdout: int = 0,
     batch_fn: BatchFunction | None = None,
 ) -> PruneResult:
     """Prune a model in place, in one call. If anything is raised, the model is as before the call.
@@ -74,17 +78,38 @@ def prune(
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "batch_fn")}
     config = PruneConfig(**settings)
-    pruner = Pruner(model, dataclasses.replace(config, recomputations=1), data=data, loss_fn=loss_fn, batch_fn=batch_fn)
+    of_pruner = dataclasses.replace(config, recomputations=1, holdout=0)
+    pruner = Pruner(model, of_pruner, data=data, loss_fn=loss_fn, batch_fn=batch_fn)
     target = pruner.target()
     if data is not None and recomputations > 1:
         require_rereadable(data, f"recomputations={recomputations}")
     if data is not None and recalibrate_batchnorm and pruner.curvature.observes:
         require_rereadable(data, "recalibrate_batchnorm=True")
+    if holdout:
+        if data is None:
+            raise ValueError(f"holdout={holdout} needs data, got None")
+        require_rereadable(data, f"holdout={holdout}")
+        output_divergence(loss_fn, pruner.estimator.recipe.likelihood)
+        before = {name: x.detach().clone() for name, x in [*model.named_parameters(), *model.named_buffers()]}
     with pruner.restoring():
         for done in range(1, recomputations + 1):
             pruner.estimate()
             pruner.prune_to(_part_way(target, done / recomputations))
-        return dataclasses.replace(pruner.finalize(), config=config)
+        result = dataclasses.replace(pruner.finalize(), config=config)
+        if not holdout:
+            return result
+        measured = divergence(
+            model,
+            before,
+            checked_source(data, loss_fn, batch_fn)[0],
+            loss_fn,
+            likelihood=pruner.estimator.recipe.likelihood,
+            skip=pruner.estimator.samples if pruner.curvature.observes else 0,
+            num_samples=holdout,
+            seed=seed,
+            progress=progress,
+        )
+        return dataclasses.replace(result, divergence=measured)
 
 
 def _part_way(target: Sparsity, part: float) -> Sparsity:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_count, checked_function, checked_type
+from fishleg_ext.common.grad_mode import outside_inference_mode
 from fishleg_ext.common.state import Restorer, of_today, state_entry
 from fishleg_ext.config import PruneConfig, config_of, documented, with_settings
 from fishleg_ext.curvature import Curvature, Estimate
@@ -26,7 +27,14 @@ from fishleg_ext.schedule import Schedule
 from fishleg_ext.sparsity.budget import Budget, Sparsity, check_names
 from fishleg_ext.sparsity.flops import flops_per_weight
 from fishleg_ext.sparsity.masks import Masks
-from fishleg_ext.sparsity.parameters import biases_of, check_weight, choose_parameters, orientations_of
+from fishleg_ext.sparsity.parameters import (
+    biases_of,
+    check_weight,
+    choose_parameters,
+    orientations_of,
+    own_names,
+    why_dense,
+)
 from fishleg_ext.sparsity.patterns import Pattern
 
 STATE = ("pattern", "masks", "estimate", "allocation", "history", "step", "first_order", "flops_per_weight")
@@ -63,6 +71,7 @@ class Pruner:
         0.5
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: nn.Module,
@@ -77,16 +86,25 @@ class Pruner:
         **settings: Any,
     ) -> None:
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
+        if made := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
+            raise ValueError(
+                f"expected parameters that can change, but {made[0]} was made in torch.inference_mode(); make the "
+                "model outside of it"
+            )
         self.config = config_of(config, settings)
         self.pattern = Pattern.parse(self.config.pattern)
         params = self.config.params
         if masks is not None:
             checked_type("masks", masks, Mapping, "a dict of tensors")
+            masks = own_names(model, masks)
             params = list(masks) if params is None else params
         chosen = choose_parameters(model, params)
         self._orientations = orientations_of(model, chosen, channels_last=bool(self.pattern.m))
         shapes = {name: orientation.matrix_shape for name, orientation in self._orientations.items()}
-        self.weights = {name: chosen[name] for name in self.pattern.fitting(shapes, chosen=params is not None)}
+        fitting = self.pattern.fitting(shapes, chosen=params is not None)
+        self.weights = {name: chosen[name] for name in fitting}
+        self._dense = why_dense(model, chosen, by_default=params is None)
+        self._dense |= {name: self.pattern.misfit(shapes[name]) for name in chosen if name not in fitting}
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
         if masks is not None:
@@ -129,6 +147,7 @@ class Pruner:
             SOLVERS[allocation.default_saliency].check_pattern(allocation, matrices, self.pattern)
         scope = self.config.scope_of(recipe)
         if isinstance(scope, Mapping):
+            scope = own_names(model, scope)
             check_names(scope, self._masks)
         self._budget = Budget(scope, self.pattern, self.config.min_density)
         self._flops_per_weight: dict[str, float] = {}  # with scope="flops"
@@ -157,7 +176,7 @@ class Pruner:
         """
         target: Sparsity | None = self.config.sparsity
         if isinstance(self.config.scope, Mapping):
-            target = self.config.scope
+            target = own_names(self.model, self.config.scope)
         elif target is None:
             target = self.pattern.sparsity
         if target is None:
@@ -165,6 +184,7 @@ class Pruner:
         self._budget.check_final(target, self._masks)
         return target
 
+    @outside_inference_mode
     def estimate(self, data: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> None:
         """Estimate the curvature of the model as it is now, from scratch or starting from the previous estimate.
 
@@ -208,6 +228,7 @@ class Pruner:
                 self._first = self._first_order_step(data, loss_fn, seed)
         self._data, self._loss_fn = data, loss_fn
 
+    @outside_inference_mode
     def prune_to(self, sparsity: Sparsity | None = None) -> PruneResult:
         """Prune weights, compensate with the others, and mask. If anything is raised, nothing is changed.
 
@@ -225,6 +246,8 @@ class Pruner:
         if not all(estimator.ready for estimator in self._estimators()):
             split = any(len(estimator.groups) > 1 for estimator in self._estimators())
             raise RuntimeError("call estimate(data, loss_fn) before " + ("each prune_to" if split else "prune_to"))
+        if isinstance(sparsity, Mapping):
+            sparsity = own_names(self.model, sparsity)
         counts = self._budget.counts(self.target() if sparsity is None else sparsity, self._masks)
         self._check_parameters()
         step = Round(
@@ -318,7 +341,8 @@ class Pruner:
         are as they were. It follows the masks as they change.
 
         Args:
-            optimizer: of some of the pruned parameters at least. Each that is made later needs a call of its own.
+            optimizer: of some of the pruned parameters at least; or what wraps one, as accelerate does. Each that is
+                made later needs a call of its own, as does a copy, since PyTorch copies no hooks.
 
         Returns:
             a handle; its `remove()` ends this, as `finalize` does.
@@ -335,6 +359,15 @@ class Pruner:
                 "parameters replaced, after the optimizer or the Pruner was made?"
             )
 
+        while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            # A wrapper that is no optimizer of PyTorch but in name, such as accelerate's: it steps the one inside.
+            inner = getattr(optimizer, "optimizer", None)
+            if not isinstance(inner, torch.optim.Optimizer):
+                raise TypeError(
+                    f"expected an optimizer with hooks, got {type(optimizer).__name__}; attach to the one it wraps"
+                )
+            optimizer = inner
+
         def keep_zeros(stepped: torch.optim.Optimizer, *_: Any) -> None:
             with self._implementation(), torch.no_grad():
                 self._masks.apply(stepped.state)
@@ -343,11 +376,16 @@ class Pruner:
         self._handles.append(handle)
         return handle
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave hooks out, which are of optimizers that are not pickled or copied with this: `attach` to theirs."""
+        return vars(self) | {"_handles": []}
+
     def apply_masks(self) -> None:
         """Zero the pruned weights of the model, as after an optimizer step that revived them."""
         with self._implementation():
             self._masks.apply()
 
+    @outside_inference_mode
     def finalize(self) -> PruneResult:
         """Leave the model a plain one: zeros in the weights, no hooks; BatchNorm recalibrated if that was asked for.
 
@@ -447,6 +485,8 @@ class Pruner:
             layer_sparsity=self._masks.layer_sparsity(),
             predicted_loss_increase=sum(entry["predicted_loss_increase"] for entry in self.history),
             history=copy.deepcopy(self.history),
+            dense=dict(self._dense),
+            pattern=self.pattern.name,
             config=self.config,
         )
 

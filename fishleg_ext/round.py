@@ -48,7 +48,8 @@ class Round:
         """Prune the model, so far that `counts` weights are pruned in all, or of each parameter.
 
         Returns:
-            name -> bool tensor, True = kept, and the joint cost less what the first-order step gains.
+            name -> bool tensor, True = kept, and the joint cost less what the first-order step gains, with the rise
+            along what is left of the gradient where the step is not a whole one.
         """
         if self.allocator is not None:
             counts = self._allocated(self.allocator, counts)
@@ -105,6 +106,8 @@ class Round:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Return masks of one group, its weights and biases compensated, and the joint cost; see `_costs`."""
         problem = self._problem(self.estimator, group)
+        names = {key: self.bias_names.get(key, key) for key in problem.biases}
+        before = {**problem.weights, **{names[key]: bias for key, bias in problem.biases.items()}}
         with self.timed("compensation"):
             if self.solver.sweeps:
                 assert isinstance(counts, Mapping)
@@ -113,6 +116,8 @@ class Round:
                 kept = {name: chosen[name] for name in group}
                 moved = self.solver.compensate(problem, kept)
             cost = self.solver.joint_cost(problem, costs, kept)
+            moves = self.estimator.as_parameters({name: x - before[name] for name, x in moved.items()})
+            cost += self.first.rise(moves)
         self.damping_raised |= problem.estimate.damping_raised
         return kept, moved, cost
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fishleg_ext import PruneConfig, Pruner, checkpoint, prune
 from fishleg_ext.cli import main
+from fishleg_ext.config import NOT_OF_PRUNER
 from fishleg_ext.curvature import MODELS, Adam, BlockFisher, DiagonalFisher, FishLeg, Identity, Kronecker, Layerwise
 from fishleg_ext.pruning.solvers import Exact
 
@@ -57,7 +58,7 @@ def test_every_setting_is_explained_and_in_the_docstrings():
 def test_a_config_and_its_keywords_are_the_same(net, data):
     config = PruneConfig(curvature="fishleg", num_grads=48, progress=False, seed=3)
     for arguments, keywords in (((config,), {}), ((PruneConfig(curvature="fishleg", progress=False),), vars(config))):
-        keywords = {n: v for n, v in keywords.items() if n not in ("sparsity", "recomputations")}
+        keywords = {n: v for n, v in keywords.items() if n not in NOT_OF_PRUNER}
         models = [copy.deepcopy(net) for _ in range(2)]
         for model, pruner in (
             (models[0], Pruner(models[0], *arguments, **keywords)),

@@ -46,12 +46,13 @@ def test_signatures_of_the_contract():
         "allocation",
         "min_density",
         "first_order",
+        "holdout",
         "batch_fn",
     ]
     pruner = inspect.signature(fishleg_ext.Pruner).parameters
     over_time = {"config", "schedule", "data", "refine_grads", "masks"}
     assert list(pruner)[:2] == ["model", "config"]
-    assert set(pruner) == set(parameters) - {"sparsity", "recomputations"} | over_time
+    assert set(pruner) == set(parameters) - {"sparsity", "recomputations", "holdout"} | over_time
     assert all(pruner[n].default == parameters[n].default for n in set(pruner) - over_time - {"data"})
     assert all(pruner[n].default is None for n in over_time)
     assert parameters["loss_fn"].default is F.cross_entropy

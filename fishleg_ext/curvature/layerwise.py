@@ -90,8 +90,9 @@ class LayerwiseEstimate(Estimate[Layerwise]):
             if held < outputs // width:
                 gram = gram.repeat_interleave(outputs // width // held, dim=0)
             groups = gram[first // width : last // width]
-            grouped = rows.repeat_interleave(len(groups) // len(rows), dim=0).transpose(0, 1)  # [n, groups, fan-in]
-            ops.block_gram_(groups, grouped)
+            if len(rows) < len(groups):
+                rows = rows.repeat_interleave(len(groups) // len(rows), dim=0)
+            ops.block_gram_(groups, rows.transpose(0, 1))  # [n, groups, fan-in]
             self._gram[name] = gram
         for name in self._count if not observation.gradients else ():
             self._count[name] += observation.count

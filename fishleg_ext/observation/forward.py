@@ -22,8 +22,6 @@ def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffer
     training = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=devices))

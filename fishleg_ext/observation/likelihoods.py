@@ -1,5 +1,6 @@
 """Targets sampled from a model's own likelihood, with which mean g g^T estimates the true Fisher matrix."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class NamedLikelihood:
             gradient; None where targets are drawn as they are distributed.
         class_dim: dimension of the outputs that goes over classes; None where targets are no classes.
         shift: how many positions later than the outputs, along dimension 1, targets lie.
+        divergence: (outputs, others) -> Kullback-Leibler divergence of the others' distribution from that of the
+            outputs, for each target.
     """
 
     sample: Callable[[Tensor, torch.Generator], Tensor]
@@ -39,6 +42,7 @@ class NamedLikelihood:
     sample_by_importance: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
     class_dim: int | None = None
     shift: int = 0
+    divergence: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class LabelSampler:
@@ -279,6 +283,37 @@ def label_sampler(labels: str, loss_fn: LossFunction | None, likelihood: Likelih
     return LabelSampler(LIKELIHOODS[_named(loss_fn, likelihood)], ignore_index=ignore_index, summed=summed)
 
 
+def output_divergence(loss_fn: LossFunction | None, likelihood: Likelihood | None) -> Callable[[Any, Any, Any], Tensor]:
+    """Return (outputs, other outputs, targets) -> divergence of the others, a mean over targets, for each sample.
+
+    Targets that are ignored are left out.
+
+    Raises:
+        ValueError: the likelihood is a function, or cannot be told.
+    """
+    if callable(likelihood):
+        raise ValueError(
+            f"expected likelihood to be one of {', '.join(LIKELIHOODS)} for the divergence, got a function"
+        )
+    own = loss_fn is None and likelihood is None
+    named = None if own else LIKELIHOODS[_named(loss_fn, likelihood)]
+    ignore_index = getattr(loss_fn, "ignore_index", IGNORED)
+
+    def between(outputs: Any, others: Any, targets: Any) -> Tensor:
+        known = named if named is not None else _own_likelihood(outputs, targets)
+        assert known.divergence is not None
+        values = known.divergence(_logits(outputs).double(), _logits(others).double())
+        weights = torch.ones_like(values)
+        if known.class_dim is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
+            shifted = targets[:, known.shift :] if known.shift else targets
+            values = values[:, : -known.shift] if known.shift else values
+            weights = (shifted != ignore_index).to(values) if shifted.shape == values.shape else torch.ones_like(values)
+        flat = (values * weights).reshape(len(values), -1).sum(1)
+        return flat / weights.reshape(len(values), -1).sum(1).clamp(min=1)
+
+    return between
+
+
 def loss_hessian(loss_fn: LossFunction | None, likelihood: Likelihood | None) -> LossHessian:
     """Return (outputs, v) -> H v, H the second derivative by the outputs of the mean negative log-likelihood.
 
@@ -376,10 +411,27 @@ def _bernoulli_hessian(logits: Tensor, v: Tensor) -> Tensor:
     return p * (1 - p) * v / logits.numel()
 
 
+def _categorical_divergence(logits: Tensor, others: Tensor, dim: int = 1) -> Tensor:
+    p, q = logits.log_softmax(dim), others.log_softmax(dim)
+    return (p.exp() * (p - q)).sum(dim)
+
+
+def _gaussian_divergence(mean: Tensor, others: Tensor) -> Tensor:
+    return (mean - others).square()  # of variance 1/2
+
+
+def _bernoulli_divergence(logits: Tensor, others: Tensor) -> Tensor:
+    as_classes = lambda z: torch.stack([z, torch.zeros_like(z)], 1)
+    return _categorical_divergence(as_classes(logits), as_classes(others))
+
+
+_tokens_divergence = functools.partial(_categorical_divergence, dim=-1)
 LIKELIHOODS = {
-    "categorical": NamedLikelihood(_categorical, _categorical_hessian, _informative_classes, class_dim=1),
-    "tokens": NamedLikelihood(_tokens, class_dim=-1),
-    "next_token": NamedLikelihood(_tokens, class_dim=-1, shift=1),
-    "gaussian": NamedLikelihood(_gaussian, _gaussian_hessian),
-    "bernoulli": NamedLikelihood(_bernoulli, _bernoulli_hessian),
+    "categorical": NamedLikelihood(
+        _categorical, _categorical_hessian, _informative_classes, class_dim=1, divergence=_categorical_divergence
+    ),
+    "tokens": NamedLikelihood(_tokens, class_dim=-1, divergence=_tokens_divergence),
+    "next_token": NamedLikelihood(_tokens, class_dim=-1, shift=1, divergence=_tokens_divergence),
+    "gaussian": NamedLikelihood(_gaussian, _gaussian_hessian, divergence=_gaussian_divergence),
+    "bernoulli": NamedLikelihood(_bernoulli, _bernoulli_hessian, divergence=_bernoulli_divergence),
 }

@@ -149,7 +149,7 @@ def observe(
             used = -(-used // grad_batch_size)
             nonzero = layers.any_nonzero is not False
     if used == 0:
-        raise ValueError("expected data that yields at least one sample, got none")
+        raise ValueError("expected data that yields at least one sample, got none; can it be read again?")
     if not nonzero:
         warnings.warn("every gradient is zero: does the loss fit the model's outputs?", stacklevel=2)
     if used < num_grads:

@@ -11,6 +11,7 @@ by which call it entered. `verification` compares the products with autograd, si
 recurrent layers, custom autograd functions, compiled or scripted regions.
 """
 
+import dataclasses
 import functools
 import math
 import types
@@ -61,7 +62,7 @@ class Product:
     def input_rows(self, inputs: Tensor | None = None) -> Tensor:
         """Return `inputs`, or a part of them, as rows [groups, n, fan_in]."""
         rows = self._input_rows(self.inputs if inputs is None else inputs)
-        return rows if self._columns is None else rows[..., self._columns]
+        return rows if self._columns is None else rows[..., self._columns.to(rows.device)]
 
     def output_rows(self, gradient: Tensor) -> Tensor:
         """Return the gradient by the output, or a part of it, as rows [groups, n, fan_out / groups]."""
@@ -70,7 +71,7 @@ class Product:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What tells it from other products, but for how many rows it has."""
-        return self.name, self.operation, self.outputs, self.groups, self.edge is not None
+        return self.name, self.operation, self.outputs, self.groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Lookup:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What tells it from others, but for how many rows it has."""
-        return self.name, "embedding", self.edge is not None
+        return self.name, "embedding"
 
     def add_gradient_(self, total: Tensor, gradient: Tensor) -> None:
         """Add the gradient of the weight [rows, ...] that the gradient by the looked-up rows makes."""
@@ -165,15 +166,18 @@ class ProductRecorder(TorchFunctionMode):
                     self._note(weight, func)
                 continue
             try:
+                if sum(other is weight for _, other in entering) > 1:
+                    raise _NoProduct("more than once")
                 use = parse(_Call(func, args, dict(kwargs), output, tensor, weight))
             except _NoProduct as reason:
                 self._note(weight, func, f", {reason}")
                 continue
-            self._signature.append(use.kind)
+            self._signature.append((weight.name, getattr(func, "__name__", "")) if isinstance(use, list) else use.kind)
             if isinstance(use, Lookup):
                 self.lookups.append(use)
-            else:
-                self._take(use)
+                continue
+            for product in use if isinstance(use, list) else [use]:
+                self._take(product)
         return output
 
     def _entering(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Iterable[tuple[Tensor, _Weight]]":
@@ -219,30 +223,64 @@ class _Weight:
         offset = tensor.storage_offset()
         return tensor.dtype == self.tensor.dtype and self._first <= offset and offset + _extent(tensor) <= self._last
 
-    @functools.cached_property
-    def layout(self) -> Axes:
-        """Size and stride of the dimensions."""
-        return list(zip(self.tensor.shape, self.tensor.stride(), strict=True))
+    def place(self, view: Tensor, outs: Axes, ins: Axes) -> tuple[int, int, Tensor | None]:
+        """Where in the matrix a view lies, whose dimensions are outputs and fan-in; see `_place`."""
+        layout = tuple(zip(self.tensor.shape, self.tensor.stride(), strict=True))
+        found = _place(view.storage_offset() - self._first, tuple(outs), tuple(ins), layout, self.orientation)
+        if isinstance(found, str):
+            raise _NoProduct(found)
+        return found
 
-    def positions(self, view: Tensor, axes: Axes) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the matrix at which the elements of a view lie along some of its dimensions."""
-        offsets = torch.tensor([view.storage_offset() - self._first])
+
+@functools.lru_cache(maxsize=4096)
+def _place(
+    offset: int,
+    outs: tuple[tuple[int, int], ...],
+    ins: tuple[tuple[int, int], ...],
+    layout: tuple[tuple[int, int], ...],
+    orientation: Orientation,
+) -> tuple[int, int, Tensor | None] | str:
+    """The first row of a matrix at which a view lies, the one after the last, and the order of its columns.
+
+    Both are sums of a part that depends on the output and of one that depends on the place in the fan-in, so that it is
+    enough to look at the first column and the first row of the view.
+
+    Args:
+        offset: of the view from the parameter, in elements.
+        outs, ins: size and stride of the dimensions of the view.
+        layout: of those of the parameter.
+        orientation: of the parameter.
+
+    Returns:
+        the order is None where the columns are in that of the matrix; or why the view is no rows of the matrix.
+    """
+
+    def positions(axes: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        offsets = torch.tensor([offset])
         for size, stride in axes:
             offsets = (offsets[:, None] + torch.arange(size) * stride).flatten()
         index = torch.zeros_like(offsets)
-        for (size, stride), step in zip(self.layout, _contiguous_strides(self.tensor.shape), strict=True):
+        shape = [size for size, _ in layout]
+        for dim, (size, stride) in enumerate(layout):
             if size > 1:
-                index += (offsets // stride) % size * step
-        return self.orientation.positions(index)
+                index += offsets // stride % size * math.prod(shape[dim + 1 :])
+        return orientation.positions(index)
+
+    rows, first_cols = positions(outs)
+    first_rows, cols = positions(ins)
+    if not (first_cols == first_cols[0]).all() or not (first_rows == first_rows[0]).all():
+        return "transposed: its outputs are not the first dimension"
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    if not torch.equal(rows, torch.arange(first, last)):
+        return "some of its outputs, not next to each other"
+    if not torch.equal(cols.sort().values, torch.arange(orientation.fan_in)):
+        return "a part of its fan-in"
+    return first, last, None if torch.equal(cols, torch.arange(len(cols))) else cols.argsort()
 
 
 def _extent(tensor: Tensor) -> int:
     """Distance in memory of the last element from the first."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -296,7 +334,7 @@ class _Call:
         """The only other operand of two."""
         others = [x for x in operands if x is not self.view]
         if len(operands) != 2 or len(others) != 1:
-            raise _NoProduct("more than once" if len(operands) == 2 else "with more than one other tensor")
+            raise _NoProduct("with more than one other tensor")
         return others[0]
 
     def edge(self) -> GradientEdge | None:
@@ -315,19 +353,9 @@ class _Call:
         uses: int,
     ) -> Product:
         """Find where in the weight's matrix the view lies, whose dimensions are groups, outputs and fan-in."""
-        weight, orientation = self.weight, self.weight.orientation
-        rows, first_cols = weight.positions(self.view, groups + outs)
-        first_rows, cols = weight.positions(self.view, ins)
-        if not (first_cols == first_cols[0]).all() or not (first_rows == first_rows[0]).all():
-            raise _NoProduct("transposed: its outputs are not the first dimension")
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        if not torch.equal(rows, torch.arange(first, last)):
-            raise _NoProduct("some of its outputs, not next to each other")
-        if not torch.equal(cols.sort().values, torch.arange(orientation.fan_in)):
-            raise _NoProduct("a part of its fan-in")
-        order = None if torch.equal(cols, torch.arange(len(cols))) else cols.argsort()
+        first, last, order = self.weight.place(self.view, groups + outs, ins)
         return Product(
-            weight.name,
+            self.weight.name,
             getattr(self.func, "__name__", "product"),
             (first, last),
             math.prod(size for size, _ in groups),
@@ -536,7 +564,39 @@ def _embedding(call: _Call) -> Lookup:
     return Lookup(call.weight.name, indices, call.edge(), padding_index)
 
 
-_PARSERS: dict[str, Callable[[_Call], Product | Lookup]] = {
+def _one_group(rows: Tensor, part: slice | None = None) -> Tensor:
+    return (rows if part is None else rows[part])[None]
+
+
+def _grouped_matmul(call: _Call) -> list[Product]:
+    """Rows of inputs [n, i] times the matrix of their group, of [groups, i, o]; offsets say where groups end."""
+    x, weight, *_ = [*call.args, *call.kwargs.values()]
+    ends = call.kwargs.get("offs", call.args[2] if len(call.args) > 2 else None)
+    if weight is not call.view or x is call.view or x.dim() != 2 or weight.dim() != 3 or ends is None:
+        raise _NoProduct("in a way that is not known")
+    products, start = [], 0
+    for index, end in enumerate(ends.tolist()):
+        part = slice(start, end)
+        single = dataclasses.replace(call, view=weight[index])
+        outs, ins = ([(weight.shape[dim], weight.stride(dim))] for dim in (2, 1))
+        if end > start:
+            products.append(
+                single.product(
+                    [],
+                    outs,
+                    ins,
+                    x[part],
+                    _one_group,
+                    functools.partial(_one_group, part=part),
+                    divisible=False,
+                    uses=end - start,
+                )
+            )
+        start = end
+    return products
+
+
+_PARSERS: dict[str, Callable[[_Call], Product | Lookup | list[Product]]] = {
     "linear": _linear,
     "matmul": _matmul,
     "__matmul__": _matmul,
@@ -545,6 +605,9 @@ _PARSERS: dict[str, Callable[[_Call], Product | Lookup]] = {
     "bmm": _matmul,
     "addmm": _added(""),
     "baddbmm": _added("b"),
+    "_grouped_mm": _grouped_matmul,
+    "grouped_mm": _grouped_matmul,
+    "grouped_mm_fallback": _grouped_matmul,
     "einsum": _einsum,
     "conv1d": _conv,
     "conv2d": _conv,

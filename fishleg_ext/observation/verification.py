@@ -76,10 +76,7 @@ class Verifier:
             return recorder.signature, ""
         if mixed:
             return recorder.signature, f"rows of the inputs of {mixed} belong to several samples"
-        why = self._compare_alone(chunk, chosen, outputs, probes, single, bounds, eps)
-        if not why and len(chosen) == n:
-            why = self._compare_inputs(chunk, recorder, eps)
-        return recorder.signature, why
+        return recorder.signature, self._compare_alone(chunk, chosen, recorder, outputs, probes, single, bounds, eps)
 
     def _gradients(self, recorder: ProductRecorder, outputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """Gradients of probed outputs by weights and biases, then by the outputs of products and lookups."""
@@ -133,7 +130,7 @@ class Verifier:
                     made_bias[s][product.name][first:last] += rows.sum(1).flatten()
                 bounds[s][product.name] += float((rows.norm(dim=-1) * inputs.norm(dim=-1)).sum())
                 size = rows.norm(dim=-1)
-                reached = size > tolerance(eps) * size.max()
+                reached = size > tolerance(eps) * size.amax((0, 1), keepdim=True) if size.numel() else size.bool()
                 if of_all is not None and _differ(product.output_rows(of_all).to(rows)[reached], rows[reached], eps):
                     mixed = mixed or product.name
         for k, lookup in enumerate(recorder.lookups, len(recorder.products)):
@@ -183,15 +180,18 @@ class Verifier:
         self,
         chunk: Chunk,
         chosen: Sequence[int],
+        together: ProductRecorder,
         outputs: OutputTree,
         probes: Mapping[int, Tensor],
         single: Sequence[Sequence[Tensor | None]],
         bounds: Sequence[Mapping[str, float]],
         eps: float,
     ) -> str:
-        """Say why outputs or gradients of samples are not as of each alone; nothing where they are."""
+        """Say why outputs, gradients or inputs of samples are not as of each alone; nothing where they are."""
+        energies = dict.fromkeys(self.weights, 0.0)
         for s, found, bound in zip(chosen, single, bounds, strict=True):
             recorder, alone = self._forward(chunk.part(s, s + 1))
+            energies = {name: energy + energies[name] for name, energy in self._energies(recorder).items()}
             if len(alone.leaves) != len(outputs.leaves):
                 return "the outputs have another structure for a single sample"
             probed = []
@@ -211,18 +211,20 @@ class Verifier:
                 a, b = (torch.zeros_like(weight) if x is None else x for x in both)
                 if _differ(a, b, eps, 16 * eps * bound[name]):
                     return f"gradients of {name} are others for a single sample: samples influence each other"
+        if len(chosen) == chunk.samples:
+            for name, energy in self._energies(together).items():
+                if abs(energy - energies[name]) > tolerance(eps) * energy:
+                    return f"{name} has other inputs for a single sample: samples share them"
         return ""
 
-    def _compare_inputs(self, chunk: Chunk, recorder: ProductRecorder, eps: float) -> str:
-        """Say why inputs of all samples together are not those of each alone; nothing where they are."""
-        alone: dict[str, float] = {}
-        for s in range(chunk.samples):
-            for name, energy in _energies(self._forward(chunk.part(s, s + 1))[0]).items():
-                alone[name] = alone.get(name, 0.0) + energy
-        for name, energy in _energies(recorder).items():
-            if abs(energy - alone.get(name, 0.0)) > tolerance(eps) * energy:
-                return f"{name} has other inputs for a single sample: samples share them"
-        return ""
+    def _energies(self, recorder: ProductRecorder) -> dict[str, float]:
+        """Name -> sum over rows x of (x . v)^2, with a fixed v."""
+        total = dict.fromkeys(self.weights, 0.0)
+        for product in recorder.products:
+            rows = product.input_rows()
+            v = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows)
+            total[product.name] += float((rows @ v).double().square().sum())
+        return total
 
 
 def tolerance(eps: float) -> float:
@@ -247,13 +249,3 @@ def _only(probe: Tensor, sample: int) -> Tensor:
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _energies(recorder: ProductRecorder) -> dict[str, float]:
-    """Name -> sum over rows x of (x . v)^2, with a fixed v."""
-    total: dict[str, float] = {}
-    for product in recorder.products:
-        rows = product.input_rows()
-        v = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows)
-        total[product.name] = total.get(product.name, 0.0) + float((rows @ v).double().square().sum())
-    return total

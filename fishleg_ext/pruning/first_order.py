@@ -31,11 +31,19 @@ class FirstOrderStep:
         step: name -> tensor, of weights and biases; empty where there is none.
         gain: by how much it lowers the loss, by the quadratic model.
         share: how much of F^-1 g it is.
+        slope: name -> the gradient that is left after the step, (1 - share) g; empty where there is none.
     """
 
     step: Mapping[str, Tensor] = field(default_factory=dict)
     gain: float = 0.0
     share: float = 0.0
+    slope: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rise(self, moves: Mapping[str, Tensor]) -> float:
+        """By how much moves from where the step leads raise the loss to first order; name -> move."""
+        if not self.slope:
+            return 0.0
+        return sum(float((self.slope[name] * move).sum(dtype=torch.float64)) for name, move in moves.items())
 
     def subtract_from(self, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """Subtract the step; `names` maps a key of `tensors` to the parameter's name where these differ."""
@@ -44,8 +52,8 @@ class FirstOrderStep:
         return {key: x - self.step[names[key] if names else key] for key, x in tensors.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, its gain and its share."""
-        return {"step": dict(self.step), "gain": self.gain, "share": self.share}
+        """Return the step, its gain and share, and the slope."""
+        return {"step": dict(self.step), "gain": self.gain, "share": self.share, "slope": dict(self.slope)}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> "FirstOrderStep":
@@ -54,7 +62,9 @@ class FirstOrderStep:
         shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
         if step and {name: list(tensor.shape) for name, tensor in step.items()} != shapes:
             raise ValueError(f"expected a first-order step of {', '.join(shapes)}, got {', '.join(step)}")
-        return cls({name: tensor.to(parameters[name].device) for name, tensor in step.items()}, gain, share)
+        slope = state.get("slope", {})  # which states of 0.1 do not have
+        here = lambda tensors: {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
+        return cls(here(step), gain, share, here(slope))
 
 
 def first_order_step(
@@ -103,4 +113,5 @@ def first_order_step(
         losses = losses_along(model, data, loss_fn, start, step, SHARES, **read)
         share = SHARES[int(torch.tensor(losses).nan_to_num(nan=torch.inf).argmin())] / 2
     slope = sum(float((gradient[name] * step[name]).sum(dtype=torch.float64)) for name in step)
-    return FirstOrderStep({name: share * x for name, x in step.items()}, (share - share**2 / 2) * slope, share)
+    left = {name: (1 - share) * gradient[name] for name in step} if share < 1 else {}
+    return FirstOrderStep({name: share * x for name, x in step.items()}, (share - share**2 / 2) * slope, share, left)

@@ -4,13 +4,15 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fishleg_ext.common.orientation import Orientation
 
+T = TypeVar("T")
 ParameterChoice = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -42,7 +44,7 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
         chosen = {name: p for name, p in named.items() if id(p) in weights and p.numel()}
         left_out = {name: why for name, module in model.named_modules() if (why := _why_left_out(name, module))}
         if not chosen:
-            found = "; ".join(left_out.values()) or "none"
+            found = "; ".join(left_out.values()) or ("empty ones alone" if weights else "none")
             raise ValueError(f"expected a model with Linear or Conv layers, or params= to name others; found {found}")
         if left_out:
             warnings.warn(f"these layers stay dense: {'; '.join(left_out.values())}", stacklevel=4)
@@ -142,8 +144,27 @@ def _why_left_out(name: str, module: nn.Module) -> str:
     return ""
 
 
+def why_dense(model: nn.Module, chosen: Collection[str], *, by_default: bool) -> dict[str, str]:
+    """Name -> why it is not pruned, of the parameters of two dimensions and more that are not chosen.
+
+    Args:
+        model: any module.
+        chosen: names of those that are.
+        by_default: whether `choose_parameters` chose them without being told.
+    """
+    reasons = {}
+    computed = {where: why for where, module in model.named_modules() if (why := _why_left_out(where, module))}
+    for name, parameter in model.named_parameters():
+        if name in chosen or parameter.dim() < 2:
+            continue
+        owner = next((why for where, why in computed.items() if name.startswith(f"{where}.") or not where), "")
+        default = "it is the weight of no Linear or Conv layer; params can name it"
+        reasons[name] = (owner or default) if by_default else "params does not name it"
+    return reasons
+
+
 def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Map each weight to its layer's bias. Biases shared by layers, or pruned themselves, are left out.
+    """Map each weight to its layer's bias. Biases of several weights, or pruned themselves, are left out.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
@@ -161,9 +182,24 @@ def biases_of(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str
                     bias = module._parameters.get(name.removesuffix("weight") + "bias")
                     known = bias is not None and id(bias) in names and id(bias) not in pruned
                     found.append((names[id(weight)], names[id(bias)] if known else ""))
-    # Not where layers share the weight or the bias, and not where some of these have none.
-    layers = Counter(name for pair in found for name in pair)
-    return {weight: bias for weight, bias in found if bias and layers[weight] == layers[bias] == 1}
+    # Not where layers that share the weight have other biases or none, nor where others share the bias.
+    pairs = dict.fromkeys(found)
+    layers = Counter(name for pair in pairs for name in pair)
+    return {weight: bias for weight, bias in pairs if bias and layers[weight] == layers[bias] == 1}
+
+
+def own_names(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
+    """Replace other names of tied parameters by those that `named_parameters` has.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> net[1].weight = net[0].weight
+        >>> own_names(net, {"1.weight": 0.5})
+        {'0.weight': 0.5}
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    return {names[id(aliases[key])] if key in aliases else key: value for key, value in values.items()}
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
@@ -174,6 +210,8 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise TypeError(f"expected {name} of a floating-point dtype, got {weight.dtype}")
     if weight.is_meta:
         raise TypeError(f"expected {name} to hold values, got a tensor on the meta device")
+    if not weight.numel():
+        raise ValueError(f"expected {name} to hold weights, got a tensor of shape {list(weight.shape)}")
     if not weight.isfinite().all():
         raise ValueError(f"{name} contains NaN or inf")
 

@@ -87,7 +87,9 @@ class Pattern:
             shapes: name -> shape of a parameter as `Orientation.to_matrix` has it: outputs, then fan-in. n:m goes along
                 the last dimension, input channels, as sparse tensor cores take it; groups along all of the fan-in.
         """
-        length = {name: shape[-1] if self.m else math.prod(shape[1:] or shape) for name, shape in shapes.items()}
+        length = {
+            name: (shape or (1,))[-1] if self.m else math.prod(shape[1:] or shape) for name, shape in shapes.items()
+        }
         return {name: size for name, size in length.items() if size % self.unit}
 
     def fitting(self, shapes: Mapping[str, tuple[int, ...]], *, chosen: bool) -> list[str]:
@@ -103,13 +105,21 @@ class Pattern:
         misfits = self.misfits(shapes)
         if not misfits:
             return list(shapes)
-        of = "input channels" if self.m else "fan-in"
+        of = self._of()
         listed = ", ".join(f"{name} ({of} {size})" for name, size in misfits.items())
         multiple = f"the {of} to be a multiple of {self.unit} with pattern={self.name!r}"
         if chosen or len(misfits) == len(shapes):
             raise ValueError(f"expected {multiple}, got {listed}")
         warnings.warn(f"expected {multiple}; these stay dense: {listed}", stacklevel=5)
         return [name for name in shapes if name not in misfits]
+
+    def misfit(self, shape: tuple[int, ...]) -> str:
+        """Say why a parameter of this shape cannot have the pattern."""
+        size = self.misfits({"it": shape})["it"]
+        return f"its {self._of()}, {size}, is no multiple of {self.unit}"
+
+    def _of(self) -> str:
+        return "input channels" if self.m else "fan-in"
 
 
 UNSTRUCTURED = Pattern()
