@@ -67,7 +67,22 @@ def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:
     inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
-    return functional_call(model, dict(weights), args, kwargs)
+    return functional_call(model, _by_places(model, weights), args, kwargs, tie_weights=False)
+
+
+def _by_places(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name each place where a parameter or buffer is held once, for all that are tied to those given.
+
+    PyTorch's own `tie_weights` swaps a module that is registered under two names twice, and then leaves what it was
+    given in the place of the parameter.
+    """
+    held: dict[int, dict[tuple[int, str], str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                held.setdefault(id(tensor), {}).setdefault((id(module), name), f"{path}.{name}" if path else name)
+    by_name = {name: places for places in held.values() for name in places.values()}
+    return {place: tensor for name, tensor in weights.items() for place in by_name.get(name, {0: name}).values()}
 
 
 def scalar_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any) -> Tensor:
