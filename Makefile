@@ -59,4 +59,5 @@ clean:  ## Remove .venv and everything built
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch  # first: the CUDA part is built against it
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps timm  # whose torchvision does not fit every build of torch
 	touch $@

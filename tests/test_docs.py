@@ -55,10 +55,20 @@ def names(generator):
     }
 
 
+def language_model():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **size))
+    ids = torch.randint(0, 11, (64, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return {"torch": torch, "llama": llama, "stories": [{"input_ids": row, "labels": row} for row in ids]}
+
+
 @pytest.mark.filterwarnings("ignore:the data ended after")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(host.ROOT)))
 def test_examples_run_one_after_the_other(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if page.name == "other-models.md":
+        names |= language_model()
     examples = EXAMPLE.findall(page.read_text())
     for number, example in enumerate(examples):
         exec(compile(example, f"{page.name}, example {number}", "exec"), names)

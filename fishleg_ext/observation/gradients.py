@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fishleg_ext.common.orientation import Orientation
@@ -80,7 +81,8 @@ class GradientObserver:
             return self._loss(weights, *pytree.tree_unflatten(whole, spec))
 
         try:
-            values = vmap(grad(loss), in_dims=(None, 0), randomness="different")(self.weights, groups)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
+                values = vmap(grad(loss), in_dims=(None, 0), randomness="different")(self.weights, groups)
         except Exception as error:
             if self.vectorized:  # it worked before, so this is not about vmap
                 raise
