@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -107,11 +108,13 @@ class Pruner:
         self._dense |= {name: self.pattern.misfit(shapes[name]) for name in chosen if name not in fitting}
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
+        missing: dict[str, int] = {}
         if masks is not None:
             self._masks.set(masks)
             matrices = {name: self._orientations[name].to_matrix(mask) for name, mask in self._masks.items()}
             if unfit := [name for name, mask in matrices.items() if not self.pattern.allows(mask)]:
                 raise ValueError(f"expected masks of pattern={self.pattern.name!r}, got others of {', '.join(unfit)}")
+            missing = {name: self.pattern.num_missing(mask) for name, mask in matrices.items()}
 
         self._batch_fn = batch_fn
         self._data, self._loss_fn = checked_source(data, loss_fn, batch_fn)  # of the last estimate, or given for all
@@ -149,7 +152,18 @@ class Pruner:
         if isinstance(scope, Mapping):
             scope = own_names(model, scope)
             check_names(scope, self._masks)
-        self._budget = Budget(scope, self.pattern, self.config.min_density)
+        self._budget = Budget(scope, self.pattern, self.config.min_density, missing)
+        if any(missing.values()):
+            listed = ", ".join(f"{name} ({number} weights)" for name, number in missing.items() if number)
+            if self.solver.sweeps:
+                raise ValueError(
+                    f"expected masks that keep at least {self.pattern.n} of each {self.pattern.m} with "
+                    f"saliency='fixed_order', got fewer in {listed}; take saliency='exact'"
+                )
+            warnings.warn(
+                f"masks keep fewer than {self.pattern.n} of some {self.pattern.m}, which stay so: {listed}",
+                stacklevel=3,
+            )
         self._flops_per_weight: dict[str, float] = {}  # with scope="flops"
         self._first = FirstOrderStep()
         self._handles: list[RemovableHandle] = []

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fishleg_ext.common.arguments import checked_sparsity
@@ -21,11 +21,13 @@ class Budget:
         scope: "global", "flops", "layer", or name -> sparsity.
         pattern: that the masks keep to.
         min_density: that every parameter keeps.
+        missing: name -> how many weights fewer than n of each m its first mask kept, which are pruned beyond 1 - n/m.
     """
 
     scope: str | Mapping[str, float]
     pattern: Pattern
     min_density: float
+    missing: Mapping[str, int] = field(default_factory=dict)
 
     def counts(self, sparsity: Sparsity | None, masks: Masks) -> int | dict[str, int]:
         """Return how many weights are pruned afterwards, in all or of each parameter.
@@ -51,13 +53,19 @@ class Budget:
         elif self.scope == "layer":
             wanted = dict.fromkeys(sizes, checked_sparsity("sparsity", sparsity))
             if self.exceeds(sparsity, masks):  # some may be sparser, as masks from elsewhere have it: they stay so
-                wanted = {n: s for n, s in wanted.items() if self.pattern.round_count(s, sizes[n]) > before[n]}
+                extra = self.missing.get
+                wanted = {
+                    n: s for n, s in wanted.items() if self.pattern.round_count(s, sizes[n]) + extra(n, 0) > before[n]
+                }
         elif isinstance(self.scope, Mapping):
             raise ValueError(f"sparsity={sparsity} cannot be combined with scope={{...}}; give a dict, too, or None")
         else:
             size, done, possible = (sum(counts.values()) for counts in (sizes, before, most))
-            return self._target(checked_sparsity("sparsity", sparsity), size, done, possible)
-        return before | {n: self._target(s, sizes[n], before[n], most[n], f" of {n}") for n, s in wanted.items()}
+            return self._target(checked_sparsity("sparsity", sparsity), size, done, possible, self._missing())
+        return before | {
+            n: self._target(s, sizes[n], before[n], most[n], self.missing.get(n, 0), f" of {n}")
+            for n, s in wanted.items()
+        }
 
     def max_counts(self, masks: Masks) -> dict[str, int]:
         """Return how many weights of each parameter may be pruned, or are pruned already if that is more."""
@@ -66,7 +74,7 @@ class Budget:
         for name, mask in masks.items():
             size = mask.numel()
             kept = math.ceil(self.min_density * size * (1 - 1e-9))  # 0.1 * 10 is to be 1, whatever the rounding
-            free = min(self.pattern.max_count(size), size - kept)
+            free = min(self.pattern.max_count(size) + self.missing.get(name, 0), size - kept)
             most[name] = max(free // group * group, before[name])
         return most
 
@@ -74,8 +82,9 @@ class Budget:
         """Whether this sparsity prunes more weights than the masks do."""
         sizes, before = {name: mask.numel() for name, mask in masks.items()}, masks.pruned_counts()
         if self.scope == "layer":
-            return any(self.pattern.round_count(sparsity, size) > before[name] for name, size in sizes.items())
-        return self.pattern.round_count(sparsity, sum(sizes.values())) > sum(before.values())
+            wanted = {n: self.pattern.round_count(sparsity, s) + self.missing.get(n, 0) for n, s in sizes.items()}
+            return any(count > before[name] for name, count in wanted.items())
+        return self.pattern.round_count(sparsity, sum(sizes.values())) + self._missing() > sum(before.values())
 
     def check_final(self, sparsity: Sparsity, masks: Masks) -> None:
         """Raise unless weights can be pruned so far and the pattern is complete then."""
@@ -93,12 +102,16 @@ class Budget:
                 f"finalized at a sparsity of {masks.sparsity():.4g}, the schedule ends at {final}", stacklevel=3
             )
         pruned = {name: count for name, count in masks.pruned_counts().items() if self.pattern.m and count}
-        partly = [name for name, count in pruned.items() if count != self.pattern.max_count(masks[name].numel())]
+        full = {n: self.pattern.max_count(masks[n].numel()) + self.missing.get(n, 0) for n in pruned}
+        partly = [name for name, count in pruned.items() if count != full[name]]
         if partly:
             warnings.warn(f"only a part of {', '.join(partly)} is {self.pattern.name}", stacklevel=3)
 
-    def _target(self, sparsity: float, size: int, before: int, most: int, of: str = "") -> int:
-        count = self.pattern.round_count(sparsity, size)
+    def _missing(self) -> int:
+        return sum(self.missing.values())
+
+    def _target(self, sparsity: float, size: int, before: int, most: int, missing: int, of: str = "") -> int:
+        count = self.pattern.round_count(sparsity, size) + missing
         if count < before:
             raise ValueError(f"sparsity {sparsity}{of} is {count} weights, but {before} are pruned already")
         if count > most:

@@ -78,7 +78,11 @@ class Pattern:
     def allows(self, mask: Tensor) -> bool:
         """Whether a parameter with this mask [out, ...], True = kept, has the pattern, or may have it later."""
         kept = mask.reshape(-1, self.unit).sum(1)
-        return bool(((kept >= self.n) & (kept % self.group == 0)).all())
+        return bool((kept % self.group == 0).all())
+
+    def num_missing(self, mask: Tensor) -> int:
+        """Number of weights that this mask [out, ...] keeps too few of, where n of m could be kept."""
+        return int((self.n - mask.reshape(-1, self.unit).sum(1)).clamp(min=0).sum())
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Name -> how many consecutive weights there are, where that is no multiple of `unit`.

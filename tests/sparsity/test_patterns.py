@@ -186,8 +186,6 @@ def test_the_sparsity_of_n_m_is_its_own(net, data):
     pruner.prune_to(0.6)
     with pytest.warns(UserWarning, match="only a part of 3.weight is 1:4"):
         pruner.finalize()
-    with pytest.raises(ValueError, match="masks of pattern='2:4', got others of 0.weight, 3.weight"):
-        fishleg_ext.Pruner(net, masks=pruner.masks, pattern="2:4")
     with pytest.raises(ValueError, match="masks of pattern='block4', got others of 0.weight, 3.weight"):
         fishleg_ext.Pruner(net, masks=pruner.masks, pattern="block4")
     again = fishleg_ext.Pruner(net, masks=pruner.masks, curvature="identity", pattern="1:4", progress=False)
@@ -199,6 +197,29 @@ def test_the_sparsity_of_n_m_is_its_own(net, data):
         other.load_state_dict(pruner.state_dict())
     result = prune(net, data, pattern="2:4", scope={"3.weight": 0.5})
     assert result.layer_sparsity == {"0.weight": 0, "3.weight": 0.5, "5.weight": 0}
+
+
+@pytest.mark.parametrize("curvature", MODELS)
+@pytest.mark.parametrize("saliency", ["exact", "simultaneous"])
+def test_old_zeros_stay_under_a_pattern(net, data, curvature, saliency):
+    """Groups that kept more than two lose down to two, the others stay as they are."""
+    if (saliency == "exact" and curvature not in IN_BLOCKS) or (curvature, saliency) == ("layerwise", "simultaneous"):
+        pytest.skip("has no blocks, or no single-weight scores where weights are pruned already")
+    old = prune(net, data, curvature="identity", sparsity=0.7).masks
+    options = usable(curvature=curvature, num_grads=48, block_size=16, progress=False)
+    with pytest.warns(UserWarning, match=r"masks keep fewer than 2 of some 4, which stay so: 0.weight \(\d+ weights\)"):
+        pruner = fishleg_ext.Pruner(net, masks=old, pattern="2:4", saliency=saliency, **options)
+    pruner.estimate(data, F.cross_entropy)
+    result = pruner.prune_to()
+    for name, mask in result.masks.items():
+        assert not (mask & ~old[name]).any()
+        before, after = (groups(m, 4, channels_last=True).sum(2) for m in (old[name], mask))
+        assert torch.equal(after, before.clamp(max=2))
+        assert not net.get_parameter(name)[~mask].any()
+    assert result.sparsity > 0.7
+    pruner.finalize()
+    with pytest.raises(ValueError, match="take saliency='exact'"):
+        fishleg_ext.Pruner(net, masks=old, pattern="2:4", curvature="block", saliency="fixed_order", scope="layer")
 
 
 def test_groups_with_allocation(net, data):
