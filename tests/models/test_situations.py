@@ -16,6 +16,7 @@ from torch.nn.utils import prune as masking
 import fishleg_ext
 from fishleg_ext import Pruner
 from fishleg_ext.curvature import MODELS, CurvatureError, Kronecker
+from models.functions import Experts, SharedRows, Tokens
 
 OF_INPUTS = ["layerwise", "kronecker"]
 OF_GRADIENTS = [name for name in MODELS if name not in OF_INPUTS]
@@ -49,28 +50,6 @@ def assert_alike(first, second):
 
 
 # the same function in different ways
-
-
-class Tokens(nn.Module):
-    """One function of [N, T, 8], three ways to call its layer."""
-
-    def __init__(self, how):
-        super().__init__()
-        torch.manual_seed(1)
-        self.a, self.h, self.how = nn.Linear(8, 8), nn.Linear(8, 3), how
-
-    def forward(self, x):
-        if self.how == "flat":
-            z = self.a(x.reshape(-1, 8)).reshape(x.shape)
-        elif self.how == "positions first":
-            z = self.a(x.transpose(0, 1)).transpose(0, 1)
-        elif self.how == "one by one":
-            z = torch.stack([self.a(input=x[:, t]) for t in range(x.shape[1])], dim=1)
-        elif self.how == "einsum":
-            z = torch.einsum("nti,oi->nto", x, self.a.weight) + self.a.bias
-        else:
-            z = self.a(x)
-        return self.h(torch.tanh(z).mean(1))
 
 
 @pytest.mark.parametrize("curvature", MODELS)
@@ -132,28 +111,6 @@ def test_a_subclass_may_pad_its_inputs_itself(curvature, generator):
     x = torch.randn(24, 2, 6, 6, dtype=torch.float64, generator=generator)
     y = torch.randint(0, 3, (24,), generator=generator)
     assert_alike(*(prune(copy.deepcopy(net), (x, y), curvature=curvature) for net in (own, plain)))
-
-
-class Experts(nn.Module):
-    """A token goes through one of three experts; of those that get none, some are called with nothing."""
-
-    def __init__(self, how, used=2):
-        super().__init__()
-        torch.manual_seed(4)
-        self.experts, self.how, self.used = nn.Parameter(torch.randn(3, 8, 8) * 0.5), how, used
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        choice = (x[..., 0] > 0.8).long() if self.used == 2 else (x[..., 0] * 100).long() % 3
-        if self.how == "masked":  # every expert sees all tokens
-            each = torch.einsum("nti,eoi->ento", x, self.experts)
-            y = sum(each[e] * (choice == e)[..., None] for e in range(3))
-        else:
-            y = torch.zeros_like(x)
-            for e in range(3):
-                if self.how == "all" or bool((choice == e).any()):
-                    y = y.index_put((choice == e).nonzero(as_tuple=True), x[choice == e] @ self.experts[e].t())
-        return self.head(torch.tanh(y).mean(1))
 
 
 @pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
@@ -258,18 +215,6 @@ def test_a_bias_that_is_not_added_as_it_is_is_refused(data):
     with pytest.raises(NotImplementedError, match=r"the bias 0.bias is not added to each product of 0.weight"):
         prune(net, data, curvature="kronecker")
     prune(net, data, curvature="layerwise")
-
-
-class SharedRows(nn.Module):
-    """Queries that are projected once for the whole batch, as some detection models do."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(5)
-        self.query, self.project, self.head = nn.Parameter(torch.randn(2, 8)), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head((torch.tanh(x) @ self.project(self.query).t()).softmax(1) @ self.query)
 
 
 class Standardised(Net):
