@@ -99,7 +99,7 @@ def chunks(
                 remaining -= 1
         else:
             inputs, targets = _pair(batch, own_loss)
-            count = _batch_size(inputs, targets, bool(own_loss))
+            count = _batch_size(inputs, targets, needs_targets=not (own_loss or isinstance(batch, Mapping)))
             batch_spec = pytree.tree_structure((inputs, targets))
             if spec is not None and batch_spec != spec:
                 raise TypeError(f"expected every batch of the structure of the first, {spec}, got {batch_spec}")
@@ -166,7 +166,7 @@ def _moved(leaf: Any, device: torch.device) -> Any:
     return leaf.to(device) if hasattr(leaf, "to") else leaf
 
 
-def _batch_size(inputs: Any, targets: Any, own_loss: bool) -> int:
+def _batch_size(inputs: Any, targets: Any, *, needs_targets: bool) -> int:
     sizes = set()
     for leaf in pytree.tree_leaves((inputs, targets)):
         if isinstance(leaf, Tensor) and leaf.dim():
@@ -183,7 +183,7 @@ def _batch_size(inputs: Any, targets: Any, own_loss: bool) -> int:
             )
     for what, tree in (("inputs", inputs), ("targets", targets)):
         leaves = pytree.tree_leaves(tree)
-        if not any(isinstance(leaf, Tensor) for leaf in leaves) and not (own_loss and what == "targets"):
+        if not any(isinstance(leaf, Tensor) for leaf in leaves) and (needs_targets or what == "inputs"):
             kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "nothing"
             raise TypeError(
                 f"expected {what} to hold a tensor whose first dimension is the sample, got {kinds}; a dataset of "

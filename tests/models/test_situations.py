@@ -424,6 +424,8 @@ def test_a_mapping_for_a_model_that_returns_its_own_loss(curvature, data):
     assert_alike(own, prune(Net(), data, **options))
     pairs = [({"x": x}, y)]
     assert_alike(own, prune(OwnLoss(), pairs, None, curvature=curvature))
+    if "labels" not in options:  # which are not needed then
+        assert_alike(own, prune(OwnLoss(), [{"x": x}], None, curvature=curvature))
 
 
 @pytest.mark.filterwarnings("ignore:samples are observed one by one")
