@@ -292,7 +292,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     print(result.table())
     print(f"predicted loss increase {result.predicted_loss_increase:.4g}")
     if result.divergence is not None:
-        print(f"divergence from the dense network {result.divergence:.4g}, {result.divergence_ratio:.3g} times as much")
+        ratio = result.divergence_ratio
+        times = "" if ratio is None else f", {ratio:.3g} times as much"
+        print(f"divergence from the dense network {result.divergence:.4g}{times}")
     if evaluate:
         print(f"{arguments.evaluate}: {before} before, {after} after")
     checkpoint.save({"model": model.state_dict(), "masks": pack_masks(result.masks)}, arguments.out)

@@ -80,16 +80,16 @@ class LayerObserver:
         else:
             recorder = ProductRecorder(self.weights, self.orientations, self._observe_inputs)
             with recorder:
-                call(self.model, self.weights, chunk.inputs)
-            if not self._is_verified(recorder, chunk):
+                outputs = call(self.model, self.weights, chunk.inputs)
+            if why := self._why_not(recorder, chunk, outputs):
                 raise ValueError(
-                    "the samples of a later batch influence each other, as those of the first did not; expected data "
-                    "in batches of one sample for this curvature model"
+                    f"{why}, in a later batch, though not in the first; expected single samples for this curvature "
+                    "model: a loader of batch_size=1 with batch_fn=lambda batch: [batch]"
                 )
         self.observer.update(Observation(chunk.samples))
 
-    def _is_verified(self, recorder: ProductRecorder, chunk: Chunk) -> bool:
-        """Whether these products are right, verified now where their sequence is a new one."""
+    def _why_not(self, recorder: ProductRecorder, chunk: Chunk, outputs: Any) -> str:
+        """Why these samples cannot be observed together; verified anew where the sequence of products is new."""
         for lookup in recorder.lookups:
             if lookup.name not in self._looked_up:
                 self._looked_up.add(lookup.name)
@@ -101,16 +101,16 @@ class LayerObserver:
         if (together, recorder.signature) not in self._verified:
             signature, why_not = self._verifier.verify(chunk)
             self._verified.add((together, signature))
-            return not why_not
-        return True
+            return why_not
+        return self._verifier.compare_last(chunk, OutputTree(outputs)) if together else ""
 
     def _run_backward(self, chunk: Chunk) -> None:
         weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         recorder = ProductRecorder(weights, self.orientations)
         with torch.enable_grad(), recorder:
             outputs = call(self.model, weights, chunk.inputs)
-        if not self._is_verified(recorder, chunk):
-            raise _NotTogether("samples of a later batch influence each other")
+        if why := self._why_not(recorder, chunk, outputs):
+            raise _NotTogether(f"{why}, in a later batch, though not in the first")
         targets, scale = chunk.targets, torch.ones(())
         if self.draw is not None:
             tree = OutputTree(outputs)
@@ -122,14 +122,13 @@ class LayerObserver:
                 with torch.enable_grad(), recorder:
                     outputs = call(self.model, weights, chunk.with_targets(targets).inputs)
         reached = [product for product in recorder.products if product.edge is not None]
-        for product, gradient in zip(
-            reached, self._output_gradients(outputs, targets, scale, chunk, reached), strict=True
-        ):
-            if gradient is not None:
-                self.any_nonzero = bool(self.any_nonzero) or bool(gradient.any())
-                self._observe(product, "output_gradients", gradient)
-        if "inputs" in self.observer.observes:
-            for product in recorder.products:
+        gradients = self._output_gradients(outputs, targets, scale, chunk, reached)
+        for product, gradient in zip(reached, gradients, strict=True):
+            if gradient is None:
+                continue  # the loss does not depend on it, so that its inputs do not count either
+            self.any_nonzero = bool(self.any_nonzero) or bool(gradient.any())
+            self._observe(product, "output_gradients", gradient)
+            if "inputs" in self.observer.observes:
                 self._observe_inputs(product)
 
     def _output_gradients(
@@ -143,6 +142,7 @@ class LayerObserver:
             if not loss.requires_grad or not edges:
                 return [None] * len(products)
             return list(torch.autograd.grad(loss, edges, scale.to(loss).reshape(()), allow_unused=True))
+        self._losses.names = self._verifier.names
         try:
             free, gradients = self._losses.gradients(OutputTree(outputs), targets, chunk.samples)
         except CannotCut as what:

@@ -1,5 +1,6 @@
 """Targets sampled from a model's own likelihood, with which mean g g^T estimates the true Fisher matrix."""
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,30 +222,31 @@ def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
     )
 
 
+def as_module(loss_fn: LossFunction | None) -> LossFunction | None:
+    """Return a partial application of PyTorch's cross entropy as the module that it is, others as they are."""
+    if isinstance(loss_fn, functools.partial) and loss_fn.func is nn.functional.cross_entropy and not loss_fn.args:
+        return nn.CrossEntropyLoss(**loss_fn.keywords)
+    return loss_fn
+
+
 def sample_loss(loss_fn: LossFunction | None) -> LossFunction | None:
     """Return the loss as a mean over samples, whatever its reduction, with class weights not divided out again.
 
     PyTorch's cross entropy with class weights is a weighted mean, in which the weight of a single sample has no effect.
     Here it is the sum of weighted terms over their number.
     """
-    if isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is not None:
-        cross_entropy = loss_fn
+    loss_fn = as_module(loss_fn)
+    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and loss_fn.weight is not None:
+        given, total_fn = loss_fn, copy.copy(loss_fn)
+        total_fn.reduction = "sum"
 
         def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
-            total = nn.functional.cross_entropy(
-                outputs,
-                targets,
-                cross_entropy.weight,
-                ignore_index=cross_entropy.ignore_index,
-                label_smoothing=cross_entropy.label_smoothing,
-                reduction="sum",
-            )
-            if cross_entropy.reduction == "sum":
+            total = total_fn(outputs, targets)
+            if given.reduction == "sum":
                 return total / len(targets)
-            number = outputs.numel() / outputs.shape[1]
             if targets.is_floating_point():
-                return total / number
-            return total / (targets != cross_entropy.ignore_index).sum().clamp(min=1)
+                return total / (outputs.numel() / outputs.shape[1])
+            return total / (targets != given.ignore_index).sum().clamp(min=1)
 
         return weighted
     if isinstance(loss_fn, nn.modules.loss._Loss) and loss_fn.reduction == "sum":
@@ -269,10 +271,12 @@ def label_sampler(labels: str, loss_fn: LossFunction | None, likelihood: Likelih
         checked_likelihood("likelihood", likelihood)
     if labels == "data":
         return None
-    if isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is not None and not callable(likelihood):
+    loss_fn = as_module(loss_fn)
+    weighted = isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and loss_fn.weight is not None
+    if weighted and not callable(likelihood):
         raise ValueError(
-            "labels='model' cannot be combined with CrossEntropyLoss(weight=...), which is the negative log-likelihood "
-            "of no distribution: give labels='data', or leave the class weights out"
+            f"labels='model' cannot be combined with {type(loss_fn).__name__}(weight=...), which is the negative "
+            "log-likelihood of no distribution: give labels='data', or leave the class weights out"
         )
     summed = isinstance(loss_fn, nn.modules.loss._Loss) and loss_fn.reduction == "sum"
     ignore_index = getattr(loss_fn, "ignore_index", IGNORED)

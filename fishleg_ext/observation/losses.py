@@ -12,6 +12,7 @@ from fishleg_ext.observation.batches import CHUNK_SAMPLES, Chunk, chunks
 from fishleg_ext.observation.forward import call, running, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction, sample_loss
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
+from fishleg_ext.observation.verification import VERIFIED_SAMPLES, tolerance
 
 
 def mean_gradient(
@@ -33,9 +34,10 @@ def mean_gradient(
     device = next(iter(weights.values())).device
     total = {name: torch.zeros_like(weight, dtype=widened(weight.dtype)) for name, weight in weights.items()}
     losses, used = SampleLosses(sample_loss(loss_fn)), 0
+    parts = _Parts(model, losses)
     with running(model, device, seed), progress_bar(what="mean gradient", total=num_samples, show=progress) as bar:
         for chunk in chunks(data, CHUNK_SAMPLES, num_samples, device, own_loss=loss_fn is None):
-            for part in _cuttable(model, losses, chunk):
+            for part in parts(chunk):
                 free = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
                 with torch.enable_grad():
                     outputs = call(model, free, part.inputs)
@@ -80,9 +82,10 @@ def losses_along(
     device = next(iter(weights.values())).device
     total, used = torch.zeros(len(shares), dtype=torch.float64, device=device), 0
     losses = SampleLosses(sample_loss(loss_fn))
+    parts = _Parts(model, losses)
     with running(model, device, seed), progress_bar(what="step length", total=num_samples, show=progress) as bar:
         for chunk in chunks(data, CHUNK_SAMPLES, num_samples, device, own_loss=loss_fn is None):
-            for part in _cuttable(model, losses, chunk):
+            for part in parts(chunk):
                 for index, share in enumerate(shares):
                     there = {name: (w - share * direction[name]).to(w.dtype) for name, w in weights.items()}
                     outputs = call(model, there, part.inputs)
@@ -96,14 +99,31 @@ def losses_along(
     return (total / used).tolist()
 
 
-def _cuttable(model: nn.Module, losses: SampleLosses, chunk: Chunk) -> list[Chunk]:
-    """The samples together, or each by itself where the loss cannot be cut into theirs."""
-    if chunk.samples > 1 and losses.together is None:
+class _Parts:
+    """Decides whether samples go through the model together, or one by one where they or their losses are not apart."""
+
+    def __init__(self, model: nn.Module, losses: SampleLosses) -> None:
+        self._model, self._losses = model, losses
+        self._together: bool | None = None
+
+    def __call__(self, chunk: Chunk) -> list[Chunk]:
+        if chunk.samples == 1:
+            return [chunk]
+        if self._together is None:
+            self._together = self._is_apart(chunk.part(0, min(VERIFIED_SAMPLES, chunk.samples)))
+        return [chunk] if self._together else [chunk.part(s, s + 1) for s in range(chunk.samples)]
+
+    def _is_apart(self, chunk: Chunk) -> bool:
+        """Whether the losses of samples together are those of each alone."""
+        parts = [chunk.part(s, s + 1) for s in range(chunk.samples)]
+        alone = [call(self._model, {}, part.inputs) for part in parts]
+        together = OutputTree(call(self._model, {}, chunk.inputs))
+        self._losses.names = together.per_sample(OutputTree(alone[0]), chunk.samples)
         try:
-            losses.values(OutputTree(call(model, {}, chunk.inputs)), chunk.targets, chunk.samples)
-            losses.together = True
+            ours = self._losses.values(together, chunk.targets, chunk.samples)
         except CannotCut:
-            losses.together = False
-    if chunk.samples == 1 or losses.together:
-        return [chunk]
-    return [chunk.part(s, s + 1) for s in range(chunk.samples)]
+            return False
+        pairs = zip(alone, parts, strict=True)
+        theirs = torch.stack([scalar_loss(self._losses.loss_fn, outputs, part.targets) for outputs, part in pairs])
+        share = tolerance(torch.finfo(theirs.dtype).eps)
+        return bool(torch.allclose(ours.to(theirs), theirs, rtol=share, atol=share * float(theirs.abs().max())))

@@ -105,7 +105,7 @@ def observe(
         return result
 
     draw: DrawLabels | None = None if sampler is None else drawn
-    limit, used, nonzero = num_grads * grad_batch_size, 0, True
+    limit, used, left_over, nonzero = num_grads * grad_batch_size, 0, 0, True
     read = functools.partial(chunks, data, limit=limit, device=device, own_loss=own_loss if needs_labels else None)
     with (
         running(model, device, seed),
@@ -123,9 +123,12 @@ def observe(
                 count = chunk.samples // grad_batch_size
                 if count:
                     # A gradient of the few left over would count as much.
+                    left_over += chunk.samples - count * grad_batch_size
                     chunk = chunk.part(0, count * grad_batch_size)
                 elif not used:
                     count = 1  # fewer samples in all than one gradient is to have
+                else:
+                    left_over += chunk.samples
                 if count:
                     gradients = source.gradients(chunk, count)
                     product = None
@@ -154,7 +157,8 @@ def observe(
         warnings.warn("every gradient is zero: does the loss fit the model's outputs?", stacklevel=2)
     if used < num_grads:
         warnings.warn(
-            f"the data ended after {used} of num_grads={num_grads} gradients; these are used",
+            f"the data ended after {used} of num_grads={num_grads} gradients; these are used"
+            + (f" ({left_over} samples made up no gradient of {grad_batch_size})" if left_over else ""),
             stacklevel=2,
         )
     return used

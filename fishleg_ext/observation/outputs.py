@@ -1,7 +1,8 @@
 """Cuts a model's outputs into samples, and differentiates the loss of each by them."""
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -65,9 +66,17 @@ class OutputTree:
         remaining = iter(leaves)
         return self._map(self._outputs, lambda *_: next(remaining))
 
-    def cuttable(self, samples: int) -> list[bool]:
-        """Which leaves are tensors whose first dimension can be the sample."""
-        return [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in self.leaves]
+    def cuttable(self, samples: int, names: Collection[str] | None = None) -> list[bool]:
+        """Which leaves are tensors whose first dimension can be the sample; of these names, if they are given."""
+        known = [names is None or name in names for name in self.names]
+        return [k and _length(leaf) == samples for k, leaf in zip(known, self.leaves, strict=True)]
+
+    def per_sample(self, alone: "OutputTree", samples: int) -> frozenset[str]:
+        """Names of the leaves whose first dimension is the sample, seen by what they are of a single sample."""
+        if self.names != alone.names:
+            return frozenset()
+        both = zip(self.names, self.leaves, alone.leaves, strict=True)
+        return frozenset(name for name, mine, other in both if _length(mine) == samples and _length(other) == 1)
 
     def uncut(self, index: int) -> Any:
         """What stands for a leaf that cannot be cut."""
@@ -78,6 +87,11 @@ class OutputTree:
         return _Uncut(f"{self.names[index] or 'its output'}, {kind}")
 
     def _map(self, tree: Any, function: Any, name: str = "") -> Any:
+        if _holds_tensors(tree):  # an object of a class of its own
+            held = {key: self._map(value, function, f"{name}.{key}") for key, value in vars(tree).items()}
+            copied = copy.copy(tree)
+            vars(copied).update(held)
+            return copied
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not isinstance(tree, dict):
             fields = [field.name for field in dataclasses.fields(tree) if field.init]
             by_field = {key: self._map(getattr(tree, key), function, f"{name}.{key}") for key in fields}
@@ -89,17 +103,28 @@ class OutputTree:
         return pytree.tree_unflatten(mapped, spec)
 
 
+def _length(leaf: Any) -> int:
+    """Size of the first dimension, -1 where there is none."""
+    return len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else -1
+
+
+def _holds_tensors(tree: Any) -> bool:
+    """Whether it is an object, none of a container or dataclass, that has tensors as attributes."""
+    known = isinstance(tree, (*PASSED_ON, Tensor, type, tuple, list, dict)) or dataclasses.is_dataclass(tree)
+    return not known and any(isinstance(value, Tensor) for value in getattr(tree, "__dict__", {}).values())
+
+
 class SampleLosses:
     """The loss of each sample, from the outputs of all, by vmap where the loss allows it.
 
     Attributes:
         loss_fn: (outputs, targets) -> scalar.
-        together: whether outputs can be cut into samples; None where that is not known yet.
+        names: of the outputs whose first dimension is the sample; None takes all of the right length for such.
     """
 
     def __init__(self, loss_fn: LossFunction | None) -> None:
         self.loss_fn = loss_fn
-        self.together: bool | None = None
+        self.names: Collection[str] | None = None
         self._vectorized = True
 
     def values(self, outputs: OutputTree, targets: Any, samples: int) -> Tensor:
@@ -108,7 +133,7 @@ class SampleLosses:
         Raises:
             CannotCut: the loss needs an output that cannot be cut into samples.
         """
-        cut = _Cut(self.loss_fn, outputs, targets, samples)
+        cut = _Cut(self.loss_fn, outputs, targets, samples, self.names)
         found = self._vectorize(vmap(cut.loss), cut)
         if found is not None:
             return found
@@ -120,7 +145,7 @@ class SampleLosses:
         Raises:
             CannotCut: the loss needs an output that cannot be cut into samples.
         """
-        cut = _Cut(self.loss_fn, outputs, targets, samples)
+        cut = _Cut(self.loss_fn, outputs, targets, samples, self.names)
         found = self._vectorize(vmap(grad(cut.loss)), cut)
         if found is not None:
             return cut.free, list(found)
@@ -152,11 +177,18 @@ class SampleLosses:
 class _Cut:
     """The loss as a function of what belongs to one sample: outputs by which it is differentiated, others, targets."""
 
-    def __init__(self, loss_fn: LossFunction | None, outputs: OutputTree, targets: Any, samples: int) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFunction | None,
+        outputs: OutputTree,
+        targets: Any,
+        samples: int,
+        names: Collection[str] | None,
+    ) -> None:
         if loss_fn is None:
             raise CannotCut("the loss that the model itself returns, a mean over the batch")
         self._loss_fn, self._outputs, self._samples = loss_fn, outputs, samples
-        indices = [i for i, yes in enumerate(outputs.cuttable(samples)) if yes]
+        indices = [i for i, yes in enumerate(outputs.cuttable(samples, names)) if yes]
         self._free = [i for i in indices if outputs.leaves[i].requires_grad]
         self._rest = [i for i in indices if i not in self._free]
         self._targets, self._spec = pytree.tree_flatten(targets)

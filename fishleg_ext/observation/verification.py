@@ -10,7 +10,7 @@ rows that were swapped:
 - each row of D with that of all samples together: rows that several samples share differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fishleg_ext.observation.outputs import OutputTree
 from fishleg_ext.observation.products import Product, ProductRecorder
 
 VERIFIED_SAMPLES = 3
+PART_BYTES = 2**26  # of unfolded inputs at a time
 Signature = tuple[tuple[Any, ...], ...]
 
 
@@ -48,6 +49,7 @@ class Verifier:
         self.weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         self.biases = {name: (bias, x.detach().requires_grad_()) for name, (bias, x) in biases.items()}
         self._free = [*self.weights.values(), *(x for _, x in self.biases.values())]
+        self.names: frozenset[str] = frozenset()  # of the outputs whose first dimension is the sample
         self._generator = torch.Generator().manual_seed(0)
 
     def verify(self, chunk: Chunk) -> tuple[Signature, str]:
@@ -61,22 +63,54 @@ class Verifier:
         """
         recorder, outputs = self._forward(chunk)
         n, leaves = chunk.samples, outputs.leaves
+        alone: dict[int, tuple[ProductRecorder, OutputTree]] = {}
+        if n > 1:
+            alone = {s: self._forward(chunk.part(s, s + 1)) for s in sorted({0, n // 2, n - 1})}
+            self.names = outputs.per_sample(alone[0][1], n)
         # Of a single sample, leaves need not have a dimension of samples.
-        probed = [i for i, yes in enumerate(outputs.cuttable(n)) if (yes or n == 1) and _is_float(leaves[i])]
+        cut = [True] * len(leaves) if n == 1 else outputs.cuttable(n, self.names)
+        probed = [i for i, yes in enumerate(cut) if yes and _is_float(leaves[i])]
+        if not probed:
+            if n > 1:
+                return recorder.signature, "no output has the sample as its first dimension"
+            raise NotImplementedError(
+                f"the products of {', '.join(self.weights)} cannot be verified, since the outputs of the model hold no "
+                "tensor of numbers; give it outputs that are tensors, or containers, dataclasses or objects of these"
+            )
         probes = {i: torch.randn(leaves[i].shape, generator=self._generator).to(leaves[i]) for i in probed}
-        chosen = sorted({0, n // 2, n - 1})
         total = self._gradients(recorder, [(leaves[i], probes[i]) for i in probed])
         single = [total]
         if n > 1:
-            parts = [[(leaves[i], _only(probes[i], s)) for i in probed] for s in chosen]
+            parts = [[(leaves[i], _only(probes[i], s)) for i in probed] for s in alone]
             single = [self._gradients(recorder, part) for part in parts]
-        eps = max(torch.finfo(x.dtype).eps for x in [*self._free, *(leaves[i] for i in probed)])
+        eps = max(_epsilon(x) for x in [*self._free, *(leaves[i] for i in probed)])
         bounds, mixed = self._check_products(recorder, single, total, eps)
         if n == 1:
             return recorder.signature, ""
         if mixed:
             return recorder.signature, f"rows of the inputs of {mixed} belong to several samples"
-        return recorder.signature, self._compare_alone(chunk, chosen, recorder, outputs, probes, single, bounds, eps)
+        return recorder.signature, self._compare_alone(n, alone, recorder, outputs, probes, single, bounds, eps)
+
+    def compare_last(self, chunk: Chunk, outputs: OutputTree) -> str:
+        """Say why the outputs of the last sample are not as of it alone; nothing where they are."""
+        last = chunk.samples - 1
+        alone = call(self.model, self.weights, chunk.part(last, last + 1).inputs)
+        return self._compare_outputs(chunk.samples, last, outputs, OutputTree(alone))
+
+    def _compare_outputs(self, samples: int, s: int, outputs: OutputTree, alone: OutputTree) -> str:
+        if alone.names != outputs.names:
+            return "the outputs have another structure for a single sample"
+        for i, yes in enumerate(outputs.cuttable(samples, self.names)):
+            mine, what = alone.leaves[i], f"the outputs{outputs.names[i]}"
+            if not yes:
+                continue
+            theirs = outputs.leaves[i][s : s + 1]
+            if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
+                return f"{what} are of another shape for a single sample"
+            eps = _epsilon(mine) if _is_float(mine) else 0.0
+            if _differ(theirs.detach(), mine.detach(), tolerance(eps)):
+                return f"{what} are others for a single sample: samples influence each other, or it is random"
+        return ""
 
     def _gradients(self, recorder: ProductRecorder, outputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """Gradients of probed outputs by weights and biases, then by the outputs of products and lookups."""
@@ -87,7 +121,13 @@ class Verifier:
             return [None] * (len(self._free) + len(of_uses))
         wanted: list[Any] = [*self._free, *(edge for edge in of_uses if edge is not None)]
         tensors, probes = zip(*reached, strict=True)
-        found = torch.autograd.grad(tensors, wanted, probes, retain_graph=True, allow_unused=True)
+        try:
+            found = torch.autograd.grad(tensors, wanted, probes, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise NotImplementedError(
+                f"the products of {', '.join(self.weights)} cannot be verified, since autograd cannot differentiate "
+                f"the model by them (torch.utils.checkpoint can with use_reentrant=False): {error}"
+            ) from error
         remaining = iter(found)
         own: list[Tensor | None] = [next(remaining) for _ in self._free]
         return own + [None if edge is None else next(remaining) for edge in of_uses]
@@ -117,22 +157,24 @@ class Verifier:
         bounds = [dict.fromkeys(self.weights, 0.0) for _ in single]
         mixed = ""
         for k, product in enumerate(recorder.products):
-            inputs = product.input_rows()
-            of_all = total[first_use + k]
-            for s, found in enumerate(single):
-                gradient = found[first_use + k]
-                if gradient is None:
-                    continue
-                rows = product.output_rows(gradient).to(inputs.dtype)
-                self._add_product_(made[s][product.name], product, rows, inputs)
-                if product.name in made_bias[s]:
-                    first, last = product.outputs
-                    made_bias[s][product.name][first:last] += rows.sum(1).flatten()
-                bounds[s][product.name] += float((rows.norm(dim=-1) * inputs.norm(dim=-1)).sum())
-                size = rows.norm(dim=-1)
-                reached = size > tolerance(eps) * size.amax((0, 1), keepdim=True) if size.numel() else size.bool()
-                if of_all is not None and _differ(product.output_rows(of_all).to(rows)[reached], rows[reached], eps):
-                    mixed = mixed or product.name
+            of_all, of_each = total[first_use + k], [found[first_use + k] for found in single]
+            reached = [g for g in of_each if g is not None]
+            largest = [None if g is None else float(g.double().norm()) for g in of_each]
+            for inputs, *gradients in _parts(product, [*reached] if of_all is None else [of_all, *reached]):
+                all_rows = None if of_all is None else gradients.pop(0)
+                for s, size in enumerate(largest):
+                    if size is None:
+                        continue
+                    rows = gradients.pop(0).to(inputs.dtype)
+                    self._add_product_(made[s][product.name], product, rows, inputs)
+                    if product.name in made_bias[s]:
+                        first, last = product.outputs
+                        made_bias[s][product.name][first:last] += rows.sum(1).flatten()
+                    norms = rows.norm(dim=-1)
+                    bounds[s][product.name] += float((norms * inputs.norm(dim=-1)).sum())
+                    mine = norms > tolerance(eps) * size / max(1, norms.numel()) ** 0.5
+                    if all_rows is not None and _differ(all_rows.to(rows)[mine], rows[mine], tolerance(eps)):
+                        mixed = mixed or product.name
         for k, lookup in enumerate(recorder.lookups, len(recorder.products)):
             for s, found in enumerate(single):
                 if (gradient := found[first_use + k]) is not None:
@@ -140,16 +182,16 @@ class Verifier:
         known = {product.name for product in recorder.products}
         for s, found in enumerate(single):
             for (name, own), expected in zip(made[s].items(), found, strict=False):
-                floor = 16 * eps * bounds[s][name]
+                floor = 2 * eps * bounds[s][name]
                 if expected is None and name not in recorder.others and not own.any():
                     continue  # nothing depends on it here
                 expected = torch.zeros_like(own) if expected is None else expected
                 unseen = name in recorder.others and not expected.any()
-                if unseen or _differ(own, expected, eps, floor):
+                if unseen or _differ(own, expected, rounding(eps), floor):
                     raise NotImplementedError(self._refusal(name, recorder, name in known))
             for (name, own), expected in zip(made_bias[s].items(), found[len(self.weights) :], strict=False):
                 expected = torch.zeros_like(own) if expected is None else expected
-                if name in known and _differ(own, expected, eps, 16 * eps * float(own.abs().sum())):
+                if name in known and _differ(own, expected, rounding(eps), 2 * eps * float(own.abs().sum())):
                     raise NotImplementedError(
                         f"the bias {self.biases[name][0]} is not added to each product of {name}, as this curvature "
                         f"model has it; leave {name} out of params, or take one of gradients, such as 'fishleg'"
@@ -178,8 +220,8 @@ class Verifier:
 
     def _compare_alone(
         self,
-        chunk: Chunk,
-        chosen: Sequence[int],
+        samples: int,
+        alone: Mapping[int, tuple[ProductRecorder, OutputTree]],
         together: ProductRecorder,
         outputs: OutputTree,
         probes: Mapping[int, Tensor],
@@ -189,29 +231,16 @@ class Verifier:
     ) -> str:
         """Say why outputs, gradients or inputs of samples are not as of each alone; nothing where they are."""
         energies = dict.fromkeys(self.weights, 0.0)
-        for s, found, bound in zip(chosen, single, bounds, strict=True):
-            recorder, alone = self._forward(chunk.part(s, s + 1))
+        for (s, (recorder, own_outputs)), found, bound in zip(alone.items(), single, bounds, strict=True):
             energies = {name: energy + energies[name] for name, energy in self._energies(recorder).items()}
-            if len(alone.leaves) != len(outputs.leaves):
-                return "the outputs have another structure for a single sample"
-            probed = []
-            for i, yes in enumerate(outputs.cuttable(chunk.samples)):
-                mine, what = alone.leaves[i], f"the outputs{outputs.names[i]}"
-                if not yes:
-                    continue
-                theirs = outputs.leaves[i][s : s + 1]
-                if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
-                    return f"{what} are of another shape for a single sample"
-                if _differ(theirs.detach(), mine.detach(), eps):
-                    return f"{what} are others for a single sample: samples influence each other, or it is random"
-                if i in probes:
-                    probed.append((mine, probes[i][s : s + 1]))
-            own = self._gradients(recorder, probed)
+            if why := self._compare_outputs(samples, s, outputs, own_outputs):
+                return why
+            own = self._gradients(recorder, [(own_outputs.leaves[i], x[s : s + 1]) for i, x in probes.items()])
             for (name, weight), *both in zip(self.weights.items(), own, found, strict=False):
                 a, b = (torch.zeros_like(weight) if x is None else x for x in both)
-                if _differ(a, b, eps, 16 * eps * bound[name]):
+                if _differ(a, b, tolerance(eps), 16 * eps * bound[name]):
                     return f"gradients of {name} are others for a single sample: samples influence each other"
-        if len(chosen) == chunk.samples:
+        if len(alone) == samples:
             for name, energy in self._energies(together).items():
                 if abs(energy - energies[name]) > tolerance(eps) * energy:
                     return f"{name} has other inputs for a single sample: samples share them"
@@ -221,23 +250,46 @@ class Verifier:
         """Name -> sum over rows x of (x . v)^2, with a fixed v."""
         total = dict.fromkeys(self.weights, 0.0)
         for product in recorder.products:
-            rows = product.input_rows()
-            v = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows)
-            total[product.name] += float((rows @ v).double().square().sum())
+            for (rows,) in _parts(product, []):
+                v = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows)
+                total[product.name] += float((rows @ v).double().square().sum())
         return total
 
 
+def _parts(product: Product, gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Rows of the inputs of a product and of gradients by its output, a part of bounded size at a time."""
+    if not product.divisible or not product.inputs.numel():
+        yield [product.input_rows(), *map(product.output_rows, gradients)]
+        return
+    one = product.input_rows(product.inputs[:1])
+    step = max(1, PART_BYTES // max(1, one.numel() * one.element_size()))
+    for start in range(0, len(product.inputs), step):
+        part = slice(start, start + step)
+        yield [product.input_rows(product.inputs[part]), *(product.output_rows(g[part]) for g in gradients)]
+
+
 def tolerance(eps: float) -> float:
-    """By what share two computations of the same in another order may differ."""
+    """By what share the results of a network may differ for another size of its batch."""
     return min(10 * eps**0.5, 0.2)
 
 
-def _differ(a: Tensor, b: Tensor, eps: float, floor: float = 0.0) -> bool:
-    """Whether two tensors differ by more than rounding."""
+def rounding(eps: float) -> float:
+    """By what share two sums of the same products may differ."""
+    return min(64 * eps, 0.06)
+
+
+def _epsilon(x: Tensor) -> float:
+    """Relative precision of products: of TensorFloat32 where a GPU may use it."""
+    eps = torch.finfo(x.dtype).eps
+    return max(eps, 2.0**-10) if x.is_cuda and x.dtype == torch.float32 else eps
+
+
+def _differ(a: Tensor, b: Tensor, share: float, floor: float = 0.0) -> bool:
+    """Whether two tensors differ by more than a share of their norm."""
     if not _is_float(a):
         return not torch.equal(a, b)
     a, b = a.double(), b.double()
-    return not (a - b).norm() <= tolerance(eps) * torch.maximum(a.norm(), b.norm()) + floor
+    return not (a - b).norm() <= share * torch.maximum(a.norm(), b.norm()) + floor
 
 
 def _only(probe: Tensor, sample: int) -> Tensor:

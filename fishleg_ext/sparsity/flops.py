@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fishleg_ext.observation.batches import chunks
+from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
 from fishleg_ext.observation.forward import call, running
 from fishleg_ext.observation.products import ProductRecorder
 from fishleg_ext.sparsity.parameters import orientations_of
@@ -18,7 +18,7 @@ def flops_per_weight(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Multiplications by each weight of a parameter in a forward pass of one sample, the first of the data.
+    """Multiplications by each weight of a parameter in a forward pass, a mean over the first samples of the data.
 
     A weight of a Linear layer is used once for each vector that the layer transforms, that of a convolution once for
     each position of its output (of its input, if it is transposed). All products of a parameter add up; of those of a
@@ -43,20 +43,19 @@ def flops_per_weight(
     device = next(iter(weights.values())).device
     recorder = ProductRecorder({name: weight.detach() for name, weight in weights.items()}, known)
     with running(model, device, seed):
-        for chunk in chunks(data, 1, 1, device):
-            with recorder:
-                call(model, {}, chunk.inputs)
-            break
-        else:
+        chunk = next(chunks(data, CHUNK_SAMPLES, CHUNK_SAMPLES, device), None)
+        if chunk is None:
             raise ValueError("expected data that yields at least one sample, got none")
+        with recorder:
+            call(model, {}, chunk.inputs)
     uses = dict.fromkeys(weights, 0.0)
     for product in recorder.products:
         first, last = product.outputs
         outputs = weights[product.name].numel() / known[product.name].fan_in
-        uses[product.name] += product.uses * (last - first) / outputs
+        uses[product.name] += product.uses * (last - first) / outputs / chunk.samples
     if unseen := [name for name, number in uses.items() if not number]:
         raise ValueError(
             f"expected weights that inputs are multiplied by, {', '.join(unseen)} is none in a forward pass of the "
-            "first sample; see params="
+            f"first {chunk.samples} samples; see params="
         )
     return uses

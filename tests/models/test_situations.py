@@ -1,6 +1,7 @@
 """Models, batches, labels and optimizers as other people have them; each with the right value, computed otherwise."""
 
 import copy
+import functools
 import pickle
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from oracles import batches
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as masking
+from torch.utils.checkpoint import checkpoint
 
 import fishleg_ext
 from fishleg_ext import Pruner
@@ -245,10 +247,119 @@ class Sometimes(Net):
 def test_samples_that_only_later_influence_each_other_are_noticed(data):
     x, y = torch.cat([data[0][:8], data[0][:16] + 20]).repeat(4, 1), data[1].repeat(4)  # 64 are run at a time
     x[:64], options = data[0][:1], {"num_grads": 96, "labels": "data"}
-    with pytest.warns(UserWarning, match="one by one, which is slower: samples of a later batch influence each other"):
+    with pytest.warns(UserWarning, match="one by one.*: .*samples influence each other.*in a later batch"):
         prune(Sometimes(), (x, y), curvature="kronecker", **options)
-    with pytest.raises(ValueError, match="samples of a later batch influence each other, as those of the first"):
+    with pytest.raises(ValueError, match="samples influence each other.*in a later batch.*batch_size=1"):
         prune(Sometimes(), (x, y), curvature="layerwise", num_grads=96)
+
+
+class TimeFirst(nn.Module):
+    """Outputs [T, N, C], with as many positions as samples go through the model together."""
+
+    def __init__(self, positions_first=True):
+        super().__init__()
+        torch.manual_seed(8)
+        self.a, self.b, self.positions_first = nn.Linear(5, 6), nn.Linear(6, 4), positions_first
+
+    def forward(self, x):
+        logits = self.b(torch.tanh(self.a(x)))
+        return logits.transpose(0, 1) if self.positions_first else logits
+
+
+@pytest.mark.filterwarnings("ignore:samples are observed one by one")
+@pytest.mark.parametrize("options", [{"curvature": "kronecker"}, {"first_order": 1.0}, {"first_order": True}])
+def test_a_dimension_as_long_as_the_batch_is_not_taken_for_it(options, generator):
+    x = torch.randn(16, 16, 5, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 4, (16, 16), generator=generator)
+    loss_fns = (
+        lambda o, t: F.cross_entropy(o.flatten(0, 1), t.T.flatten()),
+        lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()),
+    )
+    options = {"labels": "data", "num_grads": 16} | options
+    ways = zip((True, False), loss_fns, strict=True)
+    results = [prune(TimeFirst(first).double(), (x, y), loss_fn, **options) for first, loss_fn in ways]
+    assert_alike(*results)
+
+
+@pytest.mark.filterwarnings("ignore:samples are observed one by one")
+def test_the_first_order_term_is_that_of_samples_alone(data):
+    x, y = data[0].double(), data[1]
+    together = prune(Standardised().double(), (x, y), first_order=1.0)
+    alone = prune(Standardised().double(), batches(x, y, 1), first_order=1.0, batch_fn=lambda batch: [batch])
+    assert_alike(together, alone)
+
+
+class Capacity(Net):
+    """Only half of the samples of a batch, at least four, find room."""
+
+    def forward(self, x):
+        room = torch.arange(len(x)) < max(4, len(x) // 2)
+        return super().forward(x * room[:, None])
+
+
+@pytest.mark.parametrize("curvature", OF_INPUTS)
+def test_samples_that_influence_each_other_in_large_batches_alone(curvature, data):
+    if curvature == "layerwise":
+        with pytest.raises(ValueError, match="in a later batch, though not in the first"):
+            prune(Capacity(), data, curvature=curvature)
+        return
+    with pytest.warns(UserWarning, match="one by one.*in a later batch, though not in the first"):
+        result = prune(Capacity(), data, curvature=curvature, labels="data")
+    alone = prune(Net(), data, curvature=curvature, labels="data")
+    assert_alike(result, alone)
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.bfloat16, 0.25)])
+def test_a_small_unseen_part_is_noticed(dtype, share, data):
+    class Hidden(Net):
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x) + share * OwnFunction.apply(x.flip(1), self.a.weight)))
+
+    x, y = data
+    for curvature in OF_INPUTS:
+        with pytest.raises(NotImplementedError, match="inputs of a.weight cannot be observed.*unseen"):
+            prune(Hidden().to(dtype), (x.to(dtype), y), curvature=curvature)
+
+
+def test_outputs_that_cannot_be_looked_at_are_refused(data):
+    class Opaque:
+        def __init__(self, logits):
+            self.logits = lambda: logits
+
+    class Model(Net):
+        def forward(self, x):
+            return Opaque(super().forward(x))
+
+    for curvature in OF_INPUTS:
+        with pytest.raises(
+            NotImplementedError, match="products of a.weight, b.weight cannot be verified.*hold no tensor"
+        ):
+            prune(Model(), batches(*data, 1), lambda o, t: F.cross_entropy(o.logits(), t), curvature=curvature,
+                  batch_fn=lambda batch: [batch], **{} if curvature == "layerwise" else {"labels": "data"})  # fmt: skip
+
+
+def test_products_that_the_loss_does_not_depend_on_do_not_count(data):
+    """Of an unused branch, and of one without gradients."""
+
+    class Branches(Net):
+        def forward(self, x):
+            self.a(2 * x)
+            F.linear(3 * x, self.a.weight.detach())
+            return super().forward(x)
+
+    x, y = data
+    options = {"curvature": "kronecker", "labels": "data"}
+    results = [prune(model().double(), (x.double(), y), **options) for model in (Branches, Net)]
+    assert_alike(*results)
+
+
+def test_reentrant_checkpoints_are_explained(data):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.b(checkpoint(torch.tanh, self.a(x), use_reentrant=True))
+
+    with pytest.raises(NotImplementedError, match=r"cannot be verified.*use_reentrant=False"):
+        prune(Checkpointed(), data, curvature="kronecker", labels="data")
 
 
 # labels
@@ -341,6 +452,11 @@ def test_class_weights_multiply_the_loss_of_a_sample(curvature, data):
     assert results[0].predicted_loss_increase != pytest.approx(results[2].predicted_loss_increase, rel=0.1)
     with pytest.raises(ValueError, match=r"labels='model' cannot be combined with CrossEntropyLoss\(weight=...\)"):
         prune(Net(), data, nn.CrossEntropyLoss(weight=weight), labels="model")
+    partial = functools.partial(F.cross_entropy, weight=weight)
+    assert_alike(prune(Net(), data, partial, **options), results[1])
+    likelihoods = nn.Sequential(Net(), nn.LogSoftmax(1)), nn.Sequential(Net(), nn.Identity())
+    losses = nn.NLLLoss(weight=weight), nn.CrossEntropyLoss(weight=weight)
+    assert_alike(*(prune(net, data, loss, **options) for net, loss in zip(likelihoods, losses, strict=True)))
 
 
 @pytest.mark.parametrize("labels", ["data", "model"])

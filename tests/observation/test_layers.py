@@ -86,5 +86,8 @@ def test_a_layer_that_runs_without_gradients_has_none(net, samples):
     weights = {n: p for n, p in model.named_parameters() if n in ("0.5.weight", "1.weight")}
     recorder = Recorder(frozenset({"inputs", "output_gradients"}))
     observe(model, [samples], F.cross_entropy, recorder, weights, num_grads=21)
-    assert len(recorder.inputs("0.5.weight")) == 21
     assert {name for o in recorder.seen for name in o.output_gradients} == {"1.weight"}
+    assert {name for o in recorder.seen for name in o.inputs} == {"1.weight"}  # as many as gradients
+    recorder = Recorder(frozenset({"inputs"}))
+    observe(model, [samples], F.cross_entropy, recorder, weights, num_grads=21)
+    assert len(recorder.inputs("0.5.weight")) == len(recorder.inputs("1.weight")) == 21
