@@ -42,21 +42,22 @@ def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffer
 
 @contextlib.contextmanager
 def _restoring_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes write into buffers, in place or by assignment."""
-    before = [
-        (module, name, buffer, buffer.clone(), None if buffer.is_inference() else buffer._version)
+    """Undo what forward passes write into buffers, in place or by assignment, and into embeddings with max_norm."""
+    before: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = [
+        (held, name, tensor, tensor.detach().clone(), tensor._version)
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for held in (module._buffers, module._parameters if getattr(module, "max_norm", None) is not None else {})
+        for name, tensor in held.items()
+        if tensor is not None and not tensor.is_inference()
     ]
     try:
         yield
     finally:
-        for module, name, buffer, values, version in before:
-            if version is None or buffer._version != version:
-                buffer.copy_(values)
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
+        for held, name, tensor, values, version in before:
+            if tensor._version != version:
+                tensor.copy_(values)
+            if held.get(name) is not tensor:
+                held[name] = tensor
 
 
 def call(model: nn.Module, weights: Mapping[str, Tensor], inputs: Any) -> Any:

@@ -672,6 +672,20 @@ def test_inputs_and_buffers_are_left_as_they_were(curvature, data):
     assert not last.any()
 
 
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
+def test_an_embedding_that_is_renormalised_by_its_forward_pass_is_as_before(generator):
+    ids = torch.randint(0, 9, (24,), generator=generator)
+    model = nn.Sequential(nn.Embedding(9, 8, max_norm=0.5), Net())
+    before = model[0].weight.detach().clone()
+    for curvature in ("layerwise", "block"):
+        prune(copy.deepcopy(model), (ids, ids % 3), curvature=curvature)
+        prune(model, (ids, ids % 3), curvature=curvature, params="1.b.weight")
+        assert torch.equal(model[0].weight, before)
+    with torch.no_grad():
+        model(ids)
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_inside_inference_mode(data):
     model = Net()
     expected = prune(copy.deepcopy(model), data, curvature="kronecker")
