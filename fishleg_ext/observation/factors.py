@@ -16,7 +16,7 @@ from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import OutputTree, SampleLosses
-from fishleg_ext.observation.products import ProductRecorder
+from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.verification import tolerance
 
 

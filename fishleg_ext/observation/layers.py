@@ -12,7 +12,8 @@ from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
-from fishleg_ext.observation.products import Product, ProductRecorder
+from fishleg_ext.observation.products import Product
+from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer, ProductRows
 from fishleg_ext.observation.verification import VERIFIED_SAMPLES, Signature, Verifier
 

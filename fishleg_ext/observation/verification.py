@@ -21,7 +21,8 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.outputs import OutputTree
-from fishleg_ext.observation.products import Product, ProductRecorder
+from fishleg_ext.observation.products import Product
+from fishleg_ext.observation.recorder import ProductRecorder
 
 VERIFIED_SAMPLES = 3
 PART_BYTES = 2**26  # of unfolded inputs at a time

@@ -7,7 +7,7 @@ from torch import nn
 
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
 from fishleg_ext.observation.forward import call, running
-from fishleg_ext.observation.products import ProductRecorder
+from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.sparsity.parameters import orientations_of
 
 

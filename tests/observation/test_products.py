@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.observation.products import ProductRecorder
+from fishleg_ext.observation.recorder import ProductRecorder
 
 TRANSPOSED = Orientation.of((6, 4), (1, 0))
 EXPERTS = Orientation.of((3, 4, 6), num_out=2)
