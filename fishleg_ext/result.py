@@ -44,7 +44,8 @@ class PruneResult:
     def divergence_ratio(self) -> float | None:
         """Return the divergence over the predicted loss increase; None where it was not measured.
 
-        About 1 where the quadratic model of the loss holds, with labels="model"; much more where it has broken.
+        About 1 where the quadratic model of the loss holds, with labels="model"; much more where it has broken. Less
+        where damping, which counts in the prediction, is larger than the curvature.
         """
         if self.divergence is None or not self.predicted_loss_increase:
             return None
