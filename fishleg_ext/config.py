@@ -198,7 +198,6 @@ class PruneConfig(Settings):
         "Reads the data twice more.",
         plain="share",
     )
-
     holdout: int = setting(
         0,
         checked_integer,

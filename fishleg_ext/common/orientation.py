@@ -1,4 +1,4 @@
-"""How a parameter is seen as a matrix [out, fan-in]. No other place knows which of its dimensions are outputs."""
+"""Turns parameters into matrices [out, fan-in]. No other place knows which dimensions of a parameter are outputs."""
 
 import math
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Orientation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the matrix is the parameter as it is, or flattened from its second dimension on."""
+        """Tell whether the matrix is the parameter as it is, or flattened from its second dimension on."""
         return self.split == self.shape and self.order == tuple(range(len(self.order))) and self.num_out <= 1
 
     @property

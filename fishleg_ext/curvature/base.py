@@ -1,4 +1,4 @@
-"""What every curvature model can do: a recipe holds settings, an estimate holds what was observed under them."""
+"""Says what every curvature model can do: a recipe holds settings, an estimate what was observed under them."""
 
 import dataclasses
 import warnings
@@ -125,17 +125,17 @@ class Curvature(Settings, ABC):
 
     @property
     def sequential(self) -> bool:
-        """Whether parameters are estimated and pruned one after the other."""
+        """Tell whether parameters are estimated and pruned one after the other."""
         return False
 
     @property
     def num_passes(self) -> int:
-        """How often an estimate observes the same data, each time with other labels where these are sampled."""
+        """Tell how often an estimate observes the same data, with other labels each time where these are sampled."""
         return 1
 
     @property
     def prior_weight(self) -> int:
-        """How many gradients an estimate counts as in the next one, which starts from it; 0 starts from nothing."""
+        """Tell as how many gradients an estimate counts in the next one, which starts from it; 0 starts anew."""
         return 0
 
     @property
@@ -203,7 +203,7 @@ class Estimate(ABC, Generic[Recipe]):
     """What was observed of some weights under a recipe, and what follows for F and its inverse.
 
     `update` takes in observations, the rest is then answered for the weights that it was started for. Tensors go by
-    parameter name and have the parameter's shape.
+    parameter name and have the parameter's shape, its outputs first (`common.orientation`).
 
     Attributes:
         recipe: the settings.

@@ -113,14 +113,9 @@ class Call:
 
 def _matrix(x: Tensor, labels: list[str], groups: list[str], rows: list[str], cols: list[str]) -> Tensor:
     """Dimensions by label, to [groups, rows, cols]."""
+    size = dict(zip(labels, x.shape, strict=True))
     x = x.permute([labels.index(label) for label in groups + rows + cols])
-    sizes = [math.prod(part) for part in _cut(x.shape, len(groups), len(rows))]
-    return x.reshape(sizes)
-
-
-def _cut(shape: Sequence[int], *counts: int) -> list[Sequence[int]]:
-    first, second = counts
-    return [shape[:first], shape[first : first + second], shape[first + second :]]
+    return x.reshape([math.prod(size[label] for label in part) for part in (groups, rows, cols)])
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -238,17 +233,21 @@ def _conv_transpose(call: Call) -> Product:
 
 def _spatial(dims: int, kernel: Sequence[int], **given: Any) -> dict[str, Any]:
     """One value for each spatial dimension; padding by name as amounts before and after."""
-    one_each = lambda value: tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
-    options = {}
+
+    def one_each(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return values * dims if len(values) == 1 else values
+
+    options: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, str):
             reach = [d * (k - 1) for d, k in zip(one_each(given["dilation"]), kernel, strict=True)]
             total = reach if value == "same" else [0] * dims
             options[name] = tuple((t // 2, t - t // 2) for t in total)
         elif name == "padding":
-            options[name] = tuple((p, p) for p in one_each(value) * (dims if len(one_each(value)) < dims else 1))
+            options[name] = tuple((p, p) for p in one_each(value))
         else:
-            options[name] = one_each(value) * (dims if len(one_each(value)) < dims else 1)
+            options[name] = one_each(value)
     return options
 
 

@@ -72,7 +72,9 @@ def sample_factors(
     products = [product for product in recorder.products if product.edge is not None]
     edges = [product.edge for product in products if product.edge is not None]
     found: dict[str, list[SampleFactors]] = {name: [] for name in weights}
-    tensors, by_outputs = SampleLosses(loss_fn).gradients(OutputTree(outputs), chunk.targets, chunk.samples)
+    losses, tree = SampleLosses(loss_fn), OutputTree(outputs)
+    losses.names = tree.per_sample(OutputTree(call(model, free, chunk.part(0, 1).inputs)), chunk.samples)
+    tensors, by_outputs = losses.gradients(tree, chunk.targets, chunk.samples)
     if not edges or not tensors:
         return found
     own = 1 + torch.arange(chunk.samples, device=tensors[0].device) / chunk.samples

@@ -66,10 +66,10 @@ class OutputTree:
         remaining = iter(leaves)
         return self._map(self._outputs, lambda *_: next(remaining))
 
-    def cuttable(self, samples: int, names: Collection[str] | None = None) -> list[bool]:
-        """Which leaves are tensors whose first dimension can be the sample; of these names, if they are given."""
-        known = [names is None or name in names for name in self.names]
-        return [k and _length(leaf) == samples for k, leaf in zip(known, self.leaves, strict=True)]
+    def cuttable(self, samples: int, names: Collection[str]) -> list[bool]:
+        """Tell which leaves can be cut into samples: those of these names, of the right length."""
+        pairs = zip(self.names, self.leaves, strict=True)
+        return [name in names and _length(leaf) == samples for name, leaf in pairs]
 
     def per_sample(self, alone: "OutputTree", samples: int) -> frozenset[str]:
         """Names of the leaves whose first dimension is the sample, seen by what they are of a single sample."""
@@ -119,12 +119,12 @@ class SampleLosses:
 
     Attributes:
         loss_fn: (outputs, targets) -> scalar.
-        names: of the outputs whose first dimension is the sample; None takes all of the right length for such.
+        names: of the outputs whose first dimension is the sample, as `OutputTree.per_sample` tells.
     """
 
     def __init__(self, loss_fn: LossFunction | None) -> None:
         self.loss_fn = loss_fn
-        self.names: Collection[str] | None = None
+        self.names: Collection[str] = ()
         self._vectorized = True
 
     def values(self, outputs: OutputTree, targets: Any, samples: int) -> Tensor:
@@ -183,7 +183,7 @@ class _Cut:
         outputs: OutputTree,
         targets: Any,
         samples: int,
-        names: Collection[str] | None,
+        names: Collection[str],
     ) -> None:
         if loss_fn is None:
             raise CannotCut("the loss that the model itself returns, a mean over the batch")

@@ -32,7 +32,7 @@ class Observation:
     Attributes:
         count: gradients in this chunk; or samples whose inputs and output gradients have come before this, in
             observations of their own, which count as 0.
-        gradients: name -> [count, *shape], zero where a mask is False.
+        gradients: name -> [count, *shape], the outputs of the parameter first, zero where a mask is False.
         inputs: name -> what the weight is multiplied by in one product.
         output_gradients: name -> gradients of each sample's loss by the outputs of one product.
         fisher_product: multiplies by the whole network's Fisher matrix, the mean over the samples of this chunk without

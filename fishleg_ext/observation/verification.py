@@ -11,6 +11,7 @@ rows that were swapped:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ from fishleg_ext.observation.recorder import ProductRecorder
 VERIFIED_SAMPLES = 3
 PART_BYTES = 2**26  # of unfolded inputs at a time
 Signature = tuple[tuple[Any, ...], ...]
+
+
+@dataclass
+class _Made:
+    """Gradients put together from products, of each sample, by name.
+
+    Attributes:
+        weights, biases: the gradients.
+        bounds: what the norm of the gradient of a weight is at most.
+        mixed: a weight with rows that several samples share; empty where there is none.
+    """
+
+    weights: list[dict[str, Tensor]]
+    biases: list[dict[str, Tensor]]
+    bounds: list[dict[str, float]]
+    mixed: str = ""
 
 
 class Verifier:
@@ -85,12 +102,13 @@ class Verifier:
             parts = [[(leaves[i], _only(probes[i], s)) for i in probed] for s in alone]
             single = [self._gradients(recorder, part) for part in parts]
         eps = max(_epsilon(x) for x in [*self._free, *(leaves[i] for i in probed)])
-        bounds, mixed = self._check_products(recorder, single, total, eps)
+        made = self._put_together(recorder, single, total, eps)
+        self._require_equal(made, recorder, single, eps)
         if n == 1:
             return recorder.signature, ""
-        if mixed:
-            return recorder.signature, f"rows of the inputs of {mixed} belong to several samples"
-        return recorder.signature, self._compare_alone(n, alone, recorder, outputs, probes, single, bounds, eps)
+        if made.mixed:
+            return recorder.signature, f"rows of the inputs of {made.mixed} belong to several samples"
+        return recorder.signature, self._compare_alone(n, alone, recorder, outputs, probes, single, made.bounds, eps)
 
     def compare_last(self, chunk: Chunk, outputs: OutputTree) -> str:
         """Say why the outputs of the last sample are not as of it alone; nothing where they are."""
@@ -140,64 +158,66 @@ class Verifier:
             outputs = call(self.model, weights, chunk.inputs)
         return recorder, OutputTree(outputs)
 
-    def _check_products(
+    def _put_together(
         self,
         recorder: ProductRecorder,
         single: Sequence[Sequence[Tensor | None]],
         total: Sequence[Tensor | None],
         eps: float,
-    ) -> tuple[list[dict[str, float]], str]:
-        """Compare gradients from products with autograd's.
-
-        Returns:
-            for each sample what a gradient is at most, by name; and the name of a weight whose rows are shared.
-        """
+    ) -> "_Made":
+        """Put the gradient of each sample together from products and lookups."""
         first_use = len(self._free)
-        made = [{name: torch.zeros_like(weight) for name, weight in self.weights.items()} for _ in single]
-        made_bias = [{name: torch.zeros_like(x) for name, (_, x) in self.biases.items()} for _ in single]
-        bounds = [dict.fromkeys(self.weights, 0.0) for _ in single]
-        mixed = ""
+        made = _Made(
+            [{name: torch.zeros_like(weight) for name, weight in self.weights.items()} for _ in single],
+            [{name: torch.zeros_like(x) for name, (_, x) in self.biases.items()} for _ in single],
+            [dict.fromkeys(self.weights, 0.0) for _ in single],
+        )
         for k, product in enumerate(recorder.products):
             of_all, of_each = total[first_use + k], [found[first_use + k] for found in single]
             reached = [g for g in of_each if g is not None]
-            largest = [None if g is None else float(g.double().norm()) for g in of_each]
+            sizes = [None if g is None else float(g.double().norm()) for g in of_each]
             for inputs, *gradients in _parts(product, [*reached] if of_all is None else [of_all, *reached]):
                 all_rows = None if of_all is None else gradients.pop(0)
-                for s, size in enumerate(largest):
+                for s, size in enumerate(sizes):
                     if size is None:
                         continue
                     rows = gradients.pop(0).to(inputs.dtype)
-                    self._add_product_(made[s][product.name], product, rows, inputs)
-                    if product.name in made_bias[s]:
+                    self._add_product_(made.weights[s][product.name], product, rows, inputs)
+                    if product.name in made.biases[s]:
                         first, last = product.outputs
-                        made_bias[s][product.name][first:last] += rows.sum(1).flatten()
+                        made.biases[s][product.name][first:last] += rows.sum(1).flatten()
                     norms = rows.norm(dim=-1)
-                    bounds[s][product.name] += float((norms * inputs.norm(dim=-1)).sum())
+                    made.bounds[s][product.name] += float((norms * inputs.norm(dim=-1)).sum())
                     mine = norms > tolerance(eps) * size / max(1, norms.numel()) ** 0.5
                     if all_rows is not None and _differ(all_rows.to(rows)[mine], rows[mine], tolerance(eps)):
-                        mixed = mixed or product.name
+                        made.mixed = made.mixed or product.name
         for k, lookup in enumerate(recorder.lookups, len(recorder.products)):
             for s, found in enumerate(single):
                 if (gradient := found[first_use + k]) is not None:
-                    lookup.add_gradient_(made[s][lookup.name], gradient)
+                    lookup.add_gradient_(made.weights[s][lookup.name], gradient)
+        return made
+
+    def _require_equal(
+        self, made: "_Made", recorder: ProductRecorder, single: Sequence[Sequence[Tensor | None]], eps: float
+    ) -> None:
+        """Raise NotImplementedError unless gradients put together from products are those of autograd."""
         known = {product.name for product in recorder.products}
         for s, found in enumerate(single):
-            for (name, own), expected in zip(made[s].items(), found, strict=False):
-                floor = 2 * eps * bounds[s][name]
+            for (name, own), expected in zip(made.weights[s].items(), found, strict=False):
+                floor = 2 * eps * made.bounds[s][name]
                 if expected is None and name not in recorder.others and not own.any():
                     continue  # nothing depends on it here
                 expected = torch.zeros_like(own) if expected is None else expected
                 unseen = name in recorder.others and not expected.any()
                 if unseen or _differ(own, expected, rounding(eps), floor):
                     raise NotImplementedError(self._refusal(name, recorder, name in known))
-            for (name, own), expected in zip(made_bias[s].items(), found[len(self.weights) :], strict=False):
+            for (name, own), expected in zip(made.biases[s].items(), found[len(self.weights) :], strict=False):
                 expected = torch.zeros_like(own) if expected is None else expected
                 if name in known and _differ(own, expected, rounding(eps), 2 * eps * float(own.abs().sum())):
                     raise NotImplementedError(
                         f"the bias {self.biases[name][0]} is not added to each product of {name}, as this curvature "
                         f"model has it; leave {name} out of params, or take one of gradients, such as 'fishleg'"
                     )
-        return bounds, mixed
 
     def _add_product_(self, total: Tensor, product: Product, rows: Tensor, inputs: Tensor) -> None:
         """Add D^T X of one product to the gradient of its weight."""
