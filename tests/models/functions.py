@@ -1,7 +1,37 @@
-"""Small models that call their layers in ways of their own."""
+"""Small models that call their layers in ways of their own, and how they are pruned and compared."""
 
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+import fishleg_ext
+from fishleg_ext.curvature import MODELS
+
+OF_INPUTS = ["layerwise", "kronecker"]
+OF_GRADIENTS = [name for name in MODELS if name not in OF_INPUTS]
+
+
+class Net(nn.Module):
+    def __init__(self, between=torch.tanh):
+        super().__init__()
+        torch.manual_seed(7)
+        self.a, self.b, self.between = nn.Linear(8, 8), nn.Linear(8, 3), between
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+def prune(model, data, loss_fn=F.cross_entropy, **options):
+    data = data if isinstance(data, list) else [data]
+    return fishleg_ext.prune(model, data, loss_fn, **{"sparsity": 0.5, "num_grads": 24, "progress": False} | options)
+
+
+def assert_alike(first, second):
+    """Two results, of the same function with parameters of other names."""
+    for a, b in zip(first.masks.values(), second.masks.values(), strict=True):
+        assert torch.equal(a, b)
+    assert first.predicted_loss_increase == pytest.approx(second.predicted_loss_increase, rel=1e-6)
 
 
 class Tokens(nn.Module):
