@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
-CXX_FILES := $(wildcard csrc/* tests/cuda_on_host/*)
+CXX_FILES := $(wildcard csrc/* tests/cuda_on_host/* tests/cpu_kernels/*)
 
 .PHONY: help
 help:  ## Show this help
@@ -55,6 +55,7 @@ clean:  ## Remove .venv and everything built
 .venv/installed: export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 .venv/installed: export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 .venv/installed: export FISHLEG_EXT_WERROR := 1
+.venv/installed: export FISHLEG_EXT_CPU := 1
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch  # first: the CUDA part is built against it

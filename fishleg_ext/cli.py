@@ -17,7 +17,8 @@ import torch
 from tabulate import tabulate
 
 import fishleg_ext
-from fishleg_ext import checkpoint, cuda
+from fishleg_ext import checkpoint, cpu, cuda
+from fishleg_ext.common.build import build_record
 from fishleg_ext.config import PruneConfig
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops.dispatch import OPS
@@ -150,6 +151,7 @@ def _info(arguments: argparse.Namespace) -> int:
     )
     print(f"GPU: {_gpu()}")
     print(f"CUDA part: {_cuda_part()}")
+    print(f"CPU kernels in C++: {cpu.not_loaded() or build_record()['cpu']['reason']}")
     rows = []
     for name, op in OPS.items():
         reasons = {impl: op.unavailable(impl) for impl in op.kernels}
@@ -217,9 +219,11 @@ def _cuda_part() -> str:
     try:
         _build = importlib.import_module("fishleg_ext._build")
     except ImportError as error:
-        record = cuda.build_record()
+        record = build_record()["cuda"]
         return (
-            f"{record['reason']}, but it does not load: {error}" if record["cuda"] else f"not built: {record['reason']}"
+            f"{record['reason']}, but it does not load: {error}"
+            if record["built"]
+            else f"not built: {record['reason']}"
         )
     built = f"built with toolkit {_build.cuda_toolkit}, architectures {_build.architectures}, {_build.compiler}"
     return f"{built}; {reason}" if (reason := cuda.not_loaded()) else built

@@ -2,14 +2,12 @@
 
 import functools
 import importlib
-import json
 import re
-from importlib import machinery, resources
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fishleg_ext.common.build import load_ops
 
 
 @functools.cache
@@ -29,23 +27,7 @@ def unavailable() -> str | None:
 @functools.cache
 def not_loaded() -> str | None:
     """Why the compiled kernels are not here, or None if they are."""
-    package = Path(str(resources.files("fishleg_ext")))
-    library = next((p for s in machinery.EXTENSION_SUFFIXES if (p := package / f"_C{s}").exists()), None)
-    if library is None:
-        return f"the CUDA part is not built: {build_record()['reason']}"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"the CUDA part does not load: {error}"
-    return None
-
-
-def build_record() -> dict[str, Any]:
-    """Read what was decided when the package was installed: {"cuda": bool, "reason": str}."""
-    record = resources.files("fishleg_ext") / "build_record.json"
-    if not record.is_file():
-        return {"cuda": False, "reason": "nothing is recorded of how this was installed"}
-    return json.loads(record.read_text())
+    return load_ops("_C", "cuda", "the CUDA part is")
 
 
 def supports_device(tensor: Tensor) -> tuple[bool, str]:

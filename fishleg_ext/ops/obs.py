@@ -112,7 +112,7 @@ def _fake_obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Ten
     return weight.new_empty(weight.shape)
 
 
-@op(reference=reference.obs_compensate, fake=_fake_obs_compensate, kernels=("cuda",))
+@op(reference=reference.obs_compensate, fake=_fake_obs_compensate, kernels=("cuda", "cpu"))
 def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str = "auto") -> Tensor:
     """Zero a set P of weights of each block and move the others so that the loss rises least.
 
