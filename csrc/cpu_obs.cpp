@@ -14,58 +14,17 @@
 #include <cmath>
 #include <cstring>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
-
-#ifndef FISHLEG_EXT_INSTRUCTION_SET
-#define FISHLEG_EXT_INSTRUCTION_SET portable
-#endif
+#include "cpu_tiles.h"
 
 namespace fishleg_ext {
 namespace FISHLEG_EXT_INSTRUCTION_SET {
 namespace {
 
-// A tile of kTileRows x (kTileVectors vectors) of sums, with what multiplies it, fills the
-// registers.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 12, kTileVectors = 2;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kTileRows = 6, kTileVectors = 2;
-#else
-constexpr int kVectorBytes = 16, kTileRows = 6, kTileVectors = 2;
-#endif
-constexpr int kRowVectors = 4;  // of a row, worked on at a time; rows are padded to that
-constexpr int kCacheLine = 64;
 // Columns between two updates: more for large blocks, which do not fit into caches.
 constexpr int kPanel = 64, kSmallPanel = 32, kLargeBlock = 768;
 constexpr int kRowBlock = 16 * kTileRows;      // rows whose multipliers are in the L2 cache
 constexpr int64_t kUnpackedBytes = 64 * 1024;  // of a panel that is used as it lies
 constexpr int kMostGroup = 64;                 // weights that are eliminated together
-
-template <typename T>
-struct Vec {
-  // Of the alignment of T: the address need not be that of a vector.
-  typedef T Type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-};
-
-template <typename T>
-inline typename Vec<T>::Type load(const T* at) {
-  return *reinterpret_cast<const typename Vec<T>::Type*>(at);
-}
-
-template <typename T>
-inline void store(T* at, typename Vec<T>::Type values) {
-  *reinterpret_cast<typename Vec<T>::Type*>(at) = values;
-}
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-template <typename T>
-constexpr int64_t kTileColumns = kTileVectors * Vec<T>::kLanes;
 
 // Elements from one row of a square array to the next: an odd number of cache lines, so that
 // columns do not fall into few sets of a cache.
@@ -74,32 +33,6 @@ int64_t leading_dimension(int size) {
   constexpr int64_t line = kCacheLine / sizeof(T);
   const int64_t padded = round_up(size + kTileRows, kRowVectors * Vec<T>::kLanes);
   return padded / line % 2 ? padded : padded + line;
-}
-
-// h[r][c] -= sum over p of rows[p][r] * columns[p][c], a tile.
-template <typename T>
-inline void subtract_tile(T* h, int64_t ld, const T* rows, int64_t row_stride, const T* columns,
-                          int64_t column_stride, int depth) {
-  using V = typename Vec<T>::Type;
-  constexpr int lanes = Vec<T>::kLanes;
-  V sums[kTileRows][kTileVectors] = {};
-  for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(h + r * ld, 1);
-  for (int p = 0; p < depth; ++p) {
-    V values[kTileVectors];
-    for (int j = 0; j < kTileVectors; ++j)
-      values[j] = load(columns + p * column_stride + j * lanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r) {
-      const V factor = rows[p * row_stride + r] - V{};
-      for (int j = 0; j < kTileVectors; ++j) sums[r][j] += factor * values[j];
-    }
-  }
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int j = 0; j < kTileVectors; ++j) {
-      T* at = h + r * ld + j * lanes;
-      store(at, load(at) - sums[r][j]);
-    }
-  }
 }
 
 // Subtracts U^T U, U [depth, size], from the lower half of h [size, size]. Writes to the right of
@@ -132,13 +65,13 @@ void subtract_panel(T* h, int64_t ld, const T* u, int64_t u_stride, int depth, i
         const int64_t row_stride = pack ? kTileRows : u_stride;
         T* tile = h + r * ld + c;
         if (r + kTileRows <= end) {
-          subtract_tile(tile, ld, rows, row_stride, columns, column_stride, depth);
+          add_tile(tile, ld, rows, row_stride, columns, column_stride, depth, T{-1});
         } else {  // what is below is not to be written to
           T scratch[kTileRows * width] = {};
           for (int64_t i = 0; i < end - r; ++i) {
             std::memcpy(scratch + i * width, tile + i * ld, width * sizeof(T));
           }
-          subtract_tile(scratch, width, rows, row_stride, columns, column_stride, depth);
+          add_tile(scratch, width, rows, row_stride, columns, column_stride, depth, T{-1});
           for (int64_t i = 0; i < end - r; ++i) {
             std::memcpy(tile + i * ld, scratch + i * width, width * sizeof(T));
           }
@@ -170,29 +103,6 @@ inline void subtract_rows(T* column, const T* u, int64_t u_stride, const T* fact
     for (int j = 0; j < vectors; ++j) store(column + c + j * lanes, sums[j]);
   }
 }
-
-// Hands out parts of a thread's workspace, each at a cache line of its own; or counts its bytes.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename U>
-  U* take(int64_t count) {
-    char* part = memory_ == nullptr ? nullptr : memory_ + bytes_;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(U)), kCacheLine);
-#ifdef __SANITIZE_ADDRESS__  // nothing may be read or written between two parts
-    if (part != nullptr) __asan_poison_memory_region(memory_ + bytes_, kCacheLine);
-    bytes_ += kCacheLine;
-#endif
-    return reinterpret_cast<U*>(part);
-  }
-
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
 
 // What is left of one block while its weights are eliminated. Arrays are by position, but those by
 // index are by the place of the weight in the block.

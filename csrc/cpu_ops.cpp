@@ -8,10 +8,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
+#include "cpu_block_fisher.h"
 #include "cpu_obs.h"
 
 namespace {
@@ -24,13 +26,17 @@ struct Kernels {
   decltype(&fishleg_ext::portable::obs_workspace<T>) workspace;
   decltype(&fishleg_ext::portable::obs_eliminate<T>) eliminate;
   decltype(&fishleg_ext::portable::masked_solve<T>) solve;
+  decltype(&fishleg_ext::portable::gram_workspace<T>) gram_workspace;
+  decltype(&fishleg_ext::portable::add_gram<T>) add_gram;
 };
 
-#define FISHLEG_EXT_CHOOSE(instruction_set)              \
-  Kernels<T> {                                           \
-    &fishleg_ext::instruction_set::obs_workspace<T>,     \
-        &fishleg_ext::instruction_set::obs_eliminate<T>, \
-        &fishleg_ext::instruction_set::masked_solve<T>   \
+#define FISHLEG_EXT_CHOOSE(instruction_set)               \
+  Kernels<T> {                                            \
+    &fishleg_ext::instruction_set::obs_workspace<T>,      \
+        &fishleg_ext::instruction_set::obs_eliminate<T>,  \
+        &fishleg_ext::instruction_set::masked_solve<T>,   \
+        &fishleg_ext::instruction_set::gram_workspace<T>, \
+        &fishleg_ext::instruction_set::add_gram<T>        \
   }
 
 // Those of the widest vectors that this machine has.
@@ -121,6 +127,31 @@ void masked_solve_out(Tensor matrix, Tensor set, Tensor rhs, Tensor x, Tensor so
   });
 }
 
+void block_gram_out(Tensor grads, double alpha, Tensor gram) {
+  by_type(gram, [&](auto zero) {
+    using T = decltype(zero);
+    const int size = static_cast<int>(gram.size(1));
+    const fishleg_ext::CpuGram<T> arrays{
+        write<T>(gram), read<T>(grads),
+        grads.size(0),  {grads.stride(0), grads.stride(1), grads.stride(2)},
+        size,           static_cast<T>(alpha)};
+    const Kernels<T> kernel = kernels<T>();
+    // Few matrices are cut into rows, parts of equal area, so that each thread has some.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = threads > 1 && gram.size(0) < 4 * threads ? 4 * threads : 1;
+    const auto bound = [&](int64_t part) {
+      return static_cast<int>(std::lround(size * std::sqrt(static_cast<double>(part) / parts)));
+    };
+    for_blocks(gram.size(0) * parts, kernel.gram_workspace(size),
+               [&](int64_t begin, int64_t end, void* workspace) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t part = i % parts;
+                   kernel.add_gram(arrays, i / parts, bound(part), bound(part + 1), workspace);
+                 }
+               });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fishleg_ext_cpu, library) {
@@ -130,9 +161,11 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cpu, library) {
   library.def(
       "masked_solve_out(Tensor matrix, Tensor set, Tensor rhs, Tensor(a!) x, Tensor(b!) solved) "
       "-> ()");
+  library.def("block_gram_out(Tensor grads, float alpha, Tensor(a!) gram) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cpu, CPU, library) {
   library.impl("obs_eliminate_out", TORCH_BOX(&obs_eliminate_out));
   library.impl("masked_solve_out", TORCH_BOX(&masked_solve_out));
+  library.impl("block_gram_out", TORCH_BOX(&block_gram_out));
 }

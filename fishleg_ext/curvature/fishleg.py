@@ -1,9 +1,9 @@
 """The learned inverse Fisher matrix of FishLeg."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,9 +27,17 @@ from fishleg_ext.curvature.kronecker import (
     inversion_bytes,
     matrix_shape,
 )
-from fishleg_ext.curvature.learned_factors import LEARNED_TENSORS, LearnedFactors
+from fishleg_ext.curvature.learned_factors import (
+    LEARNED_TENSORS,
+    DenseGradients,
+    FactoredGradients,
+    Gradients,
+    LearnedFactors,
+    moment_operations,
+)
 from fishleg_ext.observation.types import FisherProduct, Observation
 
+COUNTS = ("seen", "carried", "inverted")
 STRUCTURES = ("rows", "kronecker", "block", "diagonal")
 # Larger factors are not made unless asked for: one of 8,192 takes 256 MiB in float32.
 LARGEST_FACTOR = 8192
@@ -220,7 +228,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         self._learned: dict[str, LearnedFactors] = {}
         self._descended: dict[str, AdamFactors] = {}  # of those that are warmed up
         self._others: dict[str, Estimate[Any]] = {}  # of the parameters that are not Kronecker-factored
-        self._waiting: dict[str, list[Tensor]] = {}  # gradients that do not make up a batch yet
+        self._waiting: dict[str, list[Gradients]] = {}  # gradients that do not make up a batch yet
         for name, weight in weights.items():
             if (other := recipe.other(name, weight)) is not None:
                 self._others[name] = other.start({name: weight})
@@ -238,13 +246,9 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
     def update(self, observation: Observation) -> None:
         for name, other in self._others.items():
             other.update(Observation(observation.count, gradients={name: observation.gradients[name]}))
-        for name in self._learned:
-            grads, waiting = self._matrix(name, observation.gradients), self._waiting[name]
-            while len(grads):
-                room = self.recipe.batch_size - sum(map(len, waiting))
-                # A copy: the observer's tensor may be written again before the batch is full.
-                waiting.append(grads[:room].to(self._like[name].dtype, copy=True))
-                grads = grads[room:]
+        for name, waiting in self._waiting.items():
+            for grads in self._parts_of(name, observation):
+                waiting.append(grads)
                 if sum(map(len, waiting)) == self.recipe.batch_size:
                     self._learn(name)
         if observation.fisher_product is not None and self._descended:
@@ -278,11 +282,27 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         return total
 
     def factors(self, name: str) -> Factors:
-        """Return P and M as learned from all gradients so far."""
+        """Return P and M as learned from all gradients so far.
+
+        Raises:
+            CurvatureError: a moment of the gradients has no inverse.
+        """
         if self._waiting[name]:
             self._learn(name)
-        learned = self._descended[name] if name in self._descended else self._learned[name]
-        return learned.factors()
+        if name in self._descended:
+            return self._descended[name].factors()
+        learned = self._learned[name]
+        factors = learned.factors()
+        if bool(learned.failed):
+            raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
+        if bool(learned.raised) and name not in self.damping_raised:
+            self.damping_raised[name] = 1
+            warnings.warn(
+                f"{name}: damping {self.recipe.damping:g} is less than the rounding of a Kronecker factor, which was "
+                "damped by as much as that",
+                stacklevel=2,
+            )
+        return factors
 
     def state_dict(self) -> dict[str, Any]:
         """Return factors, their moments and how many gradients went into them; with Adam its state, too."""
@@ -290,7 +310,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
             self.factors(name)
         return {
             "learned": {
-                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, "seen", "carried")}
+                name: {part: getattr(learned, part) for part in (*LEARNED_TENSORS, *COUNTS)}
                 for name, learned in self._learned.items()
             },
             "descended": {name: descended.state_dict() for name, descended in self._descended.items()},
@@ -306,7 +326,8 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
             own = {name: getattr(mine, part) for name, mine in self._learned.items()}
             load_tensors(own, {name: curvature_entry(theirs, part) for name, theirs in learned.items()})
         for name, mine in self._learned.items():
-            mine.seen, mine.carried = (int(learned[name][part]) for part in ("seen", "carried"))
+            mine.seen, mine.carried = (int(learned[name][part]) for part in COUNTS[:2])
+            mine.inverted = int(learned[name].get("inverted", mine.seen))  # which states of 0.1 do not have
         self._descended = {}
         self._waiting = {name: [] for name in self._learned}
         for name, theirs in descended.items():
@@ -323,20 +344,47 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
             "learned by then; estimate one from all of the data"
         )
 
+    def _parts_of(self, name: str, observation: Observation) -> Iterator[Gradients]:
+        """Yield the gradients of one parameter, cut where a batch ends; in factors where these are less work."""
+        factors = observation.gradient_factors.get(name)
+        if factors is not None and factors.whole and self.recipe.adam is None:
+            t, (o, i) = factors.rows, self._shape(name)
+            if moment_operations(o, i, t) < moment_operations(o, i) + 2 * t * o * i:  # and the product itself
+                x, d = (part.to(self._like[name].dtype) for part in factors.matrices())
+                if self._has_bias(name):
+                    x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+                for part in self._cut(name, len(x)):
+                    yield FactoredGradients(x[part], d[part])
+                return
+        grads = self._matrix(name, observation.gradients)
+        for part in self._cut(name, len(grads)):
+            # What waits is a copy: the observer's tensor may be written again before the batch is full.
+            waits = part.stop - part.start < self.recipe.batch_size
+            yield DenseGradients(grads[part].to(self._like[name].dtype, copy=waits))
+
+    def _cut(self, name: str, count: int) -> Iterator[slice]:
+        """Yield parts of so many gradients, the first as long as the batch that waits has room."""
+        start = 0
+        while start < count:
+            room = self.recipe.batch_size - sum(map(len, self._waiting[name]))
+            yield slice(start, min(start + room, count))
+            start += room
+
     def _learn(self, name: str) -> None:
         """Learn from the gradients that wait."""
-        grads, learned = torch.cat(self._waiting[name]), self._learned[name]
+        grads, learned = list(self._waiting[name]), self._learned[name]
         self._waiting[name].clear()
         if self.recipe.adam is None or learned.seen < self.recipe.adam.warm_up:
-            loss = learned.learn(grads, functools.partial(self.invert, name))
+            loss = learned.learn(grads, monitored=self.recipe.monitor is not None)
         else:
             if name not in self._descended:
                 self._descended[name] = self._begin_descent(name)
-            learned.seen += len(grads)
-            loss = self._descended[name].learn(grads)
+            values = torch.cat([part.values for part in grads if isinstance(part, DenseGradients)])
+            learned.seen += len(values)
+            loss = self._descended[name].learn(values)
             if not loss.isfinite():
                 raise CurvatureError(f"{name}: Adam's loss is not finite; use more damping or a smaller learning_rate")
-        if self.recipe.monitor is not None:
+        if self.recipe.monitor is not None and loss is not None:
             self.recipe.monitor(name, learned.seen - learned.carried, float(loss))
 
     def _begin_descent(self, name: str) -> AdamFactors:

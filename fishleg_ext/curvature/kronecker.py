@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
-from fishleg_ext.common.dtypes import ieee_products, widened
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate
@@ -144,13 +144,13 @@ class KroneckerEstimate(Estimate[KroneckerRecipe]):
 
     def _matrix(self, name: str, v: Mapping[str, Tensor]) -> Tensor:
         """The weight, or each of several, as a matrix [..., o, i] with its bias, or zeros where `v` has none for it."""
-        layout = self.layouts[name]
-        matrix = v[name].reshape(-1, layout.num_blocks, layout.block_size)
+        layout, own = self.layouts[name], v[name]
+        matrix = own.reshape(-1, layout.num_blocks, layout.block_size)
         if self._has_bias(name):
             bias = v.get(self.biases[name])
             column = matrix.new_zeros(matrix.shape[:2]) if bias is None else bias.reshape(matrix.shape[:2])
             matrix = torch.cat([matrix, column[..., None]], dim=-1)
-        return matrix if v[name].dim() > len(layout.shape) else matrix[0]
+        return matrix if own.dim() > len(layout.shape) else matrix[0]
 
     def _parts(self, name: str, matrix: Tensor) -> list[tuple[str, Tensor]]:
         """The inverse of `_matrix`: the weight by its name, and the bias, if there is one, by its own."""
@@ -187,9 +187,7 @@ def add_moment_(moment: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
     if moment.dim() == 1:
         moment.add_(rows.to(moment.dtype).square().sum(0), alpha=alpha)
     else:
-        rows = rows.to(moment.dtype)
-        with ieee_products():
-            moment.addmm_(rows.mT, rows, alpha=alpha)
+        ops.block_gram_(moment[None], rows[:, None], alpha)
 
 
 def diagonal_of(factor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How FishLeg learns the two factors of one parameter's inverse."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,84 @@ from fishleg_ext.common.dtypes import ieee_products
 from fishleg_ext.curvature.kronecker import Factors, add_moment_, diagonal_of, zero_moment
 
 LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
+# M is computed anew by every batch whose moments take as many operations as that (over i^3, in float64), and else once
+# there are so many times the gradients of the last time.
+INVERSION, GROWTH = 5, 1.5
+
+
+def moment_operations(rows: int, cols: int, positions: int = 0) -> int:
+    """Count the operations of both moments of one gradient [rows, cols], in factors of so many positions, or dense."""
+    if not positions:
+        return 3 * rows * cols**2
+    return 4 * positions * cols**2 + 4 * positions**2 * (rows + cols)
+
+
+class DenseGradients(NamedTuple):
+    """Gradients G [m, o, i]."""
+
+    values: Tensor
+
+    @property
+    def operations(self) -> int:
+        """Count those of both moments, one half of the first."""
+        count, rows, cols = self.values.shape
+        return count * moment_operations(rows, cols)
+
+    def __len__(self) -> int:
+        """Count the gradients."""
+        return len(self.values)
+
+    def add_col_moment_(self, moment: Tensor, row: Tensor, alpha: float) -> None:
+        """Add alpha * sum G^T P^2 G, P as a vector where it is diagonal."""
+        by_col = row[:, None] * self.values if row.dim() == 1 else row @ self.values
+        add_moment_(moment, by_col.flatten(0, 1), alpha)
+
+    def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
+        """Add alpha * sum G M^2 G^T, or of its diagonal where the moment is a vector."""
+        product = self.values @ col
+        if moment.dim() == 1:
+            moment.add_(torch.linalg.vector_norm(product, dim=2).square_().sum(0), alpha=alpha)
+        else:
+            add_moment_(moment, product.mT.reshape(-1, len(moment)), alpha)
+
+
+class FactoredGradients(NamedTuple):
+    """Gradients G = D^T X, X [m, T, i] and D [m, T, o]."""
+
+    inputs: Tensor
+    output_gradients: Tensor
+
+    @property
+    def operations(self) -> int:
+        """Count those of both moments."""
+        count, positions, cols = self.inputs.shape
+        return count * moment_operations(self.output_gradients.shape[2], cols, positions)
+
+    def __len__(self) -> int:
+        """Count the gradients."""
+        return len(self.inputs)
+
+    def add_col_moment_(self, moment: Tensor, row: Tensor, alpha: float) -> None:
+        """Add alpha * sum X^T (D P^2 D^T) X."""
+        by_row = self.output_gradients * row if row.dim() == 1 else self.output_gradients @ row
+        if self.inputs.shape[1] == 1:
+            rows = torch.linalg.vector_norm(by_row, dim=2, keepdim=True) * self.inputs
+            add_moment_(moment, rows.flatten(0, 1), alpha)
+        else:
+            weighted = (by_row @ by_row.mT) @ self.inputs
+            moment.addmm_(self.inputs.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
+
+    def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
+        """Add alpha * sum D^T (X M^2 X^T) D, or of its diagonal where the moment is a vector."""
+        by_col = self.inputs @ col
+        weighted = (by_col @ by_col.mT) @ self.output_gradients  # [m, T, o]
+        if moment.dim() == 1:
+            moment.add_((weighted * self.output_gradients).sum((0, 1)), alpha=alpha)
+        else:
+            moment.addmm_(self.output_gradients.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
+
+
+Gradients = DenseGradients | FactoredGradients
 
 
 @dataclass
@@ -23,7 +102,8 @@ class LearnedFactors:
 
     With the other factor divided by its trace, the trace of the new one is that of Q; the expectations, whose scale
     then depends on G alone, are means over all batches so far, later ones weighing more as their Q is better: the t-th
-    as t.
+    as t. A mean over many batches changes little by one more: where the inversion for M takes more than the rest, it is
+    left out until the gradients have become `GROWTH` times as many, or all are there. Nothing here waits for a GPU.
 
     Attributes:
         damping: gamma.
@@ -32,6 +112,9 @@ class LearnedFactors:
         trace: tr Q.
         seen: gradients so far.
         carried: the prior weight of an earlier estimate, among these.
+        inverted: gradients that `col` is of.
+        failed: not 0 where a moment could not be inverted.
+        raised: not 0 where more than the damping was added, as much as the rounding of the moments.
     """
 
     damping: float
@@ -42,6 +125,9 @@ class LearnedFactors:
     trace: Tensor
     seen: int = 0
     carried: int = 0
+    inverted: int = 0
+    failed: Tensor | int = field(default=0)
+    raised: Tensor | int = field(default=0)
 
     @classmethod
     def start(cls, damping: float, diagonal_rows: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
@@ -58,40 +144,71 @@ class LearnedFactors:
         """
         for part in LEARNED_TENSORS:
             getattr(self, part).copy_(getattr(previous, part))
-        self.seen = self.carried = min(prior_weight, previous.seen)
+        self.seen = self.carried = self.inverted = min(prior_weight, previous.seen)
 
     @ieee_products()
-    def learn(self, grads: Tensor, invert: Callable[[Tensor, float], Tensor]) -> Tensor:
+    def learn(self, grads: Sequence[Gradients], *, monitored: bool = False) -> Tensor | None:
         """Update both factors by a batch; the first after a warm start says how large gradients are now.
 
         Args:
-            grads: [m, o, i].
-            invert: (matrix or diagonal as a vector, damping) -> (matrix + damping I)^-1.
+            grads: all gradients of the batch.
+            monitored: whether the loss is asked for, which takes i^3 operations.
 
         Returns:
             the auxiliary loss on this batch before the update, but after the size of gradients was matched.
         """
+        count = sum(map(len, grads))
         rescale = 0 < self.carried == self.seen
-        self.seen += len(grads)
-        weight = 2 * len(grads) / (self.seen + len(grads))  # of the t-th batch in the mean: t
-        by_col = self.row[:, None] * grads if self.row.dim() == 1 else self.row @ grads
+        self.seen += count
+        weight = 2 * count / (self.seen + count)  # of the t-th batch in the mean: t
         moment = torch.zeros_like(self.col_moment)
-        add_moment_(moment, by_col.flatten(0, 1), 1 / len(grads))
-        loss = self._loss(moment, rescale)
+        for part in grads:
+            part.add_col_moment_(moment, self.row, 1 / count)
+        loss = self._loss(moment, rescale) if monitored or rescale else None
         _update_mean_(self.col_moment, moment, weight, rescale)
-        best = invert(self.col_moment, self.damping * float(self.row.square().sum()))
-        self.col = best / best.trace()
+        cheap = INVERSION * len(self.col) ** 3 <= sum(part.operations for part in grads)
+        if due := rescale or cheap or self.seen - self.carried >= GROWTH * (self.inverted - self.carried):
+            self._invert_col()
         moment = torch.zeros_like(self.row_moment)
-        add_moment_(moment, (grads @ self.col).mT.reshape(-1, len(moment)), 1 / len(grads))
+        for part in grads:
+            part.add_row_moment_(moment, self.col, 1 / count)
         _update_mean_(self.row_moment, moment, weight, rescale)
-        best = invert(self.row_moment, self.damping * float(self.col.square().sum()))
-        self.trace = diagonal_of(best).sum()
-        self.row = best / self.trace
+        best = self._inverse(self.row_moment, self.col.square().sum())
+        trace = diagonal_of(best).sum()
+        self.row = best / trace
+        if due:  # else M knows nothing of this batch, whose moment is then no measure of Q
+            self.trace = trace
         return loss
 
     def factors(self) -> Factors:
-        """Return P and M."""
+        """Return P and M as of all gradients so far."""
+        if self.inverted < self.seen:
+            self._invert_col()
         return Factors(self.row * self.trace, self.col)
+
+    def _invert_col(self) -> None:
+        best = self._inverse(self.col_moment, self.row.square().sum())
+        self.trace = best.trace()
+        self.col = best / self.trace
+        self.inverted = self.seen
+
+    def _inverse(self, moment: Tensor, squared: Tensor) -> Tensor:
+        """Return (moment + damping * squared * I)^-1, computed in float64; a vector stands for a diagonal matrix."""
+        wide = moment.double()
+        # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
+        rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * diagonal_of(wide).mean()
+        asked = self.damping * squared.double()
+        damping = torch.maximum(asked, rounding)
+        if moment.dim() == 1:
+            inverse = 1 / (wide + asked)
+        else:
+            self.raised = self.raised | (rounding > asked).int()
+            factor, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide)).to(wide))
+            self.failed = self.failed | failed
+            inverse = torch.cholesky_inverse(factor)
+            inverse = ((inverse + inverse.mT) / 2).contiguous()
+        self.failed = self.failed | (~inverse.sum().isfinite()).int()
+        return inverse.to(moment.dtype)
 
     def _loss(self, moment: Tensor, rescale: bool) -> Tensor:
         """Return the auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M).

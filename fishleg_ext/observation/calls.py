@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fishleg_ext.observation.products import Axes, Lookup, NoProduct, Product, WeightInMemory
-from fishleg_ext.observation.unfold import conv_rows, conv_transpose_rows
+from fishleg_ext.observation.unfold import conv_gradients, conv_rows, conv_transpose_rows
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Call:
         *,
         divisible: bool,
         uses: int,
+        gradients: Callable[[Tensor, Tensor], Tensor | None] | None = None,
     ) -> Product:
         """Find where in the weight's matrix the view lies, whose dimensions are groups, outputs and fan-in."""
         first, last, order = self.weight.place(self.view, groups + outs, ins)
@@ -69,6 +70,7 @@ class Call:
             input_rows,
             output_rows,
             order,
+            gradients,
         )
 
     def contraction(self, view_labels: str, inputs: Tensor, labels: str, output_labels: str) -> Product:
@@ -203,6 +205,7 @@ def _conv(call: Call) -> Product:
         lambda gradient: _channels(batched(gradient), groups),
         divisible=call.output.dim() == 2 + len(kernel),
         uses=call.output.numel() // out,
+        gradients=functools.partial(conv_gradients, kernel=kernel, **options) if groups == 1 else None,
     )
 
 

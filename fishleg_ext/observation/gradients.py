@@ -1,7 +1,7 @@
 """Gradients of groups of samples, and products with the Fisher matrix."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk
+from fishleg_ext.observation.factors import FactorObserver, GradientFactors, LazyGradients, NoFactors
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
-from fishleg_ext.observation.types import DrawLabels, FisherProduct
+from fishleg_ext.observation.types import DrawLabels, FisherProduct, Observation
 
 COPIES = 3  # of its own size that a vectorised gradient takes while it is computed
 
@@ -25,7 +27,18 @@ def gradient_bytes(weights: Iterable[Tensor]) -> int:
 
 
 class GradientObserver:
-    """Gradients of the mean loss over groups of samples, by vmap where the model allows it."""
+    """Gradients of the mean loss over groups of samples: in factors where that can be, by vmap or one by one else.
+
+    Args:
+        model: in eval mode.
+        loss_fn: (outputs, targets) -> scalar; None is the loss that the model returns.
+        weights: name -> parameter.
+        masks: name -> bool tensor, True = kept.
+        draw: labels, where they are drawn.
+        orientations: name -> how a parameter is seen as a matrix.
+        biases: name of a weight -> name and tensor of a bias that is added to each of its products.
+        chunk_bytes: memory for gradients at a time.
+    """
 
     def __init__(
         self,
@@ -35,21 +48,96 @@ class GradientObserver:
         masks: Mapping[str, Tensor],
         draw: DrawLabels | None,
         orientations: Mapping[str, Orientation],
+        biases: Mapping[str, tuple[str, Tensor]],
+        chunk_bytes: int,
     ) -> None:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
-        self._orientations = orientations
+        self._orientations, self._chunk_bytes = orientations, chunk_bytes
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.vectorized: bool | None = None
-        self.any_nonzero = False
+        self._in_factors: FactorObserver | None = None
+        if loss_fn is not None:
+            self._in_factors = FactorObserver(model, loss_fn, self.weights, draw, orientations, biases)
+        self._bias_of = {bias: name for name, (bias, _) in biases.items()}
+        self._nonzero: Tensor | bool = False
+        self._sums: dict[str, Tensor] = {}
 
-    def gradients(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
-        """`count` gradients, each of as many of the samples; name -> [count, *matrix_shape]."""
-        scale: float | Tensor = 1.0
-        if self.draw is not None:
+    @property
+    def any_nonzero(self) -> bool:
+        """Whether any gradient so far is not zero."""
+        return bool(self._nonzero)
+
+    def gradients(self, chunk: Chunk, count: int, product: FisherProduct | None = None) -> Iterator[Observation]:
+        """Yield `count` gradients, each of as many of the samples, as many at a time as memory is given for.
+
+        With the last of them goes the product with the Fisher matrix.
+        """
+        factors: dict[str, GradientFactors] = {}
+        found: tuple[Any, float | Tensor] | None = None
+        if self._in_factors is not None:
+            try:
+                factors, targets, scale = self._in_factors.factors(chunk, count)
+                found = targets, scale
+            except NoFactors:
+                if chunk.samples > 1 and chunk.divisible:
+                    self._in_factors = None
+        if found is None and self.draw is not None:
             outputs = call(self.model, self.weights, chunk.inputs)
-            targets, scale = self.draw(outputs, chunk.targets, chunk.samples, count)
-            chunk = chunk.with_targets(targets)
-        return self._oriented(self._masked(self._compute(chunk, count), scale))
+            found = self.draw(outputs, chunk.targets, chunk.samples, count)
+        targets, scale = found or (chunk.targets, 1.0)
+        chunk = chunk.with_targets(targets)
+        self._check(factors)
+        known = {*factors, *(bias for bias, name in self._bias_of.items() if name in factors)}
+        others = {name: weight for name, weight in self.weights.items() if name not in known}
+        largest = [self.weights[name] for name in factors]
+        needed = max((weight.numel() * weight.element_size() for weight in largest), default=0)
+        step = max(1, min(count, self._chunk_bytes // max(1, needed + gradient_bytes(others.values()))))
+        group = chunk.samples // count
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            values: dict[str, Tensor] = {}
+            if others:
+                part_scale = scale[start:stop] if isinstance(scale, Tensor) else scale
+                values = self._compute(chunk.part(start * group, stop * group), stop - start, others)
+                values = self._oriented(self._masked(values, part_scale))
+            parts = {name: factor.part(start, stop) for name, factor in factors.items()}
+            gradients = LazyGradients({name: self._getter(name, parts, values) for name in self.weights})
+            usable = {name: factor for name, factor in parts.items() if name not in self.masks}
+            last = product if stop == count else None
+            yield Observation(stop - start, gradients=gradients, gradient_factors=usable, fisher_product=last)
+
+    def check(self) -> None:
+        """Raise ValueError where gradients had NaN or inf, by name of the parameter."""
+        self._nonzero = bool(self._nonzero) or self._nonzero
+        if self._sums and not torch.stack(list(self._sums.values())).isfinite().all():
+            bad = [name for name, total in self._sums.items() if not total.isfinite()]
+            raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+
+    def _getter(
+        self, name: str, factors: Mapping[str, GradientFactors], values: Mapping[str, Tensor]
+    ) -> Callable[[], Tensor]:
+        if name in values:
+            return lambda: values[name]
+        if name in factors:
+            return lambda: self._multiplied_out(name, factors[name])
+        return lambda: factors[self._bias_of[name]].bias_gradients()
+
+    def _multiplied_out(self, name: str, factors: GradientFactors) -> Tensor:
+        known = self._orientations.get(name)
+        gradients = factors.gradients()
+        gradients = gradients.reshape(-1, *(known.matrix_shape if known else self.weights[name].shape))
+        if name in self.masks:
+            gradients *= known.to_matrix(self.masks[name]) if known else self.masks[name]
+        return gradients
+
+    def _check(self, factors: Mapping[str, GradientFactors]) -> None:
+        """Note sums, which are not finite where anything is not, and whether all is zero; nothing waits for a GPU."""
+        for name, of_name in factors.items():
+            for tensors in of_name.tensors():
+                for x in tensors:
+                    self._sums[name] = self._sums.get(name, 0) + x.sum(dtype=widened(x.dtype))
+                if self._nonzero is not True:
+                    self._nonzero = tensors[1].any() | self._nonzero
 
     def fisher_product(self, chunk: Chunk, hessian: LossHessian) -> FisherProduct:
         """J^T H J v, J the outputs' derivative by the weights and H the loss's second one by the outputs."""
@@ -68,10 +156,10 @@ class GradientObserver:
         known = self._orientations
         return {name: known[name].to_matrix(x) if name in known else x for name, x in tensors.items()}
 
-    def _compute(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
-        """Gradients of `count` groups of samples."""
+    def _compute(self, chunk: Chunk, count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of `count` groups of samples by these weights."""
         if self.vectorized is False or not chunk.divisible:
-            return self._loop(chunk, count)
+            return self._loop(chunk, count, weights)
         leaves, spec = pytree.tree_flatten((chunk.inputs, chunk.targets))
         groups = [leaf.unflatten(0, (count, -1)) for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -82,11 +170,11 @@ class GradientObserver:
 
         try:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                values = vmap(grad(loss), in_dims=(None, 0), randomness="different")(self.weights, groups)
+                values = vmap(grad(loss), in_dims=(None, 0), randomness="different")(dict(weights), groups)
         except Exception as error:
             if self.vectorized:  # it worked before, so this is not about vmap
                 raise
-            values = self._loop(chunk, count)  # raises what is wrong with the model or the data itself
+            values = self._loop(chunk, count, weights)  # raises what is wrong with the model or the data itself
             self.vectorized = False
             reason = str(error).strip().splitlines()
             warnings.warn(
@@ -101,10 +189,10 @@ class GradientObserver:
     def _loss(self, values: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
         return scalar_loss(self.loss_fn, call(self.model, values, inputs), targets)
 
-    def _loop(self, chunk: Chunk, count: int) -> dict[str, Tensor]:
+    def _loop(self, chunk: Chunk, count: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same by plain autograd, for models that torch.func cannot run."""
-        weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-        result = {name: weight.new_zeros((count, *weight.shape)) for name, weight in self.weights.items()}
+        result = {name: weight.new_zeros((count, *weight.shape)) for name, weight in weights.items()}
+        weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         size = chunk.samples // count
         for i in range(count):
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # may be written to
@@ -120,14 +208,11 @@ class GradientObserver:
         return result
 
     def _masked(self, values: dict[str, Tensor], scale: float | Tensor) -> dict[str, Tensor]:
-        """Finite, scaled (all, or each gradient), and zero where a mask is False; in place."""
-        sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
-        if not sums.isfinite().all():
-            bad = [name for name, value in values.items() if not value.isfinite().all()]
-            if bad:
-                raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
-        self.any_nonzero = self.any_nonzero or any(bool(value.any()) for value in values.values())
+        """Scaled (all, or each gradient), and zero where a mask is False; in place. What is not finite is noted."""
         for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.sum(dtype=torch.float64)
+            if self._nonzero is not True:
+                self._nonzero = value.any() | self._nonzero
             if 0 in value.stride():  # a gradient that is zero for all may be expanded
                 values[name] = value = value.clone()
             if isinstance(scale, Tensor):

@@ -16,7 +16,7 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
 from fishleg_ext.observation.forward import running
-from fishleg_ext.observation.gradients import GradientObserver, gradient_bytes
+from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.layers import LayerObserver
 from fishleg_ext.observation.likelihoods import (
     IGNORED,
@@ -26,7 +26,7 @@ from fishleg_ext.observation.likelihoods import (
     loss_hessian,
     sample_loss,
 )
-from fishleg_ext.observation.types import DrawLabels, Observation, Observer
+from fishleg_ext.observation.types import DrawLabels, Observer
 
 # Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples. One
 # gradient is computed in any case.
@@ -105,17 +105,18 @@ def observe(
         return result
 
     draw: DrawLabels | None = None if sampler is None else drawn
-    limit, used, left_over, nonzero = num_grads * grad_batch_size, 0, 0, True
+    limit, used, left_over, number, nonzero = num_grads * grad_batch_size, 0, 0, 0, True
     read = functools.partial(chunks, data, limit=limit, device=device, own_loss=own_loss if needs_labels else None)
     with (
         running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
         if "gradients" in wanted:
-            source = GradientObserver(model, loss_fn, weights, masks or {}, draw, orientations or {})
-            per_gradient = gradient_bytes(weights.values())
-            size = max(1, min(chunk_bytes // max(1, per_gradient), CHUNK_SAMPLES // grad_batch_size))
-            for chunk in read(size=size * grad_batch_size):
+            source = GradientObserver(
+                model, loss_fn, weights, masks or {}, draw, orientations or {}, biases or {}, chunk_bytes
+            )
+            # Labels are drawn for a chunk at a time, so that its size must not depend on memory.
+            for chunk in read(size=max(1, CHUNK_SAMPLES // grad_batch_size) * grad_batch_size):
                 if not chunk.divisible and grad_batch_size > 1:
                     raise ValueError(
                         f"grad_batch_size={grad_batch_size} cannot be combined with samples that cannot be put together"
@@ -130,15 +131,22 @@ def observe(
                 else:
                     left_over += chunk.samples
                 if count:
-                    gradients = source.gradients(chunk, count)
                     product = None
                     if hessian:
                         _require_all_targets(chunk.targets, getattr(loss_fn, "ignore_index", IGNORED))
                         product = source.fisher_product(chunk, hessian)
-                    observer.update(Observation(count, gradients=gradients, fisher_product=product))
-                    del gradients  # before the next chunk's are computed
+                    try:
+                        for observation in source.gradients(chunk, count, product):
+                            observer.update(observation)
+                    except RuntimeError:  # of gradients that are not finite, perhaps
+                        source.check()
+                        raise
+                    number += 1
+                    if number & (number - 1) == 0:  # 1, 2, 4, ...: a GPU is waited for
+                        source.check()
                 used += count
                 bar.update(count)
+            source.check()
             nonzero = source.any_nonzero
         else:
             bar.set_description("layers")

@@ -139,16 +139,18 @@ class SampleLosses:
             return found
         return torch.stack([cut.loss(*parts) for parts in cut.samples()])
 
-    def gradients(self, outputs: OutputTree, targets: Any, samples: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the outputs that require gradients, and the gradient of each sample's own loss by them.
+    def gradients(
+        self, outputs: OutputTree, targets: Any, samples: int, group: int = 1
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs that require gradients, and the gradient of the loss of each group of samples by them.
 
         Raises:
             CannotCut: the loss needs an output that cannot be cut into samples.
         """
-        cut = _Cut(self.loss_fn, outputs, targets, samples, self.names)
+        cut = _Cut(self.loss_fn, outputs, targets, samples, self.names, group)
         found = self._vectorize(vmap(grad(cut.loss)), cut)
         if found is not None:
-            return cut.free, list(found)
+            return cut.free, [x.flatten(0, 1) for x in found]
         rows: list[list[Tensor]] = [[] for _ in cut.free]
         for free, rest, target_parts in cut.samples():
             with torch.enable_grad():
@@ -159,7 +161,7 @@ class SampleLosses:
                 by = torch.autograd.grad(loss, free, allow_unused=True)
             for row, x, gradient in zip(rows, free, by, strict=True):
                 row.append(torch.zeros_like(x) if gradient is None else gradient)
-        return cut.free, [torch.stack(row) for row in rows]
+        return cut.free, [torch.cat(row) for row in rows]
 
     def _vectorize(self, function: Any, cut: "_Cut") -> Any:
         """What the function returns for all samples, or None where vmap cannot run the loss."""
@@ -175,7 +177,7 @@ class SampleLosses:
 
 
 class _Cut:
-    """The loss as a function of what belongs to one sample: outputs by which it is differentiated, others, targets."""
+    """The loss as a function of what belongs to a group of samples: outputs to differentiate by, others, targets."""
 
     def __init__(
         self,
@@ -184,10 +186,11 @@ class _Cut:
         targets: Any,
         samples: int,
         names: Collection[str],
+        group: int = 1,
     ) -> None:
         if loss_fn is None:
             raise CannotCut("the loss that the model itself returns, a mean over the batch")
-        self._loss_fn, self._outputs, self._samples = loss_fn, outputs, samples
+        self._loss_fn, self._outputs, self._count = loss_fn, outputs, samples // group
         indices = [i for i, yes in enumerate(outputs.cuttable(samples, names)) if yes]
         self._free = [i for i in indices if outputs.leaves[i].requires_grad]
         self._rest = [i for i in indices if i not in self._free]
@@ -195,20 +198,21 @@ class _Cut:
         self.free = [outputs.leaves[i] for i in self._free]
 
     def tensors(self) -> list[list[Tensor]]:
-        """The three of all samples."""
+        """The three of all groups, [count, group, ...] each."""
         rest = [self._outputs.leaves[i] for i in self._rest]
-        return [[x.detach() for x in self.free], rest, [x for x in self._targets if isinstance(x, Tensor)]]
+        parts = [[x.detach() for x in self.free], rest, [x for x in self._targets if isinstance(x, Tensor)]]
+        return [[x.unflatten(0, (self._count, -1)) for x in part] for part in parts]
 
     def samples(self) -> Iterator[list[list[Tensor]]]:
-        """The three of each sample, without the dimension of samples."""
-        for s in range(self._samples):
+        """The three of each group."""
+        for s in range(self._count):
             yield [[x[s].detach() for x in part] for part in self.tensors()]
 
     def loss(self, free: list[Tensor], rest: list[Tensor], targets: list[Tensor]) -> Tensor:
-        """The loss on one sample."""
+        """The loss on one group."""
         given = dict(zip(self._free + self._rest, [*free, *rest], strict=True))
-        leaves = [given[i][None] if i in given else self._outputs.uncut(i) for i in range(len(self._outputs.leaves))]
+        leaves = [given[i] if i in given else self._outputs.uncut(i) for i in range(len(self._outputs.leaves))]
         parts = iter(targets)
-        whole = [next(parts)[None] if isinstance(leaf, Tensor) else leaf for leaf in self._targets]
+        whole = [next(parts) if isinstance(leaf, Tensor) else leaf for leaf in self._targets]
         tree = pytree.tree_unflatten(whole, self._spec)
         return scalar_loss(self._loss_fn, self._outputs.with_leaves(leaves), tree)

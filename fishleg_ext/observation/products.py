@@ -42,6 +42,7 @@ class Product:
     _input_rows: Callable[[Tensor], Tensor]
     _output_rows: Callable[[Tensor], Tensor]
     _columns: Tensor | None = None  # of the matrix, in the order of the function's; None where it is the same
+    _gradients: Callable[[Tensor, Tensor], Tensor | None] | None = None
 
     def input_rows(self, inputs: Tensor | None = None) -> Tensor:
         """Return `inputs`, or a part of them, as rows [groups, n, fan_in]."""
@@ -51,6 +52,16 @@ class Product:
     def output_rows(self, gradient: Tensor) -> Tensor:
         """Return the gradient by the output, or a part of it, as rows [groups, n, fan_out / groups]."""
         return self._output_rows(gradient)
+
+    def sample_gradients(self, inputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Compute the gradient of the whole matrix for each sample, [N, out, fan_in]; None where rows are faster.
+
+        Args:
+            inputs: some of the function's, along their first dimension.
+            gradient: by the output, as many.
+        """
+        found = None if self._gradients is None else self._gradients(inputs, gradient)
+        return found if found is None or self._columns is None else found[..., self._columns.to(found.device)]
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fishleg_ext.observation.factors import GradientFactors
 
 # v by parameter name -> F v.
 FisherProduct = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -32,7 +35,9 @@ class Observation:
     Attributes:
         count: gradients in this chunk; or samples whose inputs and output gradients have come before this, in
             observations of their own, which count as 0.
-        gradients: name -> [count, *shape], the outputs of the parameter first, zero where a mask is False.
+        gradients: name -> [count, *shape], the outputs of the parameter first, zero where a mask is False. Computed
+            when they are asked for, and not kept: ask for each once.
+        gradient_factors: name -> the same in factors, G = D^T X, of the weights that have them and no mask.
         inputs: name -> what the weight is multiplied by in one product.
         output_gradients: name -> gradients of each sample's loss by the outputs of one product.
         fisher_product: multiplies by the whole network's Fisher matrix, the mean over the samples of this chunk without
@@ -41,6 +46,7 @@ class Observation:
 
     count: int
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    gradient_factors: Mapping[str, "GradientFactors"] = field(default_factory=dict)
     inputs: Mapping[str, ProductRows] = field(default_factory=dict)
     output_gradients: Mapping[str, ProductRows] = field(default_factory=dict)
     fisher_product: FisherProduct | None = None

@@ -46,6 +46,18 @@ class _Made:
     mixed: str = ""
 
 
+class NotProducts(NotImplementedError):
+    """A weight does not enter by products alone.
+
+    Attributes:
+        name: of the weight.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
 class Verifier:
     """Verifies the products of a model's weights on some samples.
 
@@ -101,7 +113,7 @@ class Verifier:
         if n > 1:
             parts = [[(leaves[i], _only(probes[i], s)) for i in probed] for s in alone]
             single = [self._gradients(recorder, part) for part in parts]
-        eps = max(_epsilon(x) for x in [*self._free, *(leaves[i] for i in probed)])
+        eps = max(epsilon(x) for x in [*self._free, *(leaves[i] for i in probed)])
         made = self._put_together(recorder, single, total, eps)
         self._require_equal(made, recorder, single, eps)
         if n == 1:
@@ -126,8 +138,8 @@ class Verifier:
             theirs = outputs.leaves[i][s : s + 1]
             if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
                 return f"{what} are of another shape for a single sample"
-            eps = _epsilon(mine) if _is_float(mine) else 0.0
-            if _differ(theirs.detach(), mine.detach(), tolerance(eps)):
+            eps = epsilon(mine) if _is_float(mine) else 0.0
+            if differ(theirs.detach(), mine.detach(), tolerance(eps)):
                 return f"{what} are others for a single sample: samples influence each other, or it is random"
         return ""
 
@@ -189,7 +201,7 @@ class Verifier:
                     norms = rows.norm(dim=-1)
                     made.bounds[s][product.name] += float((norms * inputs.norm(dim=-1)).sum())
                     mine = norms > tolerance(eps) * size / max(1, norms.numel()) ** 0.5
-                    if all_rows is not None and _differ(all_rows.to(rows)[mine], rows[mine], tolerance(eps)):
+                    if all_rows is not None and differ(all_rows.to(rows)[mine], rows[mine], tolerance(eps)):
                         made.mixed = made.mixed or product.name
         for k, lookup in enumerate(recorder.lookups, len(recorder.products)):
             for s, found in enumerate(single):
@@ -209,14 +221,15 @@ class Verifier:
                     continue  # nothing depends on it here
                 expected = torch.zeros_like(own) if expected is None else expected
                 unseen = name in recorder.others and not expected.any()
-                if unseen or _differ(own, expected, rounding(eps), floor):
-                    raise NotImplementedError(self._refusal(name, recorder, name in known))
+                if unseen or differ(own, expected, rounding(eps), floor):
+                    raise NotProducts(name, self._refusal(name, recorder, name in known))
             for (name, own), expected in zip(made.biases[s].items(), found[len(self.weights) :], strict=False):
                 expected = torch.zeros_like(own) if expected is None else expected
-                if name in known and _differ(own, expected, rounding(eps), 2 * eps * float(own.abs().sum())):
-                    raise NotImplementedError(
+                if name in known and differ(own, expected, rounding(eps), 2 * eps * float(own.abs().sum())):
+                    raise NotProducts(
+                        name,
                         f"the bias {self.biases[name][0]} is not added to each product of {name}, as this curvature "
-                        f"model has it; leave {name} out of params, or take one of gradients, such as 'fishleg'"
+                        f"model has it; leave {name} out of params, or take one of gradients, such as 'fishleg'",
                     )
 
     def _add_product_(self, total: Tensor, product: Product, rows: Tensor, inputs: Tensor) -> None:
@@ -259,7 +272,7 @@ class Verifier:
             own = self._gradients(recorder, [(own_outputs.leaves[i], x[s : s + 1]) for i, x in probes.items()])
             for (name, weight), *both in zip(self.weights.items(), own, found, strict=False):
                 a, b = (torch.zeros_like(weight) if x is None else x for x in both)
-                if _differ(a, b, tolerance(eps), 16 * eps * bound[name]):
+                if differ(a, b, tolerance(eps), 16 * eps * bound[name]):
                     return f"gradients of {name} are others for a single sample: samples influence each other"
         if len(alone) == samples:
             for name, energy in self._energies(together).items():
@@ -299,13 +312,13 @@ def rounding(eps: float) -> float:
     return min(64 * eps, 0.06)
 
 
-def _epsilon(x: Tensor) -> float:
+def epsilon(x: Tensor) -> float:
     """Relative precision of products: of TensorFloat32 where a GPU may use it."""
     eps = torch.finfo(x.dtype).eps
     return max(eps, 2.0**-10) if x.is_cuda and x.dtype == torch.float32 else eps
 
 
-def _differ(a: Tensor, b: Tensor, share: float, floor: float = 0.0) -> bool:
+def differ(a: Tensor, b: Tensor, share: float, floor: float = 0.0) -> bool:
     """Whether two tensors differ by more than a share of their norm."""
     if not _is_float(a):
         return not torch.equal(a, b)

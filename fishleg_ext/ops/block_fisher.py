@@ -23,7 +23,7 @@ def _check_update(name: str, target: Tensor, grads: Tensor) -> None:
     checks.writable(name, target)
 
 
-@op(reference=reference.block_gram_, mutates=("gram",), kernels=("cuda",))
+@op(reference=reference.block_gram_, mutates=("gram",), kernels=("cuda", "cpu"))
 def block_gram_(
     gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee", impl: str = "auto"
 ) -> None:

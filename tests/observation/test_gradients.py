@@ -1,5 +1,6 @@
 """Gradients of groups of samples."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -34,10 +35,24 @@ def test_gradients_are_those_of_autograd_in_eval_mode(net, samples, group, batch
         torch.testing.assert_close(recorder.gradients(name), want, rtol=1e-4, atol=1e-6)
 
 
+class WithMean(nn.Module):
+    """Outputs that depend on the other samples of a batch."""
+
+    def forward(self, x):
+        return x + x.mean(0)
+
+
 def test_memory_is_bounded_by_chunk_bytes(net, samples):
-    per_gradient = gradient_bytes(weights_of(net).values())
-    recorder = recorded(net, batches(*samples), num_grads=21, chunk_bytes=3 * per_gradient)
+    """In factors for the gradients of the largest weight; by vmap for copies of all."""
+    largest = 4 * max(weight.numel() for weight in weights_of(net).values())
+    recorder = recorded(net, batches(*samples), num_grads=21, chunk_bytes=3 * largest)
     assert {o.count for o in recorder.seen} == {3}
+    per_gradient = gradient_bytes(weights_of(net).values())
+    mixing = nn.Sequential(net, WithMean())
+    weights = {f"0.{name}": weight for name, weight in weights_of(net).items()}
+    recorder = Recorder()
+    observe(mixing, [samples], F.cross_entropy, recorder, weights, num_grads=21, chunk_bytes=7 * per_gradient)
+    assert {o.count for o in recorder.seen} == {7}
     recorder = recorded(net, batches(*samples), num_grads=4, chunk_bytes=1)
     assert [o.count for o in recorder.seen] == [1] * 4
 
@@ -56,6 +71,7 @@ def test_masked_gradients_are_zero(net, samples):
             masks=masks,
         )
     torch.testing.assert_close(masked.gradients("5.weight"), plain.gradients("5.weight") * mask)
+    assert all("5.weight" not in o.gradient_factors for o in masked.seen)
     assert torch.equal(masked.gradients("0.weight"), plain.gradients("0.weight"))
 
 
@@ -139,17 +155,23 @@ class Awkward(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["buffer", "checkpoint", "legacy"])
-def test_what_torch_func_cannot_run_is_run_by_plain_autograd(kind, generator):
+@pytest.mark.parametrize("together", [True, False])
+def test_what_torch_func_cannot_run_is_run_by_plain_autograd(kind, together, generator):
+    """All samples together, in factors; one by one where they influence each other."""
     model, recorder = Awkward(kind), Recorder()
+    net = model if together else nn.Sequential(model, WithMean())
     x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
-    with pytest.warns(UserWarning, match="one by one"):
-        observe(model, [(x, y)], F.cross_entropy, recorder, {"fc.weight": model.fc.weight}, num_grads=5)
+    weights = {n: p for n, p in net.named_parameters() if n.endswith("weight")}
+    expected = contextlib.nullcontext() if together else pytest.warns(UserWarning, match="one by one")
+    with expected:
+        observe(net, [(x, y)], F.cross_entropy, recorder, weights, num_grads=5)
     assert model.calls == 0
     assert model.fc.weight.grad is None
     for i in range(5):
-        loss = F.cross_entropy(model.fc(x[i : i + 1]).square(), y[i : i + 1])
+        outputs = model.fc(x[i : i + 1]).square()
+        loss = F.cross_entropy(outputs if together else 2 * outputs, y[i : i + 1])
         want = torch.autograd.grad(loss, model.fc.weight)[0]
-        torch.testing.assert_close(recorder.gradients("fc.weight")[i], want)
+        torch.testing.assert_close(recorder.gradients(next(iter(weights)))[i], want)
 
 
 def test_fewer_samples_than_one_gradient_is_to_have_make_one(net, samples):

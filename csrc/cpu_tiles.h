@@ -1,0 +1,111 @@
+// What the CPU kernels share: vectors of the instruction set that a file is compiled for, products
+// of two panels whose tiles stay in registers, and a thread's workspace.
+//
+// Everything is in an unnamed namespace within that of the instruction set, and templates of the
+// standard library stay out of it: the linker must not take a function from a file that was
+// compiled for another machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+#ifndef FISHLEG_EXT_INSTRUCTION_SET
+#define FISHLEG_EXT_INSTRUCTION_SET portable
+#endif
+
+namespace fishleg_ext {
+namespace FISHLEG_EXT_INSTRUCTION_SET {
+namespace {
+
+// A tile of kTileRows x (kTileVectors vectors) of sums, with what multiplies it, fills the
+// registers.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 12, kTileVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6, kTileVectors = 2;
+#endif
+constexpr int kRowVectors = 4;  // of a row, worked on at a time; rows are padded to that
+constexpr int kCacheLine = 64;
+
+template <typename T>
+struct Vec {
+  // Of the alignment of T: the address need not be that of a vector.
+  typedef T Type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+};
+
+template <typename T>
+inline typename Vec<T>::Type load(const T* at) {
+  return *reinterpret_cast<const typename Vec<T>::Type*>(at);
+}
+
+template <typename T>
+inline void store(T* at, typename Vec<T>::Type values) {
+  *reinterpret_cast<typename Vec<T>::Type*>(at) = values;
+}
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+template <typename T>
+constexpr int64_t kTileColumns = kTileVectors * Vec<T>::kLanes;
+
+// h[r][c] += scale * sum over p of rows[p][r] * columns[p][c], a tile.
+template <typename T>
+inline void add_tile(T* h, int64_t ld, const T* rows, int64_t row_stride, const T* columns,
+                     int64_t column_stride, int depth, T scale) {
+  using V = typename Vec<T>::Type;
+  constexpr int lanes = Vec<T>::kLanes;
+  V sums[kTileRows][kTileVectors] = {};
+  for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(h + r * ld, 1);
+  for (int p = 0; p < depth; ++p) {
+    V values[kTileVectors];
+    for (int j = 0; j < kTileVectors; ++j)
+      values[j] = load(columns + p * column_stride + j * lanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r) {
+      const V factor = rows[p * row_stride + r] - V{};
+      for (int j = 0; j < kTileVectors; ++j) sums[r][j] += factor * values[j];
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int j = 0; j < kTileVectors; ++j) {
+      T* at = h + r * ld + j * lanes;
+      store(at, load(at) + scale * sums[r][j]);
+    }
+  }
+}
+
+// Hands out parts of a thread's workspace, each at a cache line of its own; or counts its bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename U>
+  U* take(int64_t count) {
+    char* part = memory_ == nullptr ? nullptr : memory_ + bytes_;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(U)), kCacheLine);
+#ifdef __SANITIZE_ADDRESS__  // nothing may be read or written between two parts
+    if (part != nullptr) __asan_poison_memory_region(memory_ + bytes_, kCacheLine);
+    bytes_ += kCacheLine;
+#endif
+    return reinterpret_cast<U*>(part);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace
+}  // namespace FISHLEG_EXT_INSTRUCTION_SET
+}  // namespace fishleg_ext

@@ -1,0 +1,26 @@
+"""Gram matrices on a CPU: in C++ (csrc/cpu_block_fisher.cpp) where that is built."""
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import cpu
+from fishleg_ext.reference import block_fisher as reference
+
+# Where the half of the product that is spared takes longer than its mirror image, as measured.
+LEAST_GRADIENTS, LEAST_SIZE = 256, 128
+
+
+def supports_block_gram_(
+    gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee"
+) -> tuple[bool, str]:
+    """Tensors on a CPU."""
+    return gram.device.type == "cpu", f"its CPU implementation takes tensors on a CPU, not on {gram.device}"
+
+
+def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: str = "ieee") -> None:
+    """Compute one half of each matrix, and mirror it; both by PyTorch where there is little to spare."""
+    few = len(grads) < LEAST_GRADIENTS or gram.shape[1] < LEAST_SIZE
+    if few or cpu.not_loaded() is not None or not gram.is_contiguous():
+        reference.block_gram_(gram, grads, alpha, precision=precision)
+    else:
+        torch.ops.fishleg_ext_cpu.block_gram_out(grads.to(gram.dtype), alpha, gram)
