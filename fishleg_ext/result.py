@@ -17,9 +17,10 @@ class PruneResult:
         masks: name -> bool tensor, True = kept.
         sparsity: pruned weights over all weights that could be pruned.
         layer_sparsity: name -> pruned weights over weights of one parameter.
-        predicted_loss_increase: by the curvature model, the exact joint cost of pruning these weights with all others
-            free to compensate (for block models those of the same block); summed over rounds. Of layerwise curvature
-            that is half the squared error of all layers' outputs, not of the network's loss.
+        predicted_loss_increase: by the curvature model, what the step that was taken costs, 1/2 dw^T F dw; summed over
+            rounds. With saliency "exact" that is the joint cost, the least of any step that zeroes these weights (for
+            block models moving weights of the same block alone). Of layerwise curvature it is half the squared error of
+            all layers' outputs, not of the network's loss.
         history: a dict for each round: "sparsity", "layer_sparsity", "num_grads", "predicted_loss_increase",
             "damping_raised" (name -> blocks) and "seconds" (stage -> seconds); with first_order also
             "first_order_share", how much of the step was taken. JSON-able.

@@ -48,8 +48,8 @@ class Round:
         """Prune the model, so far that `counts` weights are pruned in all, or of each parameter.
 
         Returns:
-            name -> bool tensor, True = kept, and the joint cost less what the first-order step gains, with the rise
-            along what is left of the gradient where the step is not a whole one.
+            name -> bool tensor, True = kept, and the cost of the step less what the first-order step gains, with the
+            rise along what is left of the gradient where the step is not a whole one.
         """
         if self.allocator is not None:
             counts = self._allocated(self.allocator, counts)
@@ -60,7 +60,7 @@ class Round:
         return masks, increase
 
     def _prune(self, groups: list[list[str]], counts: int | Mapping[str, int], masks: dict[str, Tensor]) -> float:
-        """Prune these parameters of the model and add what is kept to `masks`; returns the joint cost."""
+        """Prune these parameters of the model and add what is kept to `masks`; returns the cost of the step."""
         solver, costs = self.solver, dict[str, Costs]()
         chosen, updated, increase = dict[str, Tensor](), dict[str, Tensor](), 0.0
         for group in () if solver.sweeps else groups:
@@ -104,7 +104,7 @@ class Round:
         chosen: Mapping[str, Tensor],
         costs: Mapping[str, Costs],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-        """Return masks of one group, its weights and biases compensated, and the joint cost; see `_costs`."""
+        """Return masks of one group, its weights and biases compensated, and the cost of that; see `_costs`."""
         problem = self._problem(self.estimator, group)
         names = {key: self.bias_names.get(key, key) for key in problem.biases}
         before = {**problem.weights, **{names[key]: bias for key, bias in problem.biases.items()}}
@@ -115,9 +115,9 @@ class Round:
             else:
                 kept = {name: chosen[name] for name in group}
                 moved = self.solver.compensate(problem, kept)
-            cost = self.solver.joint_cost(problem, costs, kept)
-            moves = self.estimator.as_parameters({name: x - before[name] for name, x in moved.items()})
-            cost += self.first.rise(moves)
+            moves = {name: x - before[name] for name, x in moved.items()}
+            cost = self.solver.step_cost(problem, costs, kept, moves)
+            cost += self.first.rise(self.estimator.as_parameters(moves))
         self.damping_raised |= problem.estimate.damping_raised
         return kept, moved, cost
 

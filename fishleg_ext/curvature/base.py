@@ -250,8 +250,8 @@ class Estimate(ABC, Generic[Recipe]):
         """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
 
     @abstractmethod
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """Return the least loss increase of pruning the set P of weights, 1/2 w_P^T (F^-1[P, P])^-1 w_P."""
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        """Return the loss increase of moving weights, and biases that are modelled with them, by dw: 1/2 dw^T F dw."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was observed, as tensors and numbers. Models without state have none."""

@@ -15,7 +15,6 @@ from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
 from fishleg_ext.curvature.base import Blocks, Curvature, Estimate, curvature_entry, load_tensors
-from fishleg_ext.curvature.joint_cost import joint_cost
 from fishleg_ext.observation.types import Observation
 
 
@@ -93,16 +92,13 @@ class BlockEstimate(Estimate[BlockFisher]):
         return Blocks(self._inverse(name))
 
     @override
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
         total = 0.0
-        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
-            layout, gram = self.layouts[name], self._gram[name]
-
-            def fisher_mul(step: Tensor, gram: Tensor = gram) -> Tensor:
-                return (gram @ step[..., None])[..., 0] / max(1, self._count) + self.recipe.damping * step
-
-            rows = layout.to_blocks(weight).to(gram.dtype)
-            total += joint_cost(rows, self._inverse(name), layout.to_blocks(pruned[name]), fisher_mul)
+        for name, dw in step.items():
+            gram = self._gram[name]
+            rows = self.layouts[name].to_blocks(dw).to(gram.dtype)
+            force = (gram @ rows[..., None])[..., 0] / max(1, self._count) + self.recipe.damping * rows
+            total += 0.5 * float((rows * force).sum(dtype=torch.float64))
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -73,11 +73,9 @@ class DiagonalEstimate(Estimate[DiagonalFisher]):
     def blocks(self, name: str) -> Blocks:
         return Blocks(self._inverse(name).reshape(-1, 1, 1))
 
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """Return 1/2 sum_P F w^2."""
-        return sum(
-            float((w.double().square() / self._inverse(name))[pruned[name]].sum()) / 2 for name, w in weights.items()
-        )
+    @override
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        return sum(float((dw.double().square() / self._inverse(name)).sum()) / 2 for name, dw in step.items())
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums of squares and how many gradients went into them."""

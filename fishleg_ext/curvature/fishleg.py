@@ -274,11 +274,11 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         return self._others[name].blocks(name) if name in self._others else super().blocks(name)
 
     @override
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        total = super().joint_cost({name: w for name, w in weights.items() if name in self._learned}, pruned)
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        total = super().step_cost({name: dw for name, dw in step.items() if name not in self._others})
         for name, other in self._others.items():
-            if name in weights:
-                total += other.joint_cost({name: weights[name]}, {name: pruned[name]})
+            if name in step:
+                total += other.step_cost({name: step[name]})
         return total
 
     def factors(self, name: str) -> Factors:

@@ -65,9 +65,9 @@ class IdentityEstimate(Estimate[Identity]):
         """Return one block of size 1, shared by all weights."""
         return Blocks(self._ones[name].new_ones(1, 1, 1))
 
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """Return 1/2 |w_P|^2."""
-        return sum(float(w[pruned[name]].double().square().sum()) / 2 for name, w in weights.items())
+    @override
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        return sum(float(dw.double().square().sum()) / 2 for dw in step.values())
 
     @override
     def _merge(self, other: "IdentityEstimate") -> None:

@@ -13,7 +13,6 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate
-from fishleg_ext.curvature.joint_cost import joint_cost, least_cost
 
 
 class Factors(NamedTuple):
@@ -92,28 +91,16 @@ class KroneckerEstimate(Estimate[KroneckerRecipe]):
         row, col, scale = self.factors(name)
         return Blocks(col[None], scale, 1 / diagonal_of(row)[:, None])
 
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """Return 1/2 dw^T F dw of the best step that zeroes P; dw / scale has the Fisher matrix P^-1 (x) M^-1.
-
-        Where rows compensate for each other, by conjugate gradients from the best step of each row by itself.
-        """
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        """Return 1/2 dw^T F dw in float64; dw / scale has the Fisher matrix P^-1 (x) M^-1."""
         total = 0.0
-        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
+        for name in [name for name in step if name in self.layouts]:
             row, col, scale = self.factors(name)
-            row, col = row.double(), col.double()
-            matrix, zeroed = (self._matrix(name, {name: x}) for x in (weight.double(), pruned[name]))
+            matrix = self._matrix(name, {key: x.double() for key, x in step.items()})
             matrix = Blocks(col[None], scale).scaled(matrix)
-            fisher_row, fisher_col = self.invert(name, row, 0.0), self.invert(name, col, 0.0)
-
-            def fisher_mul(step: Tensor, row: Tensor = fisher_row, col: Tensor = fisher_col) -> Tensor:
-                return row[:, None] * (step @ col) if row.dim() == 1 else row @ step @ col
-
-            if row.dim() == 1:
-                total += joint_cost(matrix, col[None], zeroed, fisher_mul)
-            else:
-                step = ops.obs_compensate(matrix, col[None], zeroed) - matrix
-                diagonal = torch.outer(fisher_row.diagonal(), fisher_col.diagonal())
-                total += least_cost(step, zeroed, fisher_mul, diagonal)
+            row, col = (self.invert(name, factor.double(), 0.0) for factor in (row, col))
+            force = (row[:, None] * matrix if row.dim() == 1 else row @ matrix) @ col
+            total += 0.5 * float((matrix * force).sum())
         return total
 
     def invert(self, name: str, matrix: Tensor, damping: float) -> Tensor:

@@ -16,7 +16,6 @@ from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, check_names, curvature_entry
-from fishleg_ext.curvature.joint_cost import joint_cost
 from fishleg_ext.curvature.kronecker import matrix_shape
 from fishleg_ext.observation.types import Observation
 
@@ -118,18 +117,13 @@ class LayerwiseEstimate(Estimate[Layerwise]):
         return Blocks(inverse)
 
     @override
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
         total = 0.0
-        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
-            layout = self.layouts[name]
+        for name, dw in step.items():
             fisher, damping = self._fisher(name)
-
-            def fisher_mul(step: Tensor, fisher: Tensor = fisher, damping: Tensor = damping) -> Tensor:
-                rows = step.reshape(len(fisher), -1, fisher.shape[1])
-                return (rows @ fisher + damping[:, None, None] * rows).reshape(step.shape)
-
-            rows = layout.to_blocks(weight).to(fisher.dtype)
-            total += joint_cost(rows, self.blocks(name).inverse, layout.to_blocks(pruned[name]), fisher_mul)
+            rows = dw.reshape(len(fisher), -1, fisher.shape[1]).to(fisher.dtype)
+            force = rows @ fisher + damping[:, None, None] * rows
+            total += 0.5 * float((rows * force).sum(dtype=torch.float64))
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -115,26 +115,16 @@ class LowRankEstimate(Estimate[LowRankFisher]):
             inverse[start : start + step] = (identity - whitened.mT @ whitened) / self.recipe.damping
         return Blocks(inverse)
 
-    def joint_cost(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> float:
-        """Solve a ridge regression in the m gradients: with a = G_P w_P and the kept weights free to compensate,
-
-        1/2 damping |w_P|^2 + 1/2 a^T (m I + G_K G_K^T / damping)^-1 a.
-        """
-        factor = self._cholesky()
-        m = len(factor)
-        lost = torch.zeros(m, dtype=torch.float64, device=factor.device)
-        kept = m * torch.eye(m, dtype=torch.float64, device=factor.device)
-        norm = 0.0
-        for name, weight in progress_bar(weights.items(), what="joint cost", show=self.progress):
-            flat = torch.where(pruned[name], weight, 0).flatten().double()
+    def step_cost(self, step: Mapping[str, Tensor]) -> float:
+        """Return 1/2 (damping |dw|^2 + |G dw|^2 / m)."""
+        product: Tensor | float = 0.0
+        norm, m = 0.0, 1
+        for name, dw in step.items():
+            flat = dw.flatten().double()
             norm += float(flat.square().sum())
-            mask = pruned[name].flatten()
             for columns, part in self._columns(name):
-                lost += part @ flat[columns]
-                alive = torch.where(mask[columns], 0, part)
-                kept.addmm_(alive, alive.mT, alpha=1 / self.recipe.damping)
-        solved = torch.cholesky_solve(lost[:, None], torch.linalg.cholesky(kept))[:, 0]
-        return 0.5 * (self.recipe.damping * norm + float(lost @ solved))
+                product, m = product + part @ flat[columns], len(part)
+        return 0.5 * (self.recipe.damping * norm + float(torch.as_tensor(product).square().sum()) / max(1, m))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all gradients, [m, n] for each parameter."""

@@ -1,6 +1,5 @@
 """How weights are chosen and the others compensated: exact elimination, single-weight scores, or a fixed order."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,7 +38,7 @@ class Problem:
     progress: bool = False
 
 
-class Solver(ABC):
+class Solver:
     """One way to choose and to compensate, which `prune` calls `saliency`.
 
     Attributes:
@@ -51,7 +50,7 @@ class Solver(ABC):
     sweeps: ClassVar[bool] = False
     in_blocks: ClassVar[bool] = True
 
-    def check(self, recipe: Curvature, any_pruned: bool) -> None:  # noqa: B027
+    def check(self, recipe: Curvature, any_pruned: bool) -> None:
         """Raise ValueError where the model cannot answer what this solver asks, some weights being pruned already."""
 
     def check_pattern(self, recipe: Curvature, weights: Mapping[str, Tensor], pattern: Pattern) -> None:
@@ -76,9 +75,22 @@ class Solver(ABC):
         """Return masks with `counts` pruned weights, by name, and what `compensate` returns for them."""
         raise NotImplementedError
 
-    @abstractmethod
-    def joint_cost(self, problem: Problem, costs: Mapping[str, Costs], kept: Mapping[str, Tensor]) -> float:
-        """Return the exact joint cost of these masks; `costs` as returned by `costs`, perhaps of more parameters."""
+    def step_cost(
+        self,
+        problem: Problem,
+        costs: Mapping[str, Costs],
+        kept: Mapping[str, Tensor],
+        moves: Mapping[str, Tensor],
+    ) -> float:
+        """Return what the step costs by the quadratic model, 1/2 dw^T F dw.
+
+        Args:
+            problem: whose weights and biases moved.
+            costs: as returned by `costs`, perhaps of more parameters.
+            kept: the masks.
+            moves: dw, of weights and biases, by their own names.
+        """
+        return problem.estimate.step_cost(moves)
 
 
 class Exact(Solver):
@@ -100,10 +112,16 @@ class Exact(Solver):
         return exact_update(problem.estimate, problem.weights, kept, problem.biases, progress=problem.progress)
 
     @override
-    def joint_cost(self, problem: Problem, costs: Mapping[str, Costs], kept: Mapping[str, Tensor]) -> float:
+    def step_cost(
+        self,
+        problem: Problem,
+        costs: Mapping[str, Costs],
+        kept: Mapping[str, Tensor],
+        moves: Mapping[str, Tensor],
+    ) -> float:
         if problem.estimate.recipe.block_diagonal:  # costs along the order of elimination add up
             return total_cost({name: costs[name] for name in kept}, kept)
-        return _joint_cost(problem, kept)
+        return super().step_cost(problem, costs, kept, moves)
 
 
 class Simultaneous(Solver):
@@ -127,10 +145,6 @@ class Simultaneous(Solver):
     def compensate(self, problem: Problem, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return simultaneous_update(problem.estimate, problem.weights, kept, problem.biases)
 
-    @override
-    def joint_cost(self, problem: Problem, costs: Mapping[str, Costs], kept: Mapping[str, Tensor]) -> float:
-        return _joint_cost(problem, kept)
-
 
 class FixedOrder(Solver):
     """SparseGPT's sweep from the first column to the last."""
@@ -149,13 +163,5 @@ class FixedOrder(Solver):
             progress=problem.progress,
         )
 
-    @override
-    def joint_cost(self, problem: Problem, costs: Mapping[str, Costs], kept: Mapping[str, Tensor]) -> float:
-        return _joint_cost(problem, kept)
-
 
 SOLVERS: dict[str, Solver] = {"exact": Exact(), "simultaneous": Simultaneous(), "fixed_order": FixedOrder()}
-
-
-def _joint_cost(problem: Problem, kept: Mapping[str, Tensor]) -> float:
-    return problem.estimate.joint_cost(problem.weights, {name: ~mask for name, mask in kept.items()})

@@ -96,14 +96,14 @@ def test_the_update_is_the_best_joint_one(curvature, generator):
     assert (moved["w"][~kept] == 0).all()
 
 
-def test_the_joint_cost_is_that_of_a_free_bias(curvature, generator):
-    weight = torch.randn(3, 2, 2, dtype=torch.float64, generator=generator)
-    gone = torch.rand(3, 2, 2, generator=generator) < 0.5
-    index = torch.nn.functional.pad(gone.reshape(3, 4), (0, 1)).flatten()
-    w = torch.nn.functional.pad(weight.reshape(3, 4), (0, 1)).flatten()[index]
-    dense = dense_rows(curvature).reshape(15, 15)[index][:, index]
-    expected = 0.5 * w @ torch.linalg.solve(dense, w)
-    assert curvature.joint_cost({"w": weight}, {"w": gone}) == pytest.approx(float(expected), rel=1e-5)
+def test_the_cost_of_a_step_is_that_of_weight_and_bias_together(curvature, generator):
+    step = {
+        "w": torch.randn(3, 2, 2, dtype=torch.float64, generator=generator),
+        "b": torch.randn(3, dtype=torch.float64, generator=generator),
+    }
+    flat = torch.cat([step["w"].reshape(3, 4), step["b"][:, None]], dim=1).flatten()
+    expected = 0.5 * flat @ torch.linalg.solve(dense_rows(curvature).reshape(15, 15), flat)
+    assert curvature.step_cost(step) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_single_weight_updates_and_the_fixed_order_move_it_too(curvature, generator):

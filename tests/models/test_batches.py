@@ -83,13 +83,13 @@ def test_a_mapping_for_a_model_that_returns_its_own_loss(curvature, data):
 @pytest.mark.filterwarnings("ignore:samples are observed one by one")
 @pytest.mark.parametrize("curvature", ["block", "kronecker", "fishleg"])
 def test_labels_of_a_model_that_returns_its_own_loss(curvature, data):
-    x, y = data
+    x, y = data[0].double(), data[1]
     options = {"curvature": curvature, "labels": "model"}
-    own = prune(OwnLoss(), [{"x": x, "labels": y}], None, **options)
+    own = prune(OwnLoss().double(), [{"x": x, "labels": y}], None, **options)
     if curvature == "kronecker":  # which draws for one sample after the other
         assert own.predicted_loss_increase > 0
     else:
-        assert_alike(own, prune(Net(), data, **options))
+        assert_alike(own, prune(Net().double(), [(x, y)], **options))
 
 
 def test_a_mapping_wants_its_loss_named(data):

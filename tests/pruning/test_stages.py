@@ -85,12 +85,13 @@ def test_selection_by_layer_counts_each(curvature, weights, masks):
     assert int((~kept["b"]).sum()) == 10
 
 
-def test_costs_of_the_selected_add_up_to_the_joint_cost(curvature, weights, masks):
+def test_costs_of_the_selected_add_up_to_the_cost_of_the_step(curvature, weights, masks):
     weights = alive_weights(weights, masks)
     costs = exact_costs(curvature, weights, masks)
     kept = select(costs, 50)
-    pruned = {n: ~m for n, m in kept.items()}
-    assert total_cost(costs, kept) == pytest.approx(curvature.joint_cost(weights, pruned), rel=1e-8)
+    moved = exact_update(curvature, weights, kept)
+    step = {name: moved[name] - weight for name, weight in weights.items()}
+    assert total_cost(costs, kept) == pytest.approx(curvature.step_cost(step), rel=1e-8)
 
 
 def test_exact_with_the_identity_is_magnitude(weights, masks):
