@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.memory import chunk_bytes
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.gradients import gradient_bytes
 from fishleg_ext.observation.likelihoods import LossFunction, label_sampler
-from fishleg_ext.observation.observe import CHUNK_BYTES, observe
+from fishleg_ext.observation.observe import observe
 from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 
@@ -228,6 +229,7 @@ class Estimator:
             previous = self.estimate if self.carries_over else None
             self.estimate = self.recipe.start({})  # before there is memory for what is next
             self.estimate = self._start(names, previous)
+            self.estimate.keep_bytes = 0 if self.max_memory is not None else self._chunk_bytes(names)
             del previous
             for number in range(self.recipe.num_passes if self.recipe.observes else 0):
                 self.used_grads = observe(
@@ -285,10 +287,6 @@ class Estimator:
         return held + workspace + num_gradients * gradients
 
     def _chunk_bytes(self, names: list[str]) -> int:
-        """Memory for gradients of these parameters: for as many at a time in every group, as labels are drawn so."""
-        if self.max_memory is None:
-            return CHUNK_BYTES
-        room = [min(CHUNK_BYTES, self.max_memory - self._bytes_of(group, 0)) for group in self.groups]
-        one = [gradient_bytes(self.weights(group).values()) for group in self.groups]
-        most = min(left // gradient for left, gradient in zip(room, one, strict=True))
-        return most * gradient_bytes(self.weights(names).values())
+        """Memory for gradients of these parameters, or for inputs as rows, at a time."""
+        free = chunk_bytes(next(iter(self._parameters.values())).device)
+        return free if self.max_memory is None else min(free, self.max_memory - self._bytes_of(names, 0))

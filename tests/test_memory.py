@@ -67,4 +67,6 @@ def test_without_a_bound_it_is_gram_matrices_a_chunk_and_one_layers_inverses():
 def test_a_bound_holds(mib, options, record_table):
     taken = peak(max_memory=mib * MIB, **options)
     record_table("peak memory, MiB", **options, max_memory=mib, taken=round(taken), rest=round(SELECTION + SLACK))
-    assert mib / 2 < taken < mib + SELECTION + SLACK  # it takes what it may
+    assert taken < mib + SELECTION + SLACK
+    # It takes what it may; FishLeg, which must have room for gradients multiplied out, learns from their factors here.
+    assert taken > mib / 2 or options["curvature"] == "fishleg"

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -197,6 +197,7 @@ class Curvature(Settings, ABC):
 
 
 Recipe = TypeVar("Recipe", bound=Curvature)
+Kept = TypeVar("Kept", bound=tuple[Any, ...])
 
 
 class Estimate(ABC, Generic[Recipe]):
@@ -210,6 +211,8 @@ class Estimate(ABC, Generic[Recipe]):
         biases: name of a weight -> name of the bias that is modelled with it.
         layouts: name of a weight -> how `blocks` cuts it.
         damping_raised: name of a weight -> number of blocks whose damping had to be raised to invert them.
+        keep_bytes: memory for inverses that are needed again, for scores first and then for compensation; the others
+            are computed twice.
         progress: whether to show progress bars.
     """
 
@@ -227,6 +230,8 @@ class Estimate(ABC, Generic[Recipe]):
         self.biases = {n: b for n, b in (biases or {}).items() if n in weights} if recipe.takes_biases else {}
         self.layouts = {name: recipe.layout(name, weight) for name, weight in weights.items()}
         self.damping_raised: dict[str, int] = {}
+        self.keep_bytes = 0
+        self._kept: dict[str, tuple[Any, ...]] = {}
 
     @property
     def observes(self) -> frozenset[str]:
@@ -248,6 +253,17 @@ class Estimate(ABC, Generic[Recipe]):
     @abstractmethod
     def blocks(self, name: str) -> Blocks:
         """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
+
+    def factored_blocks(self, name: str) -> Blocks:
+        """Return what `blocks` does, but for upper triangular U, U^T U = inverse, in the place of the inverse.
+
+        Raises:
+            CurvatureError: an inverse is not positive definite.
+        """
+        blocks = self.blocks(name)
+        factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
+        self._check_factored(name, failed == 0)
+        return blocks._replace(inverse=factor.mT.to(blocks.inverse.dtype))
 
     @abstractmethod
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
@@ -281,8 +297,22 @@ class Estimate(ABC, Generic[Recipe]):
     def _merge(self, other: Any) -> None:
         """Add the sums of another estimate that fits."""
 
+    def _keeping(self, name: str, invert: Callable[[], Kept]) -> Kept:
+        """Return inverses of one parameter, kept from the last time or, if there is room, for the next."""
+        if name not in self._kept:
+            inverses = invert()
+            size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors if x is not None)
+            if sum(map(size, self._kept.values())) + size(inverses) > self.keep_bytes:
+                return inverses
+            self._kept[name] = inverses
+        return self._kept[name]  # type: ignore[return-value]
+
     def _weights(self) -> str:
         return ", ".join(f"{name} {list(layout.shape)}" for name, layout in self.layouts.items())
+
+    def _check_factored(self, name: str, factored: Tensor) -> None:
+        if not factored.all():
+            raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
 
     def _check_inverted(self, name: str, info: Tensor, damping: float, what: str) -> None:
         """Note where damping was raised, with a warning; CurvatureError where a matrix has no inverse all the same.

@@ -71,6 +71,7 @@ class BlockEstimate(Estimate[BlockFisher]):
 
     @override
     def update(self, observation: Observation) -> None:
+        self._kept.clear()
         for name, grads in observation.gradients.items():
             ops.block_gram_(self._gram[name], self.layouts[name].to_blocks(grads))
         self._count += observation.count
@@ -107,11 +108,13 @@ class BlockEstimate(Estimate[BlockFisher]):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._kept.clear()
         load_tensors(self._gram, curvature_entry(state, "gram"))
         self._count = int(curvature_entry(state, "count"))
 
     @override
     def _merge(self, other: "BlockEstimate") -> None:
+        self._kept.clear()
         for name, gram in self._gram.items():
             gram += other._gram[name].to(gram.device)
             # The ones in the padding are there twice.
@@ -126,6 +129,10 @@ class BlockEstimate(Estimate[BlockFisher]):
     def _inverse(self, name: str) -> Tensor:
         # (gram / count + damping)^-1 = count * (gram + count * damping)^-1 spares a copy of the Gram matrices.
         count = max(1, self._count)
-        inverse, info = ops.block_inverse(self._gram[name], self.recipe.damping * count)
-        self._check_inverted(name, info, self.recipe.damping, "Fisher blocks")
-        return inverse.mul_(count)
+
+        def invert() -> tuple[Tensor]:
+            inverse, info = ops.block_inverse(self._gram[name], self.recipe.damping * count)
+            self._check_inverted(name, info, self.recipe.damping, "Fisher blocks")
+            return (inverse.mul_(count),)
+
+        return self._keeping(name, invert)[0]

@@ -93,6 +93,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     @override
     def update(self, observation: Observation) -> None:
+        self._kept.clear()
         for name in self.layouts if observation.gradients else ():
             matrices = self._matrix(name, observation.gradients)
             row, col, _ = self._moments[name]
@@ -117,6 +118,9 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     def factors(self, name: str) -> Factors:
         """Compute the inverses of the damped moments."""
+        return self._keeping(name, lambda: self._inverted(name))
+
+    def _inverted(self, name: str) -> Factors:
         if not all(self._counts[name]):
             raise CurvatureError(
                 f"{name}: its layer was not called while the data was read, or the loss does not depend on it; "
@@ -143,6 +147,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._kept.clear()
         for setting_name in ("factors", "structure"):
             own, saved = getattr(self.recipe, setting_name), curvature_entry(state, setting_name)
             if saved != own:
@@ -156,6 +161,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     @override
     def _merge(self, other: "KfacEstimate") -> None:
+        self._kept.clear()
         for name, moments in self._moments.items():
             for own, theirs in zip(moments[:2], other._moments[name][:2], strict=True):
                 own += theirs.to(own.device)

@@ -15,6 +15,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
+from fishleg_ext.common.triangular import inverse_factor
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, check_names, curvature_entry
 from fishleg_ext.curvature.kronecker import matrix_shape
 from fishleg_ext.observation.types import Observation
@@ -79,6 +80,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     @override
     def update(self, observation: Observation) -> None:
+        self._kept.clear()
         for name, (rows, (first, last)) in observation.inputs.items():
             outputs, size = self.layouts[name].num_blocks, rows.shape[2]
             gram = self._gram.get(name)
@@ -111,10 +113,16 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     def blocks(self, name: str) -> Blocks:
         """Compute one inverse for all rows; a convolution with groups has a copy for each row."""
-        inverse = self._inverse(name)
-        if len(inverse) > 1:
-            inverse = inverse.repeat_interleave(self.layouts[name].num_blocks // len(inverse), dim=0)
-        return Blocks(inverse)
+        return Blocks(self._of_rows(name, self._inverse(name)))
+
+    @override
+    def factored_blocks(self, name: str) -> Blocks:
+        fisher, damping = self._fisher(name)
+        # 1 where all inputs are zero.
+        fisher.diagonal(dim1=1, dim2=2).add_(torch.where(damping > 0, damping, 1)[:, None])
+        factor, factored = inverse_factor(fisher)
+        self._check_factored(name, factored)
+        return Blocks(self._of_rows(name, factor))
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
@@ -145,11 +153,13 @@ class LayerwiseEstimate(Estimate[Layerwise]):
                 raise ValueError(
                     f"expected curvature of {name} of shape [groups, {size}, {size}], got {list(gram.shape)}"
                 )
+        self._kept.clear()
         self._count = dict(counts)
         self._gram = {name: gram.to(self._like[name], copy=True) for name, gram in grams.items()}
 
     @override
     def _merge(self, other: "LayerwiseEstimate") -> None:
+        self._kept.clear()
         for name, gram in other._gram.items():
             own = self._gram.get(name)
             if own is None:
@@ -174,7 +184,15 @@ class LayerwiseEstimate(Estimate[Layerwise]):
         gram = self._gram[name] / self._count[name]
         return gram, self.recipe.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
 
+    def _of_rows(self, name: str, matrices: Tensor) -> Tensor:
+        """Repeat matrices of groups for each row, but for one that all rows share."""
+        rows = self.layouts[name].num_blocks
+        return matrices.repeat_interleave(rows // len(matrices), dim=0) if len(matrices) > 1 else matrices
+
     def _inverse(self, name: str) -> Tensor:
+        return self._keeping(name, lambda: (self._inverted(name),))[0]
+
+    def _inverted(self, name: str) -> Tensor:
         fisher, damping = self._fisher(name)
         # In units of its mean diagonal, so that all groups have the same damping; 1 where all inputs are zero.
         scale = torch.where(damping > 0, damping / self.recipe.damping, 1)[:, None, None]

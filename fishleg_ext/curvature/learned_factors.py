@@ -14,13 +14,22 @@ LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
 # M is computed anew by every batch whose moments take as many operations as that (over i^3, in float64), and else once
 # there are so many times the gradients of the last time.
 INVERSION, GROWTH = 5, 1.5
+# The lengths |M g_r|, of which a diagonal row factor is made, are measured along i / DIRECTIONS random directions, or
+# LEAST_DIRECTIONS if these are more; along others in each batch.
+DIRECTIONS, LEAST_DIRECTIONS = 8, 64
 
 
 def moment_operations(rows: int, cols: int, positions: int = 0) -> int:
     """Count the operations of both moments of one gradient [rows, cols], in factors of so many positions, or dense."""
+    directions = num_directions(cols)
     if not positions:
-        return 3 * rows * cols**2
-    return 4 * positions * cols**2 + 4 * positions**2 * (rows + cols)
+        return rows * cols**2 + 2 * rows * cols * directions
+    return 2 * positions * cols * (cols + directions) + 2 * positions**2 * (2 * rows + cols + directions)
+
+
+def num_directions(cols: int) -> int:
+    """Count the directions along which lengths of `cols` numbers are measured."""
+    return min(cols, max(LEAST_DIRECTIONS, cols // DIRECTIONS))
 
 
 class DenseGradients(NamedTuple):
@@ -44,7 +53,7 @@ class DenseGradients(NamedTuple):
         add_moment_(moment, by_col.flatten(0, 1), alpha)
 
     def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
-        """Add alpha * sum G M^2 G^T, or of its diagonal where the moment is a vector."""
+        """Add alpha * sum G M M^T G^T, or of its diagonal where the moment is a vector; M [i, any]."""
         product = self.values @ col
         if moment.dim() == 1:
             moment.add_(torch.linalg.vector_norm(product, dim=2).square_().sum(0), alpha=alpha)
@@ -79,7 +88,7 @@ class FactoredGradients(NamedTuple):
             moment.addmm_(self.inputs.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
 
     def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
-        """Add alpha * sum D^T (X M^2 X^T) D, or of its diagonal where the moment is a vector."""
+        """Add alpha * sum D^T (X M M^T X^T) D, or of its diagonal where the moment is a vector; M [i, any]."""
         by_col = self.inputs @ col
         weighted = (by_col @ by_col.mT) @ self.output_gradients  # [m, T, o]
         if moment.dim() == 1:
@@ -170,8 +179,9 @@ class LearnedFactors:
         if due := rescale or cheap or self.seen - self.carried >= GROWTH * (self.inverted - self.carried):
             self._invert_col()
         moment = torch.zeros_like(self.row_moment)
+        col = self._along_directions() if moment.dim() == 1 else self.col
         for part in grads:
-            part.add_row_moment_(moment, self.col, 1 / count)
+            part.add_row_moment_(moment, col, 1 / count)
         _update_mean_(self.row_moment, moment, weight, rescale)
         best = self._inverse(self.row_moment, self.col.square().sum())
         trace = diagonal_of(best).sum()
@@ -185,6 +195,16 @@ class LearnedFactors:
         if self.inverted < self.seen:
             self._invert_col()
         return Factors(self.row * self.trace, self.col)
+
+    def _along_directions(self) -> Tensor:
+        """Return M times random orthonormal directions, scaled so that E |g M|^2 is as of M; M where it is small."""
+        size = len(self.col)
+        number = num_directions(size)
+        if number == size:
+            return self.col
+        generator = torch.Generator().manual_seed(self.seen)
+        directions = torch.linalg.qr(torch.randn(size, number, generator=generator))[0] * (size / number) ** 0.5
+        return self.col @ directions.to(self.col)
 
     def _invert_col(self) -> None:
         best = self._inverse(self.col_moment, self.row.square().sum())

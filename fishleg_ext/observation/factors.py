@@ -18,7 +18,7 @@ from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
-from fishleg_ext.observation.products import Product
+from fishleg_ext.observation.products import ROW_BYTES, Product
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels
 from fishleg_ext.observation.verification import (
@@ -30,8 +30,6 @@ from fishleg_ext.observation.verification import (
     epsilon,
     tolerance,
 )
-
-ROW_BYTES = 2**25  # of inputs as rows, at a time
 
 
 class NoFactors(Exception):

@@ -12,7 +12,7 @@ from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
-from fishleg_ext.observation.products import Product
+from fishleg_ext.observation.products import ROW_BYTES, Product
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer, ProductRows
 from fishleg_ext.observation.verification import VERIFIED_SAMPLES, Signature, Verifier
@@ -165,7 +165,7 @@ class LayerObserver:
         parts = [x]
         if product.divisible:
             per_sample = rows(x[:1]).numel() * x.element_size()
-            parts = list(x.split(max(1, self.chunk_bytes // max(1, per_sample))))
+            parts = list(x.split(max(1, min(self.chunk_bytes, ROW_BYTES) // max(1, per_sample))))
         for part in parts:
             observed: dict[str, Any] = {what: {product.name: ProductRows(rows(part), product.outputs)}}
             self.observer.update(Observation(0, **observed))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.memory import MOST_ON_CPU
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
@@ -27,10 +28,6 @@ from fishleg_ext.observation.likelihoods import (
     sample_loss,
 )
 from fishleg_ext.observation.types import DrawLabels, Observer
-
-# Memory for gradients, or for unfolded layer inputs, beside the activations of at most CHUNK_SAMPLES samples. One
-# gradient is computed in any case.
-CHUNK_BYTES = 2**28
 
 
 def observe(
@@ -48,7 +45,7 @@ def observe(
     labels: str = "data",
     likelihood: Likelihood | None = None,
     seed: int = 0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = MOST_ON_CPU,
     progress: bool = False,
 ) -> int:
     """Feed a curvature model with gradients or layer inputs of the given weights.
@@ -69,7 +66,8 @@ def observe(
         likelihood: for labels="model"; a name of `LIKELIHOODS` or (outputs, generator) -> targets. May be None with
             cross_entropy.
         seed: of the sampled labels, and of PyTorch's RNG while the data is read.
-        chunk_bytes: memory for gradients or for unfolded inputs at a time.
+        chunk_bytes: memory for gradients or for inputs as rows at a time, beside the activations of at most
+            CHUNK_SAMPLES samples. One gradient is computed in any case.
         progress: show a progress bar.
 
     Returns:

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from fishleg_ext.common.orientation import Orientation
 
+ROW_BYTES = 2**25  # of inputs as rows, at a time: more are no faster
 Axes = list[tuple[int, int]]  # size and stride of dimensions
 
 

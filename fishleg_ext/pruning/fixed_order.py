@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.curvature import CurvatureError, Estimate
+from fishleg_ext.curvature import Estimate
 from fishleg_ext.sparsity.patterns import UNSTRUCTURED, Pattern
 
 COLUMNS = 128  # of which, unless a pattern is about fewer, the cheapest are chosen together
@@ -51,14 +51,12 @@ def fixed_order_prune(
     """
     kept, moved = {}, {}
     for name, weight in progress_bar(weights.items(), what="columns", show=progress):
-        layout, blocks = estimate.layouts[name], estimate.blocks(name)
-        factor, failed = torch.linalg.cholesky_ex(blocks.inverse.double())
-        if failed.any():
-            raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
+        layout, blocks = estimate.layouts[name], estimate.factored_blocks(name)
+        factor = blocks.inverse
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
         rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name) if biases else None, alive, is_weight)
-        rows = rows.to(blocks.inverse.dtype, copy=True)
-        keep = _sweep(rows, factor.mT.to(rows.dtype), alive, is_weight, num_pruned[name], layout.block_size, pattern)
+        rows = rows.to(factor.dtype, copy=True)
+        keep = _sweep(rows, factor, alive, is_weight, num_pruned[name], layout.block_size, pattern)
         swept, *bias = blocks.parts(layout, rows)
         kept[name] = layout.from_blocks(keep[:, : layout.block_size])
         moved[name] = swept.to(weight.dtype)
@@ -70,32 +68,68 @@ def fixed_order_prune(
 def _sweep(
     rows: Tensor, factor: Tensor, alive: Tensor, is_weight: Tensor, num_pruned: int, size: int, pattern: Pattern
 ) -> Tensor:
-    """Prune the first `size` columns of rows [K, B], in place, by U [K or 1, B, B]; which are kept, bool [K, B]."""
+    """Prune the first `size` columns of rows [K, B], in place, by U [K or 1, B, B]; which are kept, bool [K, B].
+
+    A panel of columns at a time, whose rest is updated by one matrix product; within it columns are contiguous.
+    """
     keep = torch.ones_like(alive)
     diagonal = factor.diagonal(dim1=1, dim2=2)  # [K or 1, B]
-    sizes, dead = is_weight.sum(0), (is_weight & ~alive).sum(0)  # of each column
-    step = pattern.m or pattern.group * max(1, COLUMNS // pattern.group)
-    for start in range(0, size, step):
-        part = slice(start, min(start + step, size))
-        # An equal share of what is left to prune, but at least the dead, and room for the dead that follow.
-        left, after = (pattern.max_count(int(sizes[i:].sum())) for i in (start, part.stop))
-        share = round(num_pruned * (left - after) / max(1, left))
-        count = min(max(share, int(dead[part].sum()), num_pruned - after), num_pruned - int(dead[part.stop :].sum()))
-        score = ops.obs_score(rows[:, part], diagonal[:, part].square().expand_as(rows[:, part]))
-        score = torch.where(alive[:, part], score, -torch.inf).masked_fill(~is_weight[:, part], torch.nan)
-        if (must_keep := pattern.must_keep(score)) is not None:
-            score = score.masked_fill(must_keep, torch.nan)
-        if pattern.group > 1:
-            score = score.unflatten(1, (-1, pattern.group)).sum(2)
-        count = round(count / pattern.group)
-        num_pruned -= count * pattern.group
-        keep[:, part] = ops.keep_mask([score], count)[0].repeat_interleave(pattern.group, dim=1)
-        multipliers = torch.zeros_like(rows[:, part])
-        for j in range(part.start, part.stop):
-            multiplier = torch.where(keep[:, j], 0, rows[:, j] / diagonal[:, j])  # [K]
-            rows[:, j : part.stop] -= multiplier[:, None] * factor[:, j, j : part.stop]
-            multipliers[:, j - start] = multiplier
+    sizes = _from_here(is_weight.sum(0))
+    regular = bool(alive[:, :size].all()) and bool(is_weight[:, :size].all())
+    dead = _from_here((is_weight & ~alive).sum(0))
+    unit = pattern.m or pattern.group
+    width = unit * max(1, COLUMNS // unit)
+    step = pattern.m or width  # columns among which the cheapest are chosen
+    for start in range(0, size, width):
+        part = slice(start, min(start + width, size))
+        panel = rows[:, part].mT.contiguous()  # [width, K]
+        multipliers = torch.zeros_like(panel)
+        for first in range(part.start, part.stop, step):
+            columns = slice(first, min(first + step, part.stop))
+            # An equal share of what is left to prune, but at least the dead, and room for the dead that follow.
+            left, after = (pattern.max_count(sizes[i]) for i in (first, columns.stop))
+            share = round(num_pruned * (left - after) / max(1, left))
+            count = max(share, dead[first] - dead[columns.stop], num_pruned - after)
+            count = min(count, num_pruned - dead[columns.stop])
+            here = panel[columns.start - start : columns.stop - start]  # [step, K]
+            chosen, pruned = _choose(
+                here.mT, diagonal[:, columns], alive[:, columns], is_weight[:, columns], count, pattern, regular
+            )
+            keep[:, columns] = chosen
+            num_pruned -= pruned
+            gone = (~chosen).mT.contiguous()
+            for j in range(columns.start, columns.stop):
+                multiplier = torch.where(gone[j - first], panel[j - start] / diagonal[:, j], 0)  # [K]
+                panel[j - start :].addcmul_(factor[:, j, j : part.stop].mT, multiplier, value=-1)
+                multipliers[j - start] = multiplier
+        rows[:, part] = panel.mT
         rest = factor[:, part, part.stop :]
-        rows[:, part.stop :] -= multipliers @ rest[0] if len(rest) == 1 else (multipliers[:, None] @ rest)[:, 0]
+        product = multipliers.mT @ rest[0] if len(rest) == 1 else (multipliers.mT[:, None] @ rest)[:, 0]
+        rows[:, part.stop :] -= product
     rows.masked_fill_(~keep, 0)
     return keep
+
+
+def _from_here(counts: Tensor) -> list[int]:
+    """Sum the counts of each column and of all that follow; one more, 0, at the end."""
+    return [*counts.flip(0).cumsum(0).flip(0).tolist(), 0]
+
+
+def _choose(
+    rows: Tensor, diagonal: Tensor, alive: Tensor, is_weight: Tensor, count: int, pattern: Pattern, regular: bool
+) -> tuple[Tensor, int]:
+    """Choose what is kept of some columns, bool [K, n], so that about `count` weights are pruned; and how many are.
+
+    Everything is alive, and a weight, if `regular`.
+    """
+    score = (rows / diagonal).square()  # twice the cost
+    if not regular:
+        score = torch.where(alive, score, -torch.inf).masked_fill(~is_weight, torch.nan)
+    if (must_keep := pattern.must_keep(score)) is not None:
+        if regular and count == rows.numel() // pattern.m * (pattern.m - pattern.n):  # all that may be pruned
+            return must_keep, count
+        score = score.masked_fill(must_keep, torch.nan)
+    if pattern.group > 1:
+        score = score.unflatten(1, (-1, pattern.group)).sum(2)
+    count = round(count / pattern.group)
+    return ops.keep_mask([score], count)[0].repeat_interleave(pattern.group, dim=1), count * pattern.group

@@ -100,7 +100,7 @@ def test_blocks_with_inverses_of_their_own_are_swept_each_by_its_own(generator, 
 def test_an_inverse_that_is_not_positive_definite_is_named(generator, monkeypatch):
     weight = torch.randn(2, 3, generator=generator)
     curvature, _ = estimated(torch.randn(40, 3, generator=generator), weight)
-    blocks = curvature.blocks("w")
-    monkeypatch.setattr(curvature, "blocks", lambda name: blocks._replace(inverse=-blocks.inverse))
+    fisher, damping = curvature._fisher("w")
+    monkeypatch.setattr(curvature, "_fisher", lambda name: (-fisher, damping))
     with pytest.raises(CurvatureError, match="w: the inverse is not positive definite"):
         fixed_order_prune(curvature, {"w": weight}, {"w": torch.ones(2, 3, dtype=torch.bool)}, {"w": 3})
