@@ -1,6 +1,7 @@
 """The empirical Fisher matrix of all weights at once, as its gradients: M-FAC."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,9 +25,10 @@ COLUMNS = 8192
 class LowRankFisher(Curvature):
     """F = damping I + G^T G / m over m gradients, the rows of G [m, d], with every weight correlated with every other.
 
-    Frantar et al., M-FAC, NeurIPS 2021. F^-1 = (I - G^T C^-1 G) / damping with C = m damping I + G G^T, by one m x m
-    Cholesky factorisation. Holds all gradients, m * d * 4 bytes. What is left of a weight's inverse after
-    subtracting from 1 can be as small as 1 / cond(F), so these products are taken in float64, a few columns at a time.
+    Frantar et al., M-FAC, NeurIPS 2021. F^-1 = (I - W^T W) / damping with W = L^-1 G and L the Cholesky factor of
+    m damping I + G G^T, [m, m]. W takes the place of G once it is asked for, so that the diagonal is one pass over it
+    and a product two; m * d * 4 bytes are held, and no second copy. G G^T, L and W, of which an inverse keeps what is
+    left after subtracting from 1, are computed in float64, a few columns at a time.
 
     Args:
         block_size: of the diagonal blocks of F^-1 that exact elimination takes; blocks are compensated separately.
@@ -57,78 +59,79 @@ class LowRankFisher(Curvature):
 
 
 class LowRankEstimate(Estimate[LowRankFisher]):
-    """All gradients G [m, d], and the Cholesky factor of C once it is asked for."""
+    """All gradients G [m, d], or W in their place once the inverse is asked for."""
 
     def __init__(self, recipe: LowRankFisher, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
         super().__init__(recipe, weights, *args, **options)
         self._chunks: dict[str, list[Tensor]] = {name: [] for name in weights}  # [chunk, n] each
         self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
-        self._factor: Tensor | None = None
-        self._diagonal: dict[str, Tensor] | None = None
+        self._factor: Tensor | None = None  # L, where W is in the place of G
 
     @override
     def update(self, observation: Observation) -> None:
+        self._restore_gradients()
         for name, grads in observation.gradients.items():
             # A copy: the observer's tensor may be a view of a larger one, or be written again.
             kept = grads.flatten(1).to(self._like[name].dtype, copy=True)
             self._chunks[name].append(kept)
-        self._forget_derived()
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return (v - G^T C^-1 G v) / damping."""
-        factor = self._cholesky()
-        projected = torch.zeros(len(factor), dtype=torch.float64, device=factor.device)
+        """Return (v - W^T W v) / damping; sums over columns in float64."""
+        projected: Tensor | float = 0.0
         for name, x in v.items():
             for columns, part in self._columns(name):
-                projected += part @ x.flatten()[columns].double()
-        solved = torch.cholesky_solve(projected[:, None], factor)[:, 0]
+                projected = projected + (part @ x.flatten()[columns].to(part.dtype)).double()
+        projected = torch.as_tensor(projected)
         result = {}
         for name, x in v.items():
             flat = torch.empty(x.numel(), dtype=self._like[name].dtype, device=x.device)
             for columns, part in self._columns(name):
-                flat[columns] = (x.flatten()[columns].double() - solved @ part) / self.recipe.damping
-            result[name] = flat.reshape(x.shape)
+                flat[columns] = x.flatten()[columns] - projected.to(part) @ part
+            result[name] = flat.div_(self.recipe.damping).reshape(x.shape)
         return result
 
     def diag(self) -> dict[str, Tensor]:
-        """Return (1 - |L^-1 g_i|^2) / damping for each column g_i of G, with L the Cholesky factor of C.
-
-        m^2 operations a weight, so the result is kept.
-        """
-        if self._diagonal is None:
-            self._diagonal = self._compute_diagonal()
-        return dict(self._diagonal)
+        """Return (1 - |w_i|^2) / damping for each column w_i of W."""
+        result = {}
+        for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
+            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=self._like[name].device)
+            for columns, part in self._columns(name):
+                squares = torch.linalg.vector_norm(part, dim=0, dtype=torch.float64).square_()
+                flat[columns] = ((1 - squares) / self.recipe.damping).to(flat.dtype)
+            result[name] = flat.reshape(layout.shape)
+        return result
 
     def blocks(self, name: str) -> Blocks:
-        """Compute (I - (L^-1 G_b)^T (L^-1 G_b)) / damping for each block b of columns."""
-        factor, layout = self._cholesky(), self.layouts[name]
+        """Compute (I - W_b^T W_b) / damping for each block b of columns."""
+        layout = self.layouts[name]
         size, like = layout.block_size, self._like[name]
         inverse = torch.empty(layout.num_blocks, size, size, dtype=like.dtype, device=like.device)
         step = max(1, COLUMNS // size)
-        grads = self._gradients(name)
+        whitened = self._whitened(name)
         identity = torch.eye(size, dtype=torch.float64, device=like.device)
         for start in range(0, layout.num_blocks, step):
-            part = grads[:, start * size : (start + step) * size].double()
+            part = whitened[:, start * size : (start + step) * size].double()
             part = torch.nn.functional.pad(part, (0, -part.shape[1] % size))
-            whitened = torch.linalg.solve_triangular(factor, part, upper=False)
-            whitened = whitened.unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, m, B]
-            inverse[start : start + step] = (identity - whitened.mT @ whitened) / self.recipe.damping
+            part = part.unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, m, B]
+            inverse[start : start + step] = (identity - part.mT @ part) / self.recipe.damping
         return Blocks(inverse)
 
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
-        """Return 1/2 (damping |dw|^2 + |G dw|^2 / m)."""
+        """Return 1/2 (damping |dw|^2 + |G dw|^2 / m), G dw being L W dw."""
         product: Tensor | float = 0.0
         norm, m = 0.0, 1
         for name, dw in step.items():
-            flat = dw.flatten().double()
-            norm += float(flat.square().sum())
+            flat = dw.flatten()
+            norm += float(flat.double().square().sum())
             for columns, part in self._columns(name):
-                product, m = product + part @ flat[columns], len(part)
-        return 0.5 * (self.recipe.damping * norm + float(torch.as_tensor(product).square().sum()) / max(1, m))
+                product, m = product + (part @ flat[columns].to(part.dtype)).double(), len(part)
+        assert self._factor is not None
+        squared = float((self._factor @ product).square().sum()) if isinstance(product, Tensor) else 0.0
+        return 0.5 * (self.recipe.damping * norm + squared / m)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all gradients, [m, n] for each parameter."""
-        return {"gradients": {name: self._gradients(name) for name in self._chunks}}
+        """Return all gradients, [m, n] for each parameter; or W, and the factor it was made with."""
+        return {"gradients": {name: self._joined(name) for name in self._chunks}, "factor": self._factor}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,59 +142,72 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         kept = {name: like.new_empty(max(counts, default=0), like.shape[1]) for name, like in self._like.items()}
         load_tensors(kept, saved)
         self._chunks = {name: [grads] for name, grads in kept.items()}
-        self._forget_derived()
+        factor = state.get("factor")  # which states of 0.1 do not have
+        self._factor = None if factor is None else factor.to(next(iter(kept.values())).device, copy=True)
 
     @override
     def _merge(self, other: "LowRankEstimate") -> None:
+        self._restore_gradients()
+        other._restore_gradients()
         for name in self._chunks:
-            self._chunks[name].append(other._gradients(name).to(self._like[name], copy=True))
-        self._forget_derived()
+            self._chunks[name].append(other._joined(name).to(self._like[name], copy=True))
 
-    def _forget_derived(self) -> None:
-        """Drop what was derived from other gradients."""
-        self._factor = None
-        self._diagonal = None
-
-    def _gradients(self, name: str) -> Tensor:
-        """Join the gradients of one parameter, [m, n]."""
+    def _joined(self, name: str) -> Tensor:
+        """Join the chunks of one parameter, [m, n]."""
         chunks = self._chunks[name]
         if len(chunks) != 1:  # join them once
             self._chunks[name] = chunks = [torch.cat([self._like[name], *chunks])]
         return chunks[0]
 
-    def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the gradients of one parameter in float64, a few columns at a time."""
-        grads = self._gradients(name)
-        for start in range(0, grads.shape[1], COLUMNS):
-            columns = slice(start, start + COLUMNS)
-            yield columns, grads[:, columns].double()
+    def _whitened(self, name: str) -> Tensor:
+        """Return W of one parameter, [m, n]."""
+        if self._factor is None:
+            factor = self._cholesky()
+            for own in progress_bar(self._chunks, what="whitening", show=self.progress):
+                self._multiply(own, functools.partial(_solved, factor))
+            self._factor = factor
+        return self._joined(name)
 
-    def _compute_diagonal(self) -> dict[str, Tensor]:
-        factor = self._cholesky()
-        result = {}
-        for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
-            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=factor.device)
-            for columns, part in self._columns(name):
-                whitened = torch.linalg.solve_triangular(factor, part, upper=False)
-                flat[columns] = (1 - whitened.square().sum(0)) / self.recipe.damping
-            result[name] = flat.reshape(layout.shape)
-        return result
+    def _restore_gradients(self) -> None:
+        """Put G = L W in the place of W."""
+        if (factor := self._factor) is not None:
+            for name in self._chunks:
+                self._multiply(name, lambda part: factor @ part)
+            self._factor = None
+
+    def _multiply(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held of one parameter by a function of its columns in float64, in place."""
+        held = self._joined(name)
+        for start in range(0, held.shape[1], COLUMNS):
+            columns = held[:, start : start + COLUMNS]
+            columns.copy_(function(columns.double()))
+
+    def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield W of one parameter, a few columns at a time, so that sums are of few numbers."""
+        whitened = self._whitened(name)
+        for start in range(0, whitened.shape[1], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            yield columns, whitened[:, columns]
 
     def _cholesky(self) -> Tensor:
         """Return the Cholesky factor of C, [m, m], float64."""
-        if self._factor is None:
-            gram: Tensor | None = None
-            for name in progress_bar(self._chunks, what="gradient products", show=self.progress):
-                for _, part in self._columns(name):
-                    gram = part @ part.mT if gram is None else gram.addmm_(part, part.mT)
-            if gram is None:
-                raise CurvatureError("low_rank has no weights")
-            gram.diagonal().add_(len(gram) * self.recipe.damping)
-            self._factor, failed = torch.linalg.cholesky_ex(gram)
-            if failed:
-                self._factor = None
-                names = ", ".join(self._chunks)
-                raise CurvatureError(
-                    f"the low-rank Fisher of {names} is not positive definite with damping {self.recipe.damping:g}"
-                )
-        return self._factor
+        gram: Tensor | None = None
+        for name in progress_bar(self._chunks, what="gradient products", show=self.progress):
+            held = self._joined(name)
+            for start in range(0, held.shape[1], COLUMNS):
+                part = held[:, start : start + COLUMNS].double()
+                gram = part @ part.mT if gram is None else gram.addmm_(part, part.mT)
+        if gram is None:
+            raise CurvatureError("low_rank has no weights")
+        gram.diagonal().add_(len(gram) * self.recipe.damping)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            names = ", ".join(self._chunks)
+            raise CurvatureError(
+                f"the low-rank Fisher of {names} is not positive definite with damping {self.recipe.damping:g}"
+            )
+        return factor
+
+
+def _solved(factor: Tensor, columns: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(factor, columns, upper=False)

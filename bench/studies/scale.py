@@ -1,0 +1,205 @@
+"""Prunes networks of 10^4 to 10^7 weights by every method: CPU seconds and peak memory of each stage, and their floors.
+
+    python bench/studies/scale.py --data DIR [--networks mlp256 resnet20 ...] [--methods block fishleg ...] [--out FILE]
+
+Each pruning runs in a process of its own, whose peak memory is measured. CPU seconds are of all threads. The floor of a
+stage is its arithmetic, counted below, at the rate of a matrix product of 1,024 x 1,024 in the same process; a stage
+that moves memory more than it computes is further from it. Networks are MLPs of three layers of some width on random
+data (`mlp256`), and those of `cifar10.py`, whose accuracy on the 10,000 test images is measured as well. DIR is that
+of `resnet20.py`, with `models/resnet18_cifar10.pt` (a state dict of `cifar10.ResNet18`).
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fishleg_ext import Pruner
+from fishleg_ext.bench.studies import cifar10
+from fishleg_ext.bench.studies.resnet20 import machine, peak_memory
+
+METHODS: dict[str, dict[str, Any]] = {
+    "identity": {"curvature": "identity"},
+    "diagonal": {"curvature": "diagonal"},
+    "block": {"curvature": "block"},
+    "low_rank": {"curvature": "low_rank"},
+    "kronecker": {"curvature": "kronecker"},
+    "layerwise": {"curvature": "layerwise"},
+    "fixed_order": {"curvature": "layerwise", "saliency": "fixed_order"},
+    "layerwise by block": {"curvature": "layerwise", "allocation": "block"},
+    "fishleg": {"curvature": "fishleg"},
+}
+NETWORKS = ("mlp256", "mlp512", "mlp1024", "mlp2048", "resnet20", "resnet18")
+SPARSITIES = (0.9, 0.8, 0.95)
+SHARED = {"layerwise", "kronecker", "fishleg"}  # curvature whose rows share an inverse
+
+
+def network(name: str, folder: Path) -> tuple[nn.Module, list[Any], Callable[[nn.Module], float] | None, Any]:
+    """A network, data, how accurate it is, and which parameters are pruned."""
+    torch.manual_seed(0)
+    if name.startswith("mlp"):
+        width = int(name.removeprefix("mlp"))
+        sizes = [64, width, width, width]
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        data = [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(32)]
+        return nn.Sequential(*layers, nn.Linear(width, 10)), data, None, None
+    model = {"resnet20": cifar10.ResNet20, "resnet18": cifar10.ResNet18}[name]()
+    state = torch.load(folder / "models" / f"{name}_cifar10.pt", weights_only=True)
+    model.load_state_dict(state)
+    inputs = cifar10.RESNET20_INPUTS if name == "resnet20" else cifar10.RESNET18_INPUTS
+    cifar = cifar10.Cifar10(folder / "cifar10", inputs)
+    params = cifar10.WEIGHTS if name == "resnet20" else None
+    return model.eval(), cifar.training_batches(0, 2048), cifar.accuracy, params
+
+
+def floors(model: nn.Module, pruner: Pruner, data: list[Any], method: str) -> dict[str, float]:
+    """Operations of each stage, at least: see the module's docstring."""
+    options = METHODS[method]
+    curvature, saliency = options["curvature"], options.get("saliency")
+    count = pruner.estimator.num_grads
+    with FlopCounterMode(display=False) as counter:
+        model(data[0][0][:1])
+    passes = 0 if curvature == "identity" else 1 if curvature == "layerwise" else 3
+    observation = float(counter.get_total_flops() * passes * count)
+    eliminated = compensated = 0.0
+    sizes = _positions(model, data)
+    for name, weight in pruner.weights.items():
+        out, fan_in, positions = len(weight), weight[0].numel(), sizes[name]
+        if curvature == "block":
+            observation += weight.numel() * 128 * count
+            eliminated += weight.numel() * 128**2 * (1 / 3 + 1)  # and the inverses
+            compensated += weight.numel() * 128**2 * 0.9**3 / 3
+        elif curvature == "low_rank":
+            observation += weight.numel() * 2 * positions * count
+            eliminated += weight.numel() * count * (2 + count)
+            compensated += weight.numel() * count * 4
+        elif curvature in SHARED:
+            observation += positions * fan_in**2 * count if curvature != "fishleg" else 0
+            if curvature == "fishleg":
+                observation += min(positions * 2, out) * fan_in**2 * 1.25 * count
+            inverted = float(fan_in**3)
+            eliminated += out * fan_in**2 if saliency == "fixed_order" else out * fan_in**3 / 3
+            eliminated += 2 / 3 * inverted if saliency == "fixed_order" else inverted
+            compensated += 0 if saliency == "fixed_order" else 2 * inverted + out * fan_in**2
+    if saliency == "fixed_order":
+        return {"observation": observation, "compensation": eliminated}
+    return {"observation": observation, "saliency": eliminated, "compensation": compensated}
+
+
+def _positions(model: nn.Module, data: list[Any]) -> dict[str, int]:
+    """Name of a weight -> rows that one sample makes of its inputs."""
+    found: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+
+            def note(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                found[f"{name}.weight"] = output[0].numel() // len(module.weight)  # type: ignore[arg-type]
+
+            handles.append(module.register_forward_hook(note))
+    model(data[0][0][:1])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def gemm_rate() -> float:
+    """Operations a CPU second of a product of two float32 matrices."""
+    a, best = torch.randn(1024, 1024), float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        a @ a
+        best = min(best, time.process_time() - start)
+    return 2 * 1024**3 / best
+
+
+def run(name: str, method: str, folder: Path, sparsities: list[float]) -> Iterator[dict[str, Any]]:
+    """Prune to each sparsity by one estimate."""
+    time.perf_counter, wall = time.process_time, time.perf_counter  # which the stages are timed with
+    warnings.simplefilter("ignore")
+    model, data, accuracy, params = network(name, folder)
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    rate, start = gemm_rate(), wall()
+    pruner = Pruner(model, params=params, progress=False, **METHODS[method])
+    pruner.estimate(data, F.cross_entropy)
+    estimators, estimating = (pruner.estimator, pruner.allocator), dict(pruner._timed.seconds)
+    estimated = wall() - start
+    counted = floors(model, pruner, data, method)
+    for sparsity in sparsities:
+        model.load_state_dict(dense)
+        pruner = Pruner(model, params=params, progress=False, **METHODS[method])
+        pruner.estimator, pruner.allocator = estimators
+        start = wall()
+        result = pruner.prune_to(sparsity)
+        stages = estimating | {key: estimating.get(key, 0) + s for key, s in result.history[-1]["seconds"].items()}
+        yield {
+            "network": name,
+            "method": method,
+            "weights": sum(weight.numel() for weight in pruner.weights.values()),
+            "sparsity": sparsity,
+            "stages": stages,
+            "seconds": estimated + wall() - start,
+            "floors": {stage: operations / rate for stage, operations in counted.items()},
+            "peak_mib": peak_memory(),
+            "accuracy": accuracy(model) if accuracy else None,
+        }
+
+
+def main() -> None:
+    """Run each pruning in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        torch.set_num_threads(arguments.threads)
+        sparsities = list(arguments.sparsities)
+        for record in run(arguments.networks[0], arguments.methods[0], arguments.data, sparsities):
+            print(json.dumps(record), flush=True)
+        return
+    records: list[dict[str, Any]] = []
+    for name in arguments.networks:
+        for method in arguments.methods:
+            command = [sys.executable, __file__, "--one", "--data", str(arguments.data), "--networks", name]
+            command += ["--methods", method, "--threads", str(arguments.threads), "--sparsities"]
+            command += [str(s) for s in (arguments.sparsities if name.startswith("resnet") else [0.9])]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{name}, {method}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            records += map(json.loads, done.stdout.splitlines())
+            if arguments.out:
+                arguments.out.write_text(json.dumps({"machine": machine(), "runs": records}, indent=1) + "\n")
+    print(tabulate(list(map(row, records)), headers="keys", floatfmt=".3g"))
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table: each stage in CPU seconds, and in brackets how many times its floor."""
+    stages = {}
+    for stage in ("observation", "allocation", "saliency", "selection", "compensation"):
+        seconds, floor = record["stages"].get(stage), record["floors"].get(stage)
+        if seconds is not None:
+            stages[stage] = f"{seconds:.2f}" + (f" ({seconds / floor:.1f})" if floor else "")
+    keys = ("network", "method", "weights", "sparsity")
+    total = {"CPU seconds": sum(record["stages"].values()), "wall": record["seconds"], "peak MiB": record["peak_mib"]}
+    return {key: record[key] for key in keys} | stages | total | {"accuracy": record["accuracy"]}
+
+
+if __name__ == "__main__":
+    main()
