@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.memory import chunk_bytes
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.state import state_entry
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.gradients import gradient_bytes
@@ -179,8 +179,9 @@ class Estimator:
     def is_conditioned_on(self, masks: Mapping[str, Tensor]) -> bool:
         """Whether the inverse is that of the sub-matrix of the weights kept by these masks."""
         if not self.recipe.conditions_on_masks:
-            return all(bool(mask.all()) for mask in masks.values())
-        return all(torch.equal(mask, masks[name]) for name, mask in self._masks.items())
+            return not any(read((~mask).any() for mask in masks.values()))
+        pairs = ((mask, masks[name]) for name, mask in self._masks.items())
+        return not any(read((mask != other).any() for mask, other in pairs if mask is not other))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curvature, if it is held."""

@@ -30,7 +30,7 @@ from fishleg_ext.sparsity.flops import flops_per_weight
 from fishleg_ext.sparsity.masks import Masks
 from fishleg_ext.sparsity.parameters import (
     biases_of,
-    check_weight,
+    check_weights,
     choose_parameters,
     orientations_of,
     own_names,
@@ -472,7 +472,7 @@ class Pruner:
         for name, weight in self.weights.items():
             if named.get(name) is not weight:
                 raise RuntimeError(f"{name} was replaced in the model since this Pruner was made; make a new one")
-            check_weight(name, weight)
+        check_weights(self.weights)
 
     def _implementation(self) -> contextlib.AbstractContextManager[None]:
         """The one asked for; "auto" leaves a `use_impl` around this in force."""

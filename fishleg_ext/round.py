@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.estimator import Estimator, Stopwatch
 from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.first_order import FirstOrderStep
@@ -73,9 +74,9 @@ class Round:
             chosen |= kept
             updated |= moved
             increase += cost
-        for name, weight in updated.items():
-            if not weight.isfinite().all():
-                raise ValueError(f"compensating for what was pruned of {name} gave NaN or inf; use more damping")
+        finite = read_by_name({name: weight.isfinite().all() for name, weight in updated.items()})
+        if bad := [name for name, yes in finite.items() if not yes]:
+            raise ValueError(f"compensating for what was pruned of {bad[0]} gave NaN or inf; use more damping")
         for name, value in self.estimator.as_parameters(updated).items():
             self.estimator.model.get_parameter(name).copy_(value)
         masks |= self.estimator.as_parameters(chosen)
@@ -92,7 +93,7 @@ class Round:
     def _costs(self, estimator: Estimator, solver: Solver, group: list[str], stage: str) -> dict[str, Costs]:
         """Return the costs of one group; a function of its own, so that no estimate outlives the next one's start."""
         problem = self._problem(estimator, group)  # which times the observation
-        with self.timed(stage):
+        with self.timed(stage), problem.estimate.checking_later():
             costs = solver.costs(problem)
         self.damping_raised |= problem.estimate.damping_raised
         return costs
@@ -108,7 +109,7 @@ class Round:
         problem = self._problem(self.estimator, group)
         names = {key: self.bias_names.get(key, key) for key in problem.biases}
         before = {**problem.weights, **{names[key]: bias for key, bias in problem.biases.items()}}
-        with self.timed("compensation"):
+        with self.timed("compensation"), problem.estimate.checking_later():
             if self.solver.sweeps:
                 assert isinstance(counts, Mapping)
                 kept, moved = self.solver.sweep(problem, counts)

@@ -1,9 +1,10 @@
 """Says what every curvature model can do: a recipe holds settings, an estimate what was observed under them."""
 
+import contextlib
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from fishleg_ext.common.arguments import checked_count, one_of
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.settings import Settings, setting
 from fishleg_ext.common.state import state_entry
+from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.likelihoods import Likelihood, checked_likelihood
 from fishleg_ext.observation.types import Observation
 
@@ -232,6 +234,7 @@ class Estimate(ABC, Generic[Recipe]):
         self.damping_raised: dict[str, int] = {}
         self.keep_bytes = 0
         self._kept: dict[str, tuple[Any, ...]] = {}
+        self._unchecked: list[_Inverted] | None = None
 
     @property
     def observes(self) -> frozenset[str]:
@@ -314,6 +317,21 @@ class Estimate(ABC, Generic[Recipe]):
         if not factored.all():
             raise CurvatureError(f"{name}: the inverse is not positive definite to rounding; use more damping")
 
+    @contextlib.contextmanager
+    def checking_later(self) -> Iterator[None]:
+        """Look at the end at what all inversions of this block say, so that a GPU is waited for once.
+
+        Raises:
+            CurvatureError: a matrix had no inverse; what was computed from it is NaN.
+        """
+        pending: list[_Inverted] = []
+        self._unchecked = pending
+        try:
+            yield
+        finally:
+            self._unchecked = None
+        self._look(pending)
+
     def _check_inverted(self, name: str, info: Tensor, damping: float, what: str) -> None:
         """Note where damping was raised, with a warning; CurvatureError where a matrix has no inverse all the same.
 
@@ -323,19 +341,37 @@ class Estimate(ABC, Generic[Recipe]):
             damping: that was asked for.
             what: was inverted, in the plural.
         """
-        if failed := int((info < 0).sum()):
-            raise CurvatureError(
-                f"{name}: {failed} of {len(info)} {what} cannot be inverted, even with damping raised from "
-                f"{damping:g} twelve times; use a larger damping, or more gradients"
-            )
-        raised = int((info > 0).sum())
-        if raised and name not in self.damping_raised:
-            self.damping_raised[name] = raised
-            warnings.warn(
-                f"{name}: {raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it was "
-                f"raised tenfold up to {int(info.max())} times for these",
-                stacklevel=3,
-            )
+        if info.numel():
+            (self._look if self._unchecked is None else self._unchecked.extend)([_Inverted(name, info, damping, what)])
+
+    def _look(self, inverted: "list[_Inverted]") -> None:
+        numbers = (
+            count for each in inverted for count in ((each.info < 0).sum(), (each.info > 0).sum(), each.info.max())
+        )
+        counts = list(map(int, read(numbers)))
+        for i, (name, info, damping, what) in enumerate(inverted):
+            failed, raised, most = counts[3 * i : 3 * i + 3]
+            if failed:
+                raise CurvatureError(
+                    f"{name}: {failed} of {len(info)} {what} cannot be inverted, even with damping raised from "
+                    f"{damping:g} twelve times; use a larger damping, or more gradients"
+                )
+            if raised and name not in self.damping_raised:
+                self.damping_raised[name] = raised
+                warnings.warn(
+                    f"{name}: {raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it "
+                    f"was raised tenfold up to {most} times for these",
+                    stacklevel=3,
+                )
+
+
+class _Inverted(NamedTuple):
+    """What an inversion says."""
+
+    name: str
+    info: Tensor
+    damping: float
+    what: str
 
 
 def curvature_entry(state: Mapping[str, Any], key: str) -> Any:

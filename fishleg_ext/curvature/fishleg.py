@@ -1,8 +1,8 @@
 """The learned inverse Fisher matrix of FishLeg."""
 
+import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -293,16 +293,18 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
             return self._descended[name].factors()
         learned = self._learned[name]
         factors = learned.factors()
-        if bool(learned.failed):
-            raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
-        if bool(learned.raised) and name not in self.damping_raised:
-            self.damping_raised[name] = 1
-            warnings.warn(
-                f"{name}: damping {self.recipe.damping:g} is less than the rounding of a Kronecker factor, which was "
-                "damped by as much as that",
-                stacklevel=2,
-            )
+        info = torch.where(torch.as_tensor(learned.failed) != 0, -1, torch.as_tensor(learned.raised))
+        self._check_inverted(name, info.reshape(1), self.recipe.damping, "Kronecker factors")
         return factors
+
+    @contextlib.contextmanager
+    def checking_later(self) -> Iterator[None]:
+        """Look at the end at what all inversions of this block say, those of other structures as well."""
+        with contextlib.ExitStack() as stack:
+            for other in self._others.values():
+                stack.enter_context(other.checking_later())
+            stack.enter_context(super().checking_later())
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """Return factors, their moments and how many gradients went into them; with Adam its state, too."""

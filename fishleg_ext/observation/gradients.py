@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.factors import FactorObserver, GradientFactors, LazyGradients, NoFactors
 from fishleg_ext.observation.forward import call, scalar_loss
@@ -109,8 +110,8 @@ class GradientObserver:
     def check(self) -> None:
         """Raise ValueError where gradients had NaN or inf, by name of the parameter."""
         self._nonzero = bool(self._nonzero) or self._nonzero
-        if self._sums and not torch.stack(list(self._sums.values())).isfinite().all():
-            bad = [name for name, total in self._sums.items() if not total.isfinite()]
+        finite = read_by_name({name: total.isfinite() for name, total in self._sums.items()})
+        if bad := [name for name, yes in finite.items() if not yes]:
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
 
     def _getter(

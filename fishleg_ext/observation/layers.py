@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction
@@ -40,12 +42,24 @@ class LayerObserver:
         self.chunk_bytes, self.orientations = chunk_bytes, orientations
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.backward = "output_gradients" in observer.observes
-        self.any_nonzero: bool | None = None  # of the output gradients, where there are any
+        self._nonzero: Tensor | None = None  # of the output gradients, where there are any
+        self._sums: dict[str, Tensor] = {}
         self._verifier = Verifier(model, self.weights, orientations, biases)
         self._verified: set[tuple[bool, Signature]] = set()  # with several samples together, or one
         self._losses = SampleLosses(loss_fn)
         self._together: bool | None = None
         self._looked_up: set[str] = set()
+
+    @property
+    def any_nonzero(self) -> bool:
+        """Whether any output gradient so far is not zero, or there was none."""
+        return self._nonzero is None or bool(self._nonzero)
+
+    def check(self) -> None:
+        """Raise ValueError where inputs or output gradients had NaN or inf, by name of the parameter."""
+        finite = read_by_name({name: total.isfinite() for name, total in self._sums.items()})
+        if bad := [name for name, yes in finite.items() if not yes]:
+            raise ValueError(f"the {bad[0]} contain NaN or inf")
 
     def run(self, chunk: Chunk) -> None:
         """Observe some samples."""
@@ -127,7 +141,7 @@ class LayerObserver:
         for product, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue  # the loss does not depend on it, so that its inputs do not count either
-            self.any_nonzero = bool(self.any_nonzero) or bool(gradient.any())
+            self._nonzero = gradient.any() if self._nonzero is None else gradient.any() | self._nonzero
             self._observe(product, "output_gradients", gradient)
             if "inputs" in self.observer.observes:
                 self._observe_inputs(product)
@@ -157,10 +171,10 @@ class LayerObserver:
         self._observe(product, "inputs", product.inputs)
 
     def _observe(self, product: Product, what: str, x: Tensor) -> None:
-        if not x.sum().isfinite() and not x.isfinite().all():  # a sum may overflow
-            raise ValueError(f"the {what.replace('_', ' ')} of the layer of {product.name} contain NaN or inf")
         if not x.numel():
             return
+        key = f"{what.replace('_', ' ')} of the layer of {product.name}"
+        self._sums[key] = self._sums.get(key, 0) + x.sum(dtype=widened(x.dtype))
         rows = product.input_rows if what == "inputs" else product.output_rows
         parts = [x]
         if product.divisible:

@@ -152,11 +152,19 @@ def observe(
                 model, loss_fn, weights, observer, draw, chunk_bytes, orientations or {}, biases or {}
             )
             for chunk in read(size=CHUNK_SAMPLES):
-                layers.run(chunk)
+                try:
+                    layers.run(chunk)
+                except RuntimeError:  # of what is not finite, perhaps
+                    layers.check()
+                    raise
+                number += 1
+                if number & (number - 1) == 0:
+                    layers.check()
                 used += chunk.samples
                 bar.update(chunk.samples)
+            layers.check()
             used = -(-used // grad_batch_size)
-            nonzero = layers.any_nonzero is not False
+            nonzero = layers.any_nonzero
     if used == 0:
         raise ValueError("expected data that yields at least one sample, got none; can it be read again?")
     if not nonzero:

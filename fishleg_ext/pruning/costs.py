@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.waiting import read
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Costs:
 
 def total_cost(costs: Mapping[str, Costs], masks: Mapping[str, Tensor]) -> float:
     """Sum the costs of the weights that were alive and whose mask (name -> bool tensor) is now False."""
-    total = 0.0
+    totals = []
     for name, c in costs.items():
         pruned = c.alive & ~c.layout.to_blocks(masks[name])
-        total += float(torch.where(pruned, c.cost, 0).sum(dtype=torch.float64))
-    return total
+        totals.append(torch.where(pruned, c.cost, 0).sum(dtype=torch.float64))
+    return sum(read(totals))

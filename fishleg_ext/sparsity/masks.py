@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fishleg_ext import ops
 from fishleg_ext.common.arguments import checked_type
+from fishleg_ext.common.waiting import read, read_by_name
 from fishleg_ext.ops import checks
 
 
@@ -58,12 +59,13 @@ class Masks(Mapping[str, Tensor]):
     def pruned_counts(self) -> dict[str, int]:
         """Name -> how many entries are False."""
         if not self._pruned_counts:
-            self._pruned_counts = {name: mask.numel() - int(mask.sum()) for name, mask in self.items()}
+            kept = read_by_name({name: mask.sum() for name, mask in self.items()})
+            self._pruned_counts = {name: mask.numel() - int(kept[name]) for name, mask in self.items()}
         return dict(self._pruned_counts)
 
     def num_revived(self) -> int:
         """How many pruned entries of the parameters are not zero, as before `apply`."""
-        return sum(int(((self.weights[name].detach() != 0) & ~mask).sum()) for name, mask in self.items())
+        return int(sum(read(((self.weights[name].detach() != 0) & ~mask).sum() for name, mask in self.items())))
 
     def warn_of_revived(self) -> None:
         """Warn where pruned entries of the parameters are not zero."""

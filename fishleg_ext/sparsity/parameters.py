@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read_by_name
 
 T = TypeVar("T")
 ParameterChoice = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
@@ -62,8 +63,7 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
         chosen = {name: p for name, p in named.items() if name in names}
         if not chosen:
             raise ValueError("expected params to name at least one parameter, got an empty list")
-    for name, parameter in chosen.items():
-        check_weight(name, parameter)
+    check_weights(chosen)
     return chosen
 
 
@@ -202,8 +202,16 @@ def own_names(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
     return {names[id(aliases[key])] if key in aliases else key: value for key, value in values.items()}
 
 
-def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Raise unless the weight is dense, real, floating point and finite."""
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless all weights are dense, real, floating point and finite."""
+    for name, weight in weights.items():
+        _check_kind(name, weight)
+    finite = read_by_name({name: weight.isfinite().all() for name, weight in weights.items()})
+    if bad := [name for name, yes in finite.items() if not yes]:
+        raise ValueError(f"{bad[0]} contains NaN or inf")
+
+
+def _check_kind(name: str, weight: torch.Tensor) -> None:
     if weight.layout is not torch.strided:
         raise TypeError(f"expected {name} to be a dense (strided) tensor, got {weight.layout}")
     if not weight.is_floating_point():
@@ -212,8 +220,6 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise TypeError(f"expected {name} to hold values, got a tensor on the meta device")
     if not weight.numel():
         raise ValueError(f"expected {name} to hold weights, got a tensor of shape {list(weight.shape)}")
-    if not weight.isfinite().all():
-        raise ValueError(f"{name} contains NaN or inf")
 
 
 def _as_list(params: str | Iterable[str]) -> list[str]:
