@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fishleg_ext.common.arguments import checked_positive, one_of
 from fishleg_ext.common.settings import setting
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import CurvatureError, curvature_entry, load_tensors
 from fishleg_ext.curvature.kronecker import (
     Factors,
@@ -90,10 +91,11 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
             rows, cols = self._shape(name)
             self._moments[name] = Factors(zero_moment(like, rows, recipe.block_diagonal), zero_moment(like, cols))
         self._counts: dict[str, list[float]] = {name: [0, 0] for name in weights}  # of what went into S and A
+        self._means: dict[str, tuple[float, float]] = {}
 
     @override
     def update(self, observation: Observation) -> None:
-        self._kept.clear()
+        self._forget()
         for name in self.layouts if observation.gradients else ():
             matrices = self._matrix(name, observation.gradients)
             row, col, _ = self._moments[name]
@@ -128,12 +130,28 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
             )
         sums = self._moments[name]
         row, col = (moment / count for moment, count in zip(sums[:2], self._counts[name], strict=True))
+        row_mean, col_mean = self._mean_diagonals()[name]
         if self.recipe.factors == "gradients":
-            col /= float(diagonal_of(row).sum()) or 1.0
+            trace = row_mean * len(row) or 1.0
+            col, col_mean = col / trace, col_mean / trace
         # Damped by the same share each: a factor that is all zero has no scale.
-        pi = ((float(diagonal_of(col).mean()) or 1.0) / (float(diagonal_of(row).mean()) or 1.0)) ** 0.5
+        pi = ((col_mean or 1.0) / (row_mean or 1.0)) ** 0.5
         damping = self.recipe.damping**0.5
         return Factors(self.invert(name, row, damping / pi), self.invert(name, col, damping * pi))
+
+    def _forget(self) -> None:
+        """Drop what was derived from other sums."""
+        self._kept.clear()
+        self._means = {}
+
+    def _mean_diagonals(self) -> dict[str, tuple[float, float]]:
+        """Name -> means of the diagonals of S and A, read at once for all parameters."""
+        if not self._means:
+            sums = [diagonal_of(x).double().mean() for moments in self._moments.values() for x in moments[:2]]
+            counts = [max(count, 1e-300) for counts in self._counts.values() for count in counts]
+            means = iter([total / count for total, count in zip(read(sums), counts, strict=True)])
+            self._means = {name: (next(means), next(means)) for name in self._moments}
+        return self._means
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums of outer products and their counts."""
@@ -147,7 +165,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept.clear()
+        self._forget()
         for setting_name in ("factors", "structure"):
             own, saved = getattr(self.recipe, setting_name), curvature_entry(state, setting_name)
             if saved != own:
@@ -161,7 +179,7 @@ class KfacEstimate(KroneckerEstimate[Kronecker]):
 
     @override
     def _merge(self, other: "KfacEstimate") -> None:
-        self._kept.clear()
+        self._forget()
         for name, moments in self._moments.items():
             for own, theirs in zip(moments[:2], other._moments[name][:2], strict=True):
                 own += theirs.to(own.device)

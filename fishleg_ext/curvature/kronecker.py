@@ -12,7 +12,7 @@ from fishleg_ext import ops
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate
+from fishleg_ext.curvature.base import Blocks, Curvature, Estimate
 
 
 class Factors(NamedTuple):
@@ -111,8 +111,8 @@ class KroneckerEstimate(Estimate[KroneckerRecipe]):
         """
         if matrix.dim() == 1:
             inverse = (1 / (matrix.double() + damping)).to(matrix.dtype)
-            if not (matrix.isfinite() & inverse.isfinite()).all():
-                raise CurvatureError(f"{name}: its Kronecker factors cannot be inverted; use more damping")
+            failed = ~(matrix.isfinite() & inverse.isfinite()).all()
+            self._check_inverted(name, -failed.int().reshape(1), damping, "Kronecker factors")
             return inverse
         inverse, info = ops.block_inverse(matrix.double()[None], damping)
         self._check_inverted(name, info, damping, "Kronecker factors")
