@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracles import cholesky_inverse
+from oracles import cholesky_inverse, rows_of
 
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.curvature import BlockFisher, Blocks, Identity
+from fishleg_ext.curvature import BlockFisher, Blocks, Identity, make_curvature
 from fishleg_ext.curvature.block import BlockEstimate
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
@@ -169,3 +169,25 @@ def test_a_zero_scale_masks_a_weight_out():
     blocks = Blocks(torch.eye(2)[None], torch.tensor([[0.0, 2.0]]))
     assert blocks.scaled(torch.tensor([[3.0, 4.0]])).tolist() == [[0, 2]]
     assert blocks.unscaled(torch.tensor([[0.0, 2.0]])).tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["layerwise", "block", "fishleg"])
+def test_narrow_weights_are_compensated_in_float32_and_rounded_once(kind, dtype, generator):
+    """So that each is the float64 result, rounded, but for what lies between two numbers of the dtype."""
+    x = torch.randn(200, 12, generator=generator).to(dtype)
+    weight = torch.randn(5, 12, generator=generator).to(dtype)
+    gradients = torch.randn(200, 5, 1, generator=generator).to(dtype) * x[:, None]
+    masks = {"w": torch.rand(5, 12, generator=generator) < 0.4}
+    narrow, wide = weight, weight.double()
+    moved = []
+    for given in (narrow, wide):
+        estimate = make_curvature(kind).start({"w": given})
+        observed = {"inputs": {"w": rows_of(x.to(given.dtype), 5)}} if kind == "layerwise" else {}
+        own = {} if observed else {"gradients": {"w": gradients.to(given.dtype)}}
+        estimate.update(Observation(200, **observed, **own))
+        moved.append(exact_update(estimate, {"w": given}, masks)["w"])
+    assert moved[0].dtype == dtype
+    error = (moved[0].double() - moved[1]).abs()
+    half_ulp = torch.finfo(dtype).eps / 2 * moved[1].abs()
+    assert (error <= 1.01 * half_ulp + 1e-4 * moved[1].abs().max()).all()
