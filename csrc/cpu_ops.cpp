@@ -82,12 +82,18 @@ void for_blocks(int64_t num_blocks, int64_t workspace_bytes, Run run) {
   constexpr size_t kAlignment = 64;
   const size_t bytes =
       (static_cast<size_t>(workspace_bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, decltype(&std::free)> workspace(
-        std::aligned_alloc(kAlignment, bytes), &std::free);
-    if (workspace == nullptr) throw std::bad_alloc();
-    run(begin, end, workspace.get());
-  });
+  // Fewer threads where each needs much.
+  constexpr size_t kMostBytes = size_t{1} << 31;
+  const int64_t most_threads =
+      static_cast<int64_t>(kMostBytes / bytes > 1 ? kMostBytes / bytes : 1);
+  const int64_t grain = (num_blocks + most_threads - 1) / most_threads;
+  torch::stable::parallel_for(0, num_blocks, grain > 1 ? grain : 1,
+                              [&](int64_t begin, int64_t end) {
+                                const std::unique_ptr<void, decltype(&std::free)> workspace(
+                                    std::aligned_alloc(kAlignment, bytes), &std::free);
+                                if (workspace == nullptr) throw std::bad_alloc();
+                                run(begin, end, workspace.get());
+                              });
 }
 
 void obs_eliminate_out(Tensor weight, Tensor inverse, Tensor alive, int64_t group, int64_t n,

@@ -58,6 +58,7 @@ class Round:
         groups, increase = self.estimator.groups, -self.first.gain
         for part in [[group] for group in groups] if self.estimator.recipe.sequential else [groups]:
             increase += self._prune(part, counts, masks)
+        self.estimator.estimate.forget_kept()
         return masks, increase
 
     def _prune(self, groups: list[list[str]], counts: int | Mapping[str, int], masks: dict[str, Tensor]) -> float:
@@ -88,6 +89,7 @@ class Round:
         solver = SOLVERS[allocator.recipe.default_saliency]
         for group in allocator.groups:
             costs |= self._costs(allocator, solver, group, "allocation")
+        allocator.estimate.forget_kept()
         return {name: int((~mask).sum()) for name, mask in self._select(costs, counts).items()}
 
     def _costs(self, estimator: Estimator, solver: Solver, group: list[str], stage: str) -> dict[str, Costs]:

@@ -310,6 +310,10 @@ class Estimate(ABC, Generic[Recipe]):
             self._kept[name] = inverses
         return self._kept[name]  # type: ignore[return-value]
 
+    def forget_kept(self) -> None:
+        """Free the memory of inverses that were kept."""
+        self._kept.clear()
+
     def _weights(self) -> str:
         return ", ".join(f"{name} {list(layout.shape)}" for name, layout in self.layouts.items())
 
@@ -349,6 +353,9 @@ class Estimate(ABC, Generic[Recipe]):
             count for each in inverted for count in ((each.info < 0).sum(), (each.info > 0).sum(), each.info.max())
         )
         counts = list(map(int, read(numbers)))
+        for i, each in enumerate(inverted):
+            if counts[3 * i]:
+                self._kept.pop(each.name, None)
         for i, (name, info, damping, what) in enumerate(inverted):
             failed, raised, most = counts[3 * i : 3 * i + 3]
             if failed:

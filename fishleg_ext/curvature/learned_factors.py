@@ -222,7 +222,7 @@ class LearnedFactors:
         if moment.dim() == 1:
             inverse = 1 / (wide + asked)
         else:
-            self.raised = self.raised | (rounding > asked).int()
+            self.raised = (rounding > asked).int()
             factor, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide)).to(wide))
             self.failed = self.failed | failed
             inverse = torch.cholesky_inverse(factor)

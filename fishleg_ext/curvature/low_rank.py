@@ -65,7 +65,8 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         super().__init__(recipe, weights, *args, **options)
         self._chunks: dict[str, list[Tensor]] = {name: [] for name in weights}  # [chunk, n] each
         self._like = {name: w.new_empty(0, w.numel(), dtype=widened(w.dtype)) for name, w in weights.items()}
-        self._factor: Tensor | None = None  # L, where W is in the place of G
+        self._factor: Tensor | None = None  # L
+        self._is_whitened: set[str] = set()  # names of those that have W in the place of G
 
     @override
     def update(self, observation: Observation) -> None:
@@ -125,12 +126,15 @@ class LowRankEstimate(Estimate[LowRankFisher]):
             norm += float(flat.double().square().sum())
             for columns, part in self._columns(name):
                 product, m = product + (part @ flat[columns].to(part.dtype)).double(), len(part)
-        assert self._factor is not None
-        squared = float((self._factor @ product).square().sum()) if isinstance(product, Tensor) else 0.0
-        return 0.5 * (self.recipe.damping * norm + squared / m)
+        squared = 0.0
+        if isinstance(product, Tensor) and self._factor is not None:
+            squared = float((self._factor @ product).square().sum())
+        return 0.5 * (self.recipe.damping * norm + squared / max(1, m))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all gradients, [m, n] for each parameter; or W, and the factor it was made with."""
+        if self._factor is not None:
+            self._whiten()
         return {"gradients": {name: self._joined(name) for name in self._chunks}, "factor": self._factor}
 
     @override
@@ -144,13 +148,13 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         self._chunks = {name: [grads] for name, grads in kept.items()}
         factor = state.get("factor")  # which states of 0.1 do not have
         self._factor = None if factor is None else factor.to(next(iter(kept.values())).device, copy=True)
+        self._is_whitened = set() if factor is None else set(kept)
 
     @override
     def _merge(self, other: "LowRankEstimate") -> None:
         self._restore_gradients()
-        other._restore_gradients()
         for name in self._chunks:
-            self._chunks[name].append(other._joined(name).to(self._like[name], copy=True))
+            self._chunks[name].append(other._gradients(name).to(self._like[name], copy=True))
 
     def _joined(self, name: str) -> Tensor:
         """Join the chunks of one parameter, [m, n]."""
@@ -161,26 +165,40 @@ class LowRankEstimate(Estimate[LowRankFisher]):
 
     def _whitened(self, name: str) -> Tensor:
         """Return W of one parameter, [m, n]."""
-        if self._factor is None:
-            factor = self._cholesky()
-            for own in progress_bar(self._chunks, what="whitening", show=self.progress):
-                self._multiply(own, functools.partial(_solved, factor))
-            self._factor = factor
+        self._whiten()
         return self._joined(name)
 
-    def _restore_gradients(self) -> None:
-        """Put G = L W in the place of W."""
-        if (factor := self._factor) is not None:
-            for name in self._chunks:
-                self._multiply(name, lambda part: factor @ part)
-            self._factor = None
+    def _whiten(self) -> None:
+        """Put W in the place of G; of one parameter after the other, so that no second copy of all is held."""
+        if self._factor is None:
+            self._factor = self._cholesky()
+        solve = functools.partial(_solved, self._factor)
+        rest = [name for name in self._chunks if name not in self._is_whitened]
+        for name in progress_bar(rest, what="whitening", show=self.progress) if rest else ():
+            self._chunks[name] = [self._multiplied(name, solve)]
+            self._is_whitened.add(name)
 
-    def _multiply(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held of one parameter by a function of its columns in float64, in place."""
+    def _restore_gradients(self) -> None:
+        """Put G = L W in the place of W. Each way is rounded once."""
+        for name in list(self._is_whitened):
+            self._chunks[name] = [self._gradients(name)]
+            self._is_whitened.remove(name)
+        self._factor = None
+
+    def _gradients(self, name: str) -> Tensor:
+        """Return G of one parameter, [m, n]."""
+        factor = self._factor
+        if factor is None or name not in self._is_whitened:
+            return self._joined(name)
+        return self._multiplied(name, lambda part: factor @ part)
+
+    def _multiplied(self, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a function of what is held of one parameter, computed in float64, some columns at a time."""
         held = self._joined(name)
+        result = torch.empty_like(held)
         for start in range(0, held.shape[1], COLUMNS):
-            columns = held[:, start : start + COLUMNS]
-            columns.copy_(function(columns.double()))
+            result[:, start : start + COLUMNS] = function(held[:, start : start + COLUMNS].double())
+        return result
 
     def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Yield W of one parameter, a few columns at a time, so that sums are of few numbers."""

@@ -33,7 +33,13 @@ from fishleg_ext.observation.verification import (
 
 
 class NoFactors(Exception):
-    """The gradients of these samples have no factors; the message says why."""
+    """The gradients of these samples have no factors; the message says why.
+
+    Attributes:
+        drawn: targets and scale, where these were drawn before that was found.
+    """
+
+    drawn: tuple[Any, float | Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +70,17 @@ class Use:
             X [groups, count, T, fan_in] and D [groups, count, T, fan_out / groups], groups being those of the product.
         """
         product, first, last = self.product, start * group, stop * group
-        inputs, gradient, cut = product.inputs, self.gradient, self._divisible
-        if cut:
-            inputs, gradient = inputs[first:last], gradient[first:last]
-        samples = last - first if cut else self.samples
+        inputs, gradient, each = product.inputs, self.gradient, self._length
+        if each:
+            inputs, gradient = inputs[first * each : last * each], gradient[first * each : last * each]
+        samples = last - first if each else self.samples
         x, d = product.input_rows(inputs), product.output_rows(gradient)
-        part = None if cut else slice(start, stop)
+        part = None if each else slice(start, stop)
         return self._cut(x, samples, group, part), self._cut(d, samples, group, part)
 
     def sample_gradients(self, start: int, stop: int) -> Tensor | None:
         """Gradients of samples, [count, out, fan_in], where there is a faster way to them than by rows."""
-        if not self._divisible:
+        if self._length != 1:
             return None
         return self.product.sample_gradients(self.product.inputs[start:stop], self.gradient[start:stop])
 
@@ -85,9 +91,11 @@ class Use:
         return self.gradient.numel() // max(1, last - first)
 
     @property
-    def _divisible(self) -> bool:
-        both = self.product.inputs, self.gradient
-        return self.product.divisible and not self.by_position and all(len(x) == self.samples for x in both)
+    def _length(self) -> int:
+        """Entries of the first dimension for each sample, where that can be cut; else 0."""
+        number = len(self.product.inputs)
+        whole = number == len(self.gradient) and number % max(1, self.samples) == 0
+        return number // max(1, self.samples) if whole and self.product.divisible and not self.by_position else 0
 
     def _cut(self, rows: Tensor, samples: int, group: int, part: slice | None) -> Tensor:
         length = rows.shape[1] // max(1, samples)
@@ -205,7 +213,7 @@ class FactorObserver:
         self._weights = {name: weight.detach() for name, weight in weights.items() if name not in bias_names}
         self._biases = {name: biases[name] for name in self._weights if name in biases}
         self._losses = SampleLosses(loss_fn)
-        self._by_position: dict[Signature, dict[int, bool]] = {}  # of each product, by its number
+        self._by_position: dict[Any, dict[int, bool]] = {}  # of each product, by its number
         self._verifier: Verifier | None = None
         self._batches = 0
 
@@ -223,25 +231,30 @@ class FactorObserver:
         if chunk.samples == 1 or not chunk.divisible:
             raise NoFactors("a single sample")
         recorder, outputs = self._forward(chunk)
-        if recorder.signature not in self._by_position:
+        if _sequence(recorder, chunk.samples) not in self._by_position:
             known = set(self._weights)
             self._verify(chunk, recorder.signature)
             if known != set(self._weights):
                 recorder, outputs = self._forward(chunk)
-            if recorder.signature not in self._by_position:
+            if _sequence(recorder, chunk.samples) not in self._by_position:
                 raise NoFactors("the sequence of products is another for some of the samples")
         tree, targets = OutputTree(outputs), chunk.targets
         scale: float | Tensor = 1.0
-        assert self._verifier is not None
-        self._losses.names = self._verifier.names
         if self._draw is not None:
             detached = tree.with_leaves([x.detach() if isinstance(x, Tensor) else x for x in tree.leaves])
             targets, scale = self._draw(detached, targets, chunk.samples, count)
-        group = chunk.samples // count
         try:
-            free, by_outputs = self._losses.gradients(tree, targets, chunk.samples, group)
-        except CannotCut as what:
-            raise NoFactors(f"the loss needs {what}, which cannot be cut into samples") from None
+            return self._of_drawn(recorder, tree, chunk.with_targets(targets), scale, count), targets, scale
+        except NoFactors as reason:
+            reason.drawn = targets, scale
+            raise
+
+    def _of_drawn(
+        self, recorder: ProductRecorder, tree: OutputTree, chunk: Chunk, scale: float | Tensor, count: int
+    ) -> dict[str, GradientFactors]:
+        """Compute the factors for these targets."""
+        group = chunk.samples // count
+        free, by_outputs = self._by_outputs(tree, chunk.targets, chunk.samples, group)
         if isinstance(scale, Tensor):
             own = scale.repeat_interleave(group)
             by_outputs = [g * own.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in by_outputs]
@@ -250,12 +263,24 @@ class FactorObserver:
         uses = self._uses(recorder, free, by_outputs, chunk.samples)
         self._batches += 1
         if self._batches & (self._batches - 1) == 0:  # 1, 2, 4, ...
-            self._compare_last(chunk, targets, scale, uses, count, group)
-        found = {}
-        for name, weight in self._weights.items():
-            matrix = self._matrix_shape(name)
-            found[name] = GradientFactors(uses[name], matrix, weight, count, group)
-        return found, targets, scale
+            self._compare_last(chunk, scale, uses, count, group)
+        return {
+            name: GradientFactors(uses[name], self._matrix_shape(name), weight, count, group)
+            for name, weight in self._weights.items()
+        }
+
+    def _by_outputs(
+        self, tree: OutputTree, targets: Any, samples: int, group: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs that require gradients, and the gradients of the losses by them."""
+        assert self._verifier is not None
+        self._losses.names = self._verifier.names
+        try:
+            return self._losses.gradients(tree, targets, samples, group)
+        except CannotCut as what:
+            raise NoFactors(f"the loss needs {what}, which cannot be cut into samples") from None
+        except Exception as error:  # what is wrong with the loss itself is raised where it is called without this
+            raise NoFactors(f"the loss of some samples cannot be computed: {error}") from error
 
     def _matrix_shape(self, name: str) -> tuple[int, int]:
         weight = self._weights[name]
@@ -265,27 +290,38 @@ class FactorObserver:
     def _forward(self, chunk: Chunk) -> tuple[ProductRecorder, Any]:
         weights = {name: weight.detach().requires_grad_() for name, weight in self._weights.items()}
         recorder = ProductRecorder(weights, self._orientations)
-        with torch.enable_grad(), recorder:
-            outputs = call(self._model, weights, chunk.inputs)
+        try:
+            with torch.enable_grad(), recorder:
+                outputs = call(self._model, weights, chunk.inputs)
+        except Exception as error:  # of a model that takes single samples alone, say
+            raise NoFactors(f"the model does not run on some samples together: {error}") from error
         return recorder, outputs
 
     def _uses(
         self, recorder: ProductRecorder, outputs: list[Tensor], by_outputs: list[Tensor], samples: int
     ) -> dict[str, list[Use]]:
-        by_position = self._by_position[recorder.signature]
+        by_position = self._by_position[_sequence(recorder, samples)]
         numbered = [(i, product) for i, product in enumerate(recorder.products) if product.edge is not None]
-        edges = [product.edge for _, product in numbered if product.edge is not None]
-        found: Sequence[Tensor | None] = [None] * len(edges)
-        if edges and outputs:
-            found = torch.autograd.grad(outputs, edges, by_outputs, allow_unused=True)
+        edges: list[Any] = [product.edge for _, product in numbered]
         uses: dict[str, list[Use]] = {name: [] for name in self._weights}
+        if not edges or not outputs:
+            return uses
+        # Where the first dimension is not the sample, whose rows these are may have changed with the data.
+        unsure = [i for i, p in numbered if by_position[i] or not p.divisible or len(p.inputs) != samples]
+        found = torch.autograd.grad(outputs, edges, by_outputs, allow_unused=True, retain_graph=bool(unsure))
+        made: dict[int, Use] = {}
         for (i, product), gradient in zip(numbered, found, strict=True):
-            if gradient is None:
-                continue
-            use = Use(product, gradient, samples, by_position[i])
-            if use.num_rows % samples:
-                raise NoFactors(f"{use.num_rows} rows of {product.name} are not as many for each of {samples} samples")
-            uses[product.name].append(use)
+            if gradient is not None:
+                made[i] = Use(product, gradient, samples, by_position[i])
+                uses[product.name].append(made[i])
+        if unsure := [i for i in unsure if i in made]:
+            own = _numbers(samples, by_outputs[0])
+            weighted = [g * own.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in by_outputs]
+            edges = [made[i].product.edge for i in unsure]
+            for i, scaled in zip(unsure, torch.autograd.grad(outputs, edges, weighted, allow_unused=True), strict=True):
+                use, rows = made[i], made[i].product.output_rows
+                if scaled is None or not _fits(rows(use.gradient), rows(scaled), own, use.by_position):
+                    raise NoFactors(f"rows of {use.product.name} belong to other samples than in the first batch")
         return uses
 
     def _verify(self, chunk: Chunk, signature: Signature) -> None:
@@ -339,7 +375,7 @@ class FactorObserver:
         unordered = set()
         if free and products:
             edges: list[Any] = [product.edge for _, product in products]
-            own = 1 + torch.arange(n, device=free[0].device) / n
+            own = _numbers(n, free[0])
             weighted = [p * own.to(p).reshape(-1, *[1] * (p.dim() - 1)) for p in probes]
             both = [
                 torch.autograd.grad(free, edges, vectors, allow_unused=True, retain_graph=True)
@@ -348,30 +384,30 @@ class FactorObserver:
             for (i, product), plain, scaled in zip(products, *both, strict=True):
                 if plain is None or scaled is None:
                     continue
-                lie = _lie_by_position(product.output_rows(plain), product.output_rows(scaled), own, n)
-                if lie is None:
-                    unordered.add(product.name)
+                rows = product.output_rows(plain), product.output_rows(scaled)
+                fitting = [order for order in (False, True) if _fits(*rows, own, order)]
+                if fitting:
+                    by_position[i] = fitting[0]
                 else:
-                    by_position[i] = lie
+                    unordered.add(product.name)
         if not unordered:
-            self._by_position[recorder.signature] = by_position
+            self._by_position[_sequence(recorder, n)] = by_position
         return unordered
 
     def _compare_last(
         self,
         chunk: Chunk,
-        targets: Any,
         scale: float | Tensor,
         uses: Mapping[str, list[Use]],
         count: int,
         group: int,
     ) -> None:
         """Compare the last gradient with the one of its samples alone, by autograd."""
-        last = chunk.with_targets(targets).part((count - 1) * group, chunk.samples)
+        last = chunk.part((count - 1) * group, chunk.samples)
         weights = {name: weight.detach().requires_grad_() for name, weight in self._weights.items()}
         with torch.enable_grad():
             outputs = call(self._model, weights, last.inputs)
-        tensors, by_outputs = self._losses.gradients(OutputTree(outputs), last.targets, group, group)
+        tensors, by_outputs = self._by_outputs(OutputTree(outputs), last.targets, group, group)
         own = float(scale[-1]) if isinstance(scale, Tensor) else scale
         expected: Sequence[Tensor | None] = [None] * len(weights)
         if tensors:
@@ -395,22 +431,26 @@ def _bound(use: Use, count: int, group: int) -> float:
     return float((x.norm(dim=-1) * d.norm(dim=-1)).sum())
 
 
-def _lie_by_position(rows: Tensor, scaled: Tensor, own: Tensor, samples: int) -> bool | None:
-    """Whether rows [groups, n, size], scaled by their sample's number, lie position after position.
+def _sequence(recorder: ProductRecorder, samples: int) -> tuple[Signature, tuple[float, ...]]:
+    """The sequence of products, and how many rows each has for a sample."""
+    return recorder.signature, tuple(product.uses / samples for product in recorder.products)
 
-    False is sample after sample; None where a row belongs to several samples, or rows lie in another order.
-    """
-    length, rest = divmod(rows.shape[1], samples)
+
+def _numbers(samples: int, like: Tensor) -> Tensor:
+    """A number of its own for each sample."""
+    return 1 + torch.arange(samples, device=like.device) / samples
+
+
+def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> bool:
+    """Whether rows [groups, n, size], scaled by their sample's number, lie in this order: see `Use`."""
+    length, rest = divmod(rows.shape[1], len(own))
     if rest:
-        return None
+        return False
     share = tolerance(torch.finfo(rows.dtype).eps)
     norms = rows.double().norm(dim=-1)
-    for by_position in (False, True):
-        numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
-        errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
-        if (errors <= share * norms).all():
-            return by_position
-    return None
+    numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
+    errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
+    return bool((errors <= share * norms).all())
 
 
 Compute = Callable[[], Tensor]

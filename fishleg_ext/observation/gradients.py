@@ -79,7 +79,8 @@ class GradientObserver:
             try:
                 factors, targets, scale = self._in_factors.factors(chunk, count)
                 found = targets, scale
-            except NoFactors:
+            except NoFactors as reason:
+                found = reason.drawn
                 if chunk.samples > 1 and chunk.divisible:
                     self._in_factors = None
         if found is None and self.draw is not None:
@@ -127,6 +128,8 @@ class GradientObserver:
         known = self._orientations.get(name)
         gradients = factors.gradients()
         gradients = gradients.reshape(-1, *(known.matrix_shape if known else self.weights[name].shape))
+        if gradients.dtype == torch.float16:  # whose products may overflow
+            self._sums[name] = self._sums.get(name, 0) + gradients.sum(dtype=torch.float32)
         if name in self.masks:
             gradients *= known.to_matrix(self.masks[name]) if known else self.masks[name]
         return gradients

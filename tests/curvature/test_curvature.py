@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import assert_agrees_with_dense, kronecker_matrix, rows_of
 
+from fishleg_ext import ops
 from fishleg_ext.curvature import (
     BlockFisher,
     CurvatureError,
@@ -292,3 +293,47 @@ def test_inputs_that_are_always_zero_make_weights_cheap_and_nothing_singular():
     curvature = curvature.recipe.start({"w": torch.zeros(2, 3)})
     curvature.update(Observation(4, inputs={"w": rows_of(torch.zeros(4, 3), 2)}))
     assert curvature.diag()["w"].isfinite().all()
+
+
+def test_a_state_of_low_rank_outlives_what_is_asked_of_the_estimate_later(gradients):
+    model = estimated("low_rank", gradients)
+    state = model.state_dict()
+    expected = flat(model.diag())
+    again = LowRankFisher(4, DAMPING).start({n: g[0] for n, g in gradients.items()})
+    again.load_state_dict(state)
+    torch.testing.assert_close(flat(again.diag()), expected)
+    whitened = LowRankFisher(4, DAMPING).start({n: g[0] for n, g in gradients.items()})
+    whitened.load_state_dict(model.state_dict())
+    half = {n: g[:6] for n, g in gradients.items()}
+    for each in (model, whitened):  # whose gradients are there again
+        each.update(Observation(6, gradients=half))
+        twice = LowRankFisher(4, DAMPING).start({n: g[0] for n, g in gradients.items()})
+        twice.update(Observation(18, gradients={n: torch.cat([g, half[n]]) for n, g in gradients.items()}))
+        torch.testing.assert_close(flat(each.diag()), flat(twice.diag()))
+    assert LowRankFisher().start({"w": torch.zeros(4)}).step_cost({}) == 0
+
+
+def test_what_failed_is_not_kept():
+    curvature = BlockFisher(2, 0.0).start({"w": torch.zeros(4)})
+    curvature.keep_bytes = 2**20
+    for _ in range(2):
+        with pytest.raises(CurvatureError, match="cannot be inverted"), curvature.checking_later():
+            curvature.blocks("w")
+
+
+def test_inverses_are_kept_where_there_is_room(gradients, monkeypatch):
+    model = estimated("block", gradients)
+    inverted = []
+    invert = ops.block_inverse
+    monkeypatch.setattr(ops, "block_inverse", lambda *call: (inverted.append(1), invert(*call))[1])
+    for room, expected in ((0, 2), (2**20, 1)):
+        model.keep_bytes = room
+        inverted.clear()
+        first, second = model.blocks("a").inverse, model.blocks("a").inverse
+        assert len(inverted) == expected
+        assert torch.equal(first, second)
+    model.update(Observation(6, gradients={n: g[:6] for n, g in gradients.items()}))
+    assert not torch.equal(model.blocks("a").inverse, first)
+    model.forget_kept()
+    model.blocks("a")
+    assert len(inverted) == 3

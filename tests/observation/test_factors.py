@@ -3,12 +3,13 @@
 import pytest
 import torch
 from models.functions import Experts, SharedRows, Tokens
-from recorder import small_net, weights_of
+from recorder import Recorder, small_net, weights_of
 from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.factors import FactorObserver, NoFactors
+from fishleg_ext.observation.observe import observe
 from fishleg_ext.sparsity.parameters import orientations_of
 
 MODELS = ("plain", "flat", "positions first", "one by one")
@@ -146,3 +147,96 @@ def test_labels_are_drawn_from_the_same_outputs(generator):
         loss = F.cross_entropy(net(x[s : s + 1]), targets[s : s + 1])
         want = scale[s] * torch.autograd.grad(loss, net.weight)[0]
         torch.testing.assert_close(factors["weight"].gradients()[s], want)
+
+
+class SequenceFirst(nn.Module):
+    """Positions first, as many as the inputs have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.a(x.transpose(0, 1)).tanh().mean(0)
+
+
+class Routed(nn.Module):
+    """Two experts; each token goes to the one that its first number says."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        out = flat.new_zeros(len(flat), 3)
+        for sign, expert in zip((1, -1), self.experts, strict=True):
+            index = (sign * flat[:, 0] > 0).nonzero()[:, 0]
+            out = out.index_add(0, index, expert(flat[index]).tanh())
+        return out.unflatten(0, x.shape[:2]).mean(1)
+
+
+def assert_gradients_are_those_of_autograd(net, batches):
+    recorder = Recorder()
+    weights = {n: p for n, p in net.named_parameters() if n.endswith("weight")}
+    observe(net, batches, F.cross_entropy, recorder, weights, num_grads=sum(len(y) for _, y in batches))
+    for name, weight in weights.items():
+        losses = [F.cross_entropy(net(x[s : s + 1]), y[s : s + 1]) for x, y in batches for s in range(len(y))]
+        expected = [torch.autograd.grad(loss, weight, allow_unused=True)[0] for loss in losses]
+        expected = torch.stack([torch.zeros_like(weight) if g is None else g for g in expected])
+        torch.testing.assert_close(recorder.gradients(name), expected)
+
+
+def test_whose_rows_they_are_is_told_anew_for_other_lengths(generator):
+    """At one position both orders are the same."""
+    draw = lambda n: torch.randn(6, n, 4, dtype=torch.float64, generator=generator)
+    batches = [(draw(n), torch.randint(0, 3, (6,), generator=generator)) for n in (1, 1, 4, 1, 4, 5)]
+    assert_gradients_are_those_of_autograd(SequenceFirst().double(), batches)
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
+def test_whose_rows_they_are_is_told_anew_where_the_data_routes_them(generator):
+    """The experts have as many rows in the third batch as in the others, but not two of each sample."""
+    batches = []
+    for even in (True, True, False, True, True, False):
+        x = torch.randn(6, 4, 4, dtype=torch.float64, generator=generator)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(6, 4).clone()
+        if not even:
+            signs[0], signs[1] = 1.0, -1.0
+        x[..., 0] = x[..., 0].abs() * signs
+        batches.append((x, torch.randint(0, 3, (6,), generator=generator)))
+    assert_gradients_are_those_of_autograd(Routed().double(), batches)
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
+def test_a_model_of_single_samples_is_run_on_these(generator):
+    class Single(nn.Linear):
+        def forward(self, x):
+            if len(x) > 1:
+                raise ValueError("one at a time, please")
+            return super().forward(x)
+
+    x, y = torch.randn(5, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (5,), generator=generator)
+    assert_gradients_are_those_of_autograd(nn.Sequential(Single(4, 3).double()), [(x, y)])
+
+
+def test_labels_are_drawn_once_though_factors_fail_afterwards(generator):
+    """A loss that samples do not have of their own is found after the labels were drawn."""
+    net, drawn = nn.Linear(4, 3).double(), []
+    x, y = torch.randn(5, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (5,), generator=generator)
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x), torch.zeros(3)
+
+    likelihood = lambda outputs, generator: (drawn.append(1), outputs[0].argmax(1))[1]
+    loss = lambda outputs, targets: F.cross_entropy(outputs[0] + outputs[1], targets)
+    recorder = Recorder()
+    weights = {"net.weight": net.weight}
+    observe(Pair(), [(x, y)], loss, recorder, weights, num_grads=5, labels="model", likelihood=likelihood)
+    assert len(drawn) == 2  # the second is compared with the first, once
+    assert recorder.gradients("net.weight").shape == (5, 3, 4)
