@@ -15,9 +15,12 @@
 
 #include "cpu_block_fisher.h"
 #include "cpu_obs.h"
+#include "stable_tensors.h"
 
 namespace {
 
+using fishleg_ext::read;
+using fishleg_ext::write;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -58,16 +61,6 @@ Kernels<T> kernels() {
 template <typename Run>
 void by_type(const Tensor& tensor, Run run) {
   tensor.scalar_type() == ScalarType::Double ? run(double()) : run(float());
-}
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // [1, B, B] is shared by all blocks.

@@ -16,6 +16,7 @@
 #include "block_fisher.h"
 #include "obs.h"
 #include "select.h"
+#include "stable_tensors.h"
 
 // Missing from a PyTorch built without CUDA, where this file must load all the same; no op is
 // called there.
@@ -24,6 +25,8 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
+using fishleg_ext::read;
+using fishleg_ext::write;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -49,16 +52,6 @@ void on_device_of(const char* op, const Tensor& tensor, Run run) {
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   const bool is_double = tensor.scalar_type() == ScalarType::Double;
   check(op, is_double ? run(double()) : run(float()));
-}
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // Elements from one block's inverse to the next: [1, B, B] is shared by all.

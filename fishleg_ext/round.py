@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.estimator import Estimator, Stopwatch
-from fishleg_ext.pruning.costs import Costs
+from fishleg_ext.pruning.costs import Costs, total_cost
 from fishleg_ext.pruning.first_order import FirstOrderStep
 from fishleg_ext.pruning.selection import select
 from fishleg_ext.pruning.solvers import SOLVERS, Problem, Solver
@@ -119,7 +119,10 @@ class Round:
                 kept = {name: chosen[name] for name in group}
                 moved = self.solver.compensate(problem, kept)
             moves = {name: x - before[name] for name, x in moved.items()}
-            cost = self.solver.step_cost(problem, costs, kept, moves)
+            if self.solver.costs_add_up and self.estimator.recipe.block_diagonal:
+                cost = total_cost({name: costs[name] for name in kept}, kept)
+            else:
+                cost = problem.estimate.step_cost(moves)
             cost += self.first.rise(self.estimator.as_parameters(moves))
         self.damping_raised |= problem.estimate.damping_raised
         return kept, moved, cost

@@ -26,11 +26,14 @@ class Block(nn.Module):
         self.stride, self.padding = stride, (fan_out - fan_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """The shortcut subsamples and pads channels with zeros."""
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(y + x)
+        """Add both paths."""
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.skip(x))
+
+    def skip(self, x: Tensor) -> Tensor:
+        """Subsample, and pad channels with zeros."""
+        if self.stride == 1:
+            return x
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class ResNet20(nn.Module):
@@ -51,23 +54,18 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, by a convolution where the shape changes."""
+class ProjectedBlock(Block):
+    """The same with a shortcut by a convolution where the shape changes."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(fan_out)
+        super().__init__(fan_in, fan_out, stride)
         self.shortcut = nn.Sequential()
         if stride != 1 or fan_in != fan_out:
             self.shortcut = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Both paths, added."""
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+    def skip(self, x: Tensor) -> Tensor:
+        """Project the inputs to the shape of the outputs."""
+        return self.shortcut(x)
 
 
 class ResNet18(nn.Module):
@@ -79,7 +77,7 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         widths = [64, 64, 128, 256, 512]
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths), start=1):
-            blocks = BasicBlock(fan_in, fan_out, 1 if i == 1 else 2), BasicBlock(fan_out, fan_out, 1)
+            blocks = ProjectedBlock(fan_in, fan_out, 1 if i == 1 else 2), ProjectedBlock(fan_out, fan_out, 1)
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
         self.linear = nn.Linear(512, 10)
 

@@ -1,4 +1,4 @@
-"""What was built when the package was installed, and how its libraries are loaded."""
+"""Tells what was built when the package was installed, and loads its libraries."""
 
 import json
 from importlib import machinery, resources

@@ -1,4 +1,4 @@
-"""How much memory there is to work with."""
+"""Tells how much memory there is to work with."""
 
 import os
 
@@ -9,7 +9,7 @@ MOST_ON_CPU = 2**30  # more makes nothing faster there
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Bytes that may be taken for what is computed at a time, by the memory that is free now."""
+    """Return the bytes that may be taken for what is computed at a time, by the memory that is free now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // SHARE
     try:

@@ -1,4 +1,8 @@
-"""Exact greedy elimination in panels of batched PyTorch: what grows with B^3 is done by matrix products."""
+"""Elimination and compensation: in C++ (csrc/cpu_obs.cpp) on a CPU where that is built, else in batched PyTorch.
+
+What grows with B^3 is done by matrix products, whichever it is. The batched form runs on any device: a GPU takes it for
+what its own kernels do not.
+"""
 
 from typing import Any
 
@@ -253,7 +257,7 @@ def _inverted(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def _in_cpp(tensor: Tensor) -> bool:
-    """Whether the C++ kernels are here for this tensor."""
+    """Tell whether the C++ kernels are here for this tensor."""
     return tensor.device.type == "cpu" and cpu.not_loaded() is None
 
 

@@ -142,7 +142,7 @@ class Curvature(Settings, ABC):
 
     @property
     def uses_likelihood(self) -> bool:
-        """Whether labels are sampled, or products with the Fisher matrix computed, by the likelihood."""
+        """Tell whether labels are sampled, or products with the Fisher matrix computed, by the likelihood."""
         samples = (self.labels or self.default_labels) == "model" and self.observes - {"inputs"}
         return bool(samples) or "fisher_products" in self.observes
 
@@ -167,7 +167,7 @@ class Curvature(Settings, ABC):
 
     @abstractmethod
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
-        """How `Estimate.blocks` cuts a parameter."""
+        """Say how `Estimate.blocks` cuts a parameter."""
 
     @abstractmethod
     def start(
@@ -203,7 +203,7 @@ Kept = TypeVar("Kept", bound=tuple[Any, ...])
 
 
 class Estimate(ABC, Generic[Recipe]):
-    """What was observed of some weights under a recipe, and what follows for F and its inverse.
+    """Holds what was observed of some weights under a recipe, and answers for F and its inverse.
 
     `update` takes in observations, the rest is then answered for the weights that it was started for. Tensors go by
     parameter name and have the parameter's shape, its outputs first (`common.orientation`).

@@ -1,8 +1,7 @@
 """How FishLeg learns the two factors of one parameter's inverse."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +18,10 @@ INVERSION, GROWTH = 5, 1.5
 DIRECTIONS, LEAST_DIRECTIONS = 8, 64
 
 
-def moment_operations(rows: int, cols: int, positions: int = 0) -> int:
+def moment_operations(rows: int, cols: int, positions: int | None = None) -> int:
     """Count the operations of both moments of one gradient [rows, cols], in factors of so many positions, or dense."""
     directions = num_directions(cols)
-    if not positions:
+    if positions is None:
         return rows * cols**2 + 2 * rows * cols * directions
     return 2 * positions * cols * (cols + directions) + 2 * positions**2 * (2 * rows + cols + directions)
 
@@ -32,7 +31,8 @@ def num_directions(cols: int) -> int:
     return min(cols, max(LEAST_DIRECTIONS, cols // DIRECTIONS))
 
 
-class DenseGradients(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DenseGradients:
     """Gradients G [m, o, i]."""
 
     values: Tensor
@@ -61,7 +61,8 @@ class DenseGradients(NamedTuple):
             add_moment_(moment, product.mT.reshape(-1, len(moment)), alpha)
 
 
-class FactoredGradients(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FactoredGradients:
     """Gradients G = D^T X, X [m, T, i] and D [m, T, o]."""
 
     inputs: Tensor
@@ -135,8 +136,8 @@ class LearnedFactors:
     seen: int = 0
     carried: int = 0
     inverted: int = 0
-    failed: Tensor | int = field(default=0)
-    raised: Tensor | int = field(default=0)
+    failed: Tensor | int = 0
+    raised: Tensor | int = 0
 
     @classmethod
     def start(cls, damping: float, diagonal_rows: bool, like: Tensor, rows: int, cols: int) -> "LearnedFactors":
@@ -214,16 +215,16 @@ class LearnedFactors:
 
     def _inverse(self, moment: Tensor, squared: Tensor) -> Tensor:
         """Return (moment + damping * squared * I)^-1, computed in float64; a vector stands for a diagonal matrix."""
-        wide = moment.double()
-        # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
-        rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * diagonal_of(wide).mean()
-        asked = self.damping * squared.double()
-        damping = torch.maximum(asked, rounding)
+        damping = self.damping * squared.double()
         if moment.dim() == 1:
-            inverse = 1 / (wide + asked)
+            inverse = 1 / (moment.double() + damping)
         else:
-            self.raised = (rounding > asked).int()
-            factor, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide)).to(wide))
+            wide = moment.to(torch.float64, copy=True)
+            # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
+            rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
+            self.raised = (rounding > damping).int()
+            wide.diagonal().add_(torch.maximum(damping, rounding))
+            factor, failed = torch.linalg.cholesky_ex(wide)
             self.failed = self.failed | failed
             inverse = torch.cholesky_inverse(factor)
             inverse = ((inverse + inverse.mT) / 2).contiguous()

@@ -1,13 +1,12 @@
-"""Gradients of samples in factors: G = D^T X, X the inputs of a product and D the gradients by its outputs.
+"""Observes gradients in factors, by one forward and one backward pass of many samples.
 
-One backward pass gives D for all samples, without a gradient of the size of the weights for each. Which row is whose is
-measured once, on some samples: a second backward pass, with the losses weighted by a number of its own for each sample,
-scales each row of D by that of its sample, whatever the shape in which a layer was called. Rows lie sample after
-sample, or position after position with a row of each sample at each; what is neither has no factors here.
+Which row of X and D is whose is measured: a second backward pass, with the losses weighted by a number of its own for
+each sample, scales each row of D by that of its sample, whatever the shape in which a layer was called. Some samples
+are enough, once for each sequence of products and number of rows; where the first dimension of the inputs is not the
+sample, so that data may route rows elsewhere, it is done in every batch.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
+from fishleg_ext.observation.gradient_factors import GradientFactors, Use
 from fishleg_ext.observation.likelihoods import LossFunction
-from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
-from fishleg_ext.observation.products import ROW_BYTES, Product
+from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses, times_own
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels
 from fishleg_ext.observation.verification import (
@@ -40,147 +39,6 @@ class NoFactors(Exception):
     """
 
     drawn: tuple[Any, float | Tensor] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """One product of a weight, with what its rows need to be told apart.
-
-    Attributes:
-        product: of some samples.
-        gradient: of each sample's own loss, by the output of the product.
-        samples: how many there are.
-        by_position: whether rows lie position after position, with a row of each sample at each; else sample after
-            sample.
-    """
-
-    product: Product
-    gradient: Tensor
-    samples: int
-    by_position: bool
-
-    def rows(self, start: int, stop: int, group: int) -> tuple[Tensor, Tensor]:
-        """Rows of groups of samples, from `start` to before `stop`.
-
-        Args:
-            start, stop: numbers of groups of samples.
-            group: samples in each.
-
-        Returns:
-            X [groups, count, T, fan_in] and D [groups, count, T, fan_out / groups], groups being those of the product.
-        """
-        product, first, last = self.product, start * group, stop * group
-        inputs, gradient, each = product.inputs, self.gradient, self._length
-        if each:
-            inputs, gradient = inputs[first * each : last * each], gradient[first * each : last * each]
-        samples = last - first if each else self.samples
-        x, d = product.input_rows(inputs), product.output_rows(gradient)
-        part = None if each else slice(start, stop)
-        return self._cut(x, samples, group, part), self._cut(d, samples, group, part)
-
-    def sample_gradients(self, start: int, stop: int) -> Tensor | None:
-        """Gradients of samples, [count, out, fan_in], where there is a faster way to them than by rows."""
-        if self._length != 1:
-            return None
-        return self.product.sample_gradients(self.product.inputs[start:stop], self.gradient[start:stop])
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of X, and of D, for each group of the product."""
-        first, last = self.product.outputs
-        return self.gradient.numel() // max(1, last - first)
-
-    @property
-    def _length(self) -> int:
-        """Entries of the first dimension for each sample, where that can be cut; else 0."""
-        number = len(self.product.inputs)
-        whole = number == len(self.gradient) and number % max(1, self.samples) == 0
-        return number // max(1, self.samples) if whole and self.product.divisible and not self.by_position else 0
-
-    def _cut(self, rows: Tensor, samples: int, group: int, part: slice | None) -> Tensor:
-        length = rows.shape[1] // max(1, samples)
-        if self.by_position:
-            rows = rows.unflatten(1, (length, samples // group, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        else:
-            rows = rows.unflatten(1, (samples // group, group * length))
-        return rows if part is None else rows[:, part]
-
-
-class GradientFactors:
-    """Gradients G_s = D_s^T X_s [out, fan-in] of groups of samples by one weight matrix, summed over its products.
-
-    Attributes:
-        count: how many gradients.
-    """
-
-    def __init__(self, uses: Sequence[Use], shape: tuple[int, int], like: Tensor, count: int, group: int) -> None:
-        self._uses, self._shape, self._like, self._group = list(uses), shape, like, group
-        self.count, self._start = count, 0
-
-    def part(self, start: int, stop: int) -> "GradientFactors":
-        """The gradients from `start` to before `stop`."""
-        part = GradientFactors(self._uses, self._shape, self._like, stop - start, self._group)
-        part._start = self._start + start
-        return part
-
-    @property
-    def rows(self) -> int:
-        """Rows of each sample's X and D, T."""
-        return sum(use.num_rows // use.samples * self._group for use in self._uses)
-
-    @property
-    def whole(self) -> bool:
-        """Whether each product is of the whole matrix, so that X and D of all of them can be put together."""
-        return all(use.product.groups == 1 and use.product.outputs == (0, self._shape[0]) for use in self._uses)
-
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs of each product, as the function was called with them, and the gradient by its output."""
-        for use in self._uses:
-            yield use.product.inputs, use.gradient
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Put X [count, T, fan_in] and D [count, T, out] together, where they are `whole`."""
-        parts = [use.rows(self._start, self._start + self.count, self._group) for use in self._uses]
-        x, d = (torch.cat([part[i][0] for part in parts], dim=1) if len(parts) > 1 else parts[0][i][0] for i in (0, 1))
-        return x, d
-
-    def gradients(self) -> Tensor:
-        """Multiply out: [count, out, fan_in]."""
-        if len(self._uses) == 1 and self.whole and self._group == 1:
-            found = self._uses[0].sample_gradients(self._start, self._start + self.count)
-            if found is not None:
-                return found
-        result = self._like.new_empty(self.count, *self._shape)
-        if not (len(self._uses) == 1 and self.whole):
-            result.zero_()
-        for use in self._uses:
-            (first, last), groups = use.product.outputs, use.product.groups
-            for start, stop in self._slices(use):
-                x, d = use.rows(self._start + start, self._start + stop, self._group)
-                part = result[start:stop, first:last].unflatten(1, (groups, -1))
-                for index in range(groups):
-                    if len(self._uses) == 1 and self.whole:
-                        torch.bmm(d[index].mT, x[index], out=part[:, index])
-                    else:
-                        part[:, index] += d[index].mT @ x[index]
-        return result
-
-    def bias_gradients(self) -> Tensor:
-        """Sum over rows of D: [count, out], of a bias that is added to each product."""
-        result = self._like.new_zeros(self.count, self._shape[0])
-        for use in self._uses:
-            first, last = use.product.outputs
-            _, d = use.rows(self._start, self._start + self.count, self._group)
-            result[:, first:last] += d.sum(2).transpose(0, 1).flatten(1)
-        return result
-
-    def _slices(self, use: Use) -> Iterator[tuple[int, int]]:
-        """Parts of the gradients whose inputs as rows are of bounded size."""
-        per_row = self._shape[1] * use.product.groups * self._like.element_size()
-        per_gradient = per_row * use.num_rows // max(1, use.samples) * self._group
-        step = max(1, ROW_BYTES // max(1, per_gradient))
-        for start in range(0, self.count, step):
-            yield start, min(start + step, self.count)
 
 
 class FactorObserver:
@@ -241,8 +99,7 @@ class FactorObserver:
         tree, targets = OutputTree(outputs), chunk.targets
         scale: float | Tensor = 1.0
         if self._draw is not None:
-            detached = tree.with_leaves([x.detach() if isinstance(x, Tensor) else x for x in tree.leaves])
-            targets, scale = self._draw(detached, targets, chunk.samples, count)
+            targets, scale = self._draw(tree.detached(), targets, chunk.samples, count)
         try:
             return self._of_drawn(recorder, tree, chunk.with_targets(targets), scale, count), targets, scale
         except NoFactors as reason:
@@ -257,7 +114,7 @@ class FactorObserver:
         free, by_outputs = self._by_outputs(tree, chunk.targets, chunk.samples, group)
         if isinstance(scale, Tensor):
             own = scale.repeat_interleave(group)
-            by_outputs = [g * own.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in by_outputs]
+            by_outputs = times_own(by_outputs, own)
         elif scale != 1:
             by_outputs = [g * scale for g in by_outputs]
         uses = self._uses(recorder, free, by_outputs, chunk.samples)
@@ -316,7 +173,7 @@ class FactorObserver:
                 uses[product.name].append(made[i])
         if unsure := [i for i in unsure if i in made]:
             own = _numbers(samples, by_outputs[0])
-            weighted = [g * own.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in by_outputs]
+            weighted = times_own(by_outputs, own)
             edges = [made[i].product.edge for i in unsure]
             for i, scaled in zip(unsure, torch.autograd.grad(outputs, edges, weighted, allow_unused=True), strict=True):
                 use, rows = made[i], made[i].product.output_rows
@@ -376,7 +233,7 @@ class FactorObserver:
         if free and products:
             edges: list[Any] = [product.edge for _, product in products]
             own = _numbers(n, free[0])
-            weighted = [p * own.to(p).reshape(-1, *[1] * (p.dim() - 1)) for p in probes]
+            weighted = times_own(probes, own)
             both = [
                 torch.autograd.grad(free, edges, vectors, allow_unused=True, retain_graph=True)
                 for vectors in (probes, weighted)
@@ -415,9 +272,8 @@ class FactorObserver:
         eps = max(epsilon(x) for x in weights.values())
         for (name, weight), gradient in zip(weights.items(), expected, strict=True):
             shape = self._matrix_shape(name)
-            mine = (
-                GradientFactors(uses[name], shape, weight.detach(), count, group).part(count - 1, count).gradients()[0]
-            )
+            factors = GradientFactors(uses[name], shape, weight.detach(), count, group)
+            mine = factors.part(count - 1, count).gradients()[0]
             bound = sum(_bound(use, count, group) for use in uses[name])
             orientation = self._orientations.get(name) or Orientation.of(weight.shape)
             theirs = torch.zeros_like(weight) if gradient is None else own * gradient
@@ -451,22 +307,3 @@ def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> bool:
     numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
     errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
     return bool((errors <= share * norms).all())
-
-
-Compute = Callable[[], Tensor]
-
-
-class LazyGradients(Mapping[str, Tensor]):
-    """Name -> gradients, each computed when it is asked for and not kept: those of one parameter at a time."""
-
-    def __init__(self, compute: Mapping[str, Compute]) -> None:
-        self._compute = dict(compute)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._compute[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._compute)
-
-    def __len__(self) -> int:
-        return len(self._compute)

@@ -10,12 +10,12 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.observation.batches import Chunk
-from fishleg_ext.observation.factors import FactorObserver, GradientFactors, LazyGradients, NoFactors
+from fishleg_ext.observation.factors import FactorObserver, NoFactors
+from fishleg_ext.observation.finite import Finite
 from fishleg_ext.observation.forward import call, scalar_loss
+from fishleg_ext.observation.gradient_factors import GradientFactors, LazyGradients
 from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
 from fishleg_ext.observation.types import DrawLabels, FisherProduct, Observation
 
@@ -60,13 +60,12 @@ class GradientObserver:
         if loss_fn is not None:
             self._in_factors = FactorObserver(model, loss_fn, self.weights, draw, orientations, biases)
         self._bias_of = {bias: name for name, (bias, _) in biases.items()}
-        self._nonzero: Tensor | bool = False
-        self._sums: dict[str, Tensor] = {}
+        self._seen = Finite()
 
     @property
     def any_nonzero(self) -> bool:
         """Whether any gradient so far is not zero."""
-        return bool(self._nonzero)
+        return self._seen.any_nonzero
 
     def gradients(self, chunk: Chunk, count: int, product: FisherProduct | None = None) -> Iterator[Observation]:
         """Yield `count` gradients, each of as many of the samples, as many at a time as memory is given for.
@@ -88,7 +87,10 @@ class GradientObserver:
             found = self.draw(outputs, chunk.targets, chunk.samples, count)
         targets, scale = found or (chunk.targets, 1.0)
         chunk = chunk.with_targets(targets)
-        self._check(factors)
+        for name, of_name in factors.items():
+            for inputs, gradient in of_name.tensors():
+                self._seen.see(name, inputs)
+                self._seen.see(name, gradient, nonzero=True)
         known = {*factors, *(bias for bias, name in self._bias_of.items() if name in factors)}
         others = {name: weight for name, weight in self.weights.items() if name not in known}
         largest = [self.weights[name] for name in factors]
@@ -110,9 +112,7 @@ class GradientObserver:
 
     def check(self) -> None:
         """Raise ValueError where gradients had NaN or inf, by name of the parameter."""
-        self._nonzero = bool(self._nonzero) or self._nonzero
-        finite = read_by_name({name: total.isfinite() for name, total in self._sums.items()})
-        if bad := [name for name, yes in finite.items() if not yes]:
+        if bad := self._seen.bad():
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
 
     def _getter(
@@ -129,19 +129,10 @@ class GradientObserver:
         gradients = factors.gradients()
         gradients = gradients.reshape(-1, *(known.matrix_shape if known else self.weights[name].shape))
         if gradients.dtype == torch.float16:  # whose products may overflow
-            self._sums[name] = self._sums.get(name, 0) + gradients.sum(dtype=torch.float32)
+            self._seen.see(name, gradients)
         if name in self.masks:
             gradients *= known.to_matrix(self.masks[name]) if known else self.masks[name]
         return gradients
-
-    def _check(self, factors: Mapping[str, GradientFactors]) -> None:
-        """Note sums, which are not finite where anything is not, and whether all is zero; nothing waits for a GPU."""
-        for name, of_name in factors.items():
-            for tensors in of_name.tensors():
-                for x in tensors:
-                    self._sums[name] = self._sums.get(name, 0) + x.sum(dtype=widened(x.dtype))
-                if self._nonzero is not True:
-                    self._nonzero = tensors[1].any() | self._nonzero
 
     def fisher_product(self, chunk: Chunk, hessian: LossHessian) -> FisherProduct:
         """J^T H J v, J the outputs' derivative by the weights and H the loss's second one by the outputs."""
@@ -214,9 +205,7 @@ class GradientObserver:
     def _masked(self, values: dict[str, Tensor], scale: float | Tensor) -> dict[str, Tensor]:
         """Scaled (all, or each gradient), and zero where a mask is False; in place. What is not finite is noted."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.sum(dtype=torch.float64)
-            if self._nonzero is not True:
-                self._nonzero = value.any() | self._nonzero
+            self._seen.see(name, value, nonzero=True)
             if 0 in value.stride():  # a gradient that is zero for all may be expanded
                 values[name] = value = value.clone()
             if isinstance(scale, Tensor):

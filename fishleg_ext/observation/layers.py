@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.observation.batches import Chunk
+from fishleg_ext.observation.finite import Finite
 from fishleg_ext.observation.forward import call, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction
-from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
+from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses, times_own
 from fishleg_ext.observation.products import ROW_BYTES, Product
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer, ProductRows
@@ -42,8 +41,7 @@ class LayerObserver:
         self.chunk_bytes, self.orientations = chunk_bytes, orientations
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.backward = "output_gradients" in observer.observes
-        self._nonzero: Tensor | None = None  # of the output gradients, where there are any
-        self._sums: dict[str, Tensor] = {}
+        self._seen = Finite()
         self._verifier = Verifier(model, self.weights, orientations, biases)
         self._verified: set[tuple[bool, Signature]] = set()  # with several samples together, or one
         self._losses = SampleLosses(loss_fn)
@@ -53,12 +51,11 @@ class LayerObserver:
     @property
     def any_nonzero(self) -> bool:
         """Whether any output gradient so far is not zero, or there was none."""
-        return self._nonzero is None or bool(self._nonzero)
+        return self._seen.any_nonzero
 
     def check(self) -> None:
         """Raise ValueError where inputs or output gradients had NaN or inf, by name of the parameter."""
-        finite = read_by_name({name: total.isfinite() for name, total in self._sums.items()})
-        if bad := [name for name, yes in finite.items() if not yes]:
+        if bad := self._seen.bad():
             raise ValueError(f"the {bad[0]} contain NaN or inf")
 
     def run(self, chunk: Chunk) -> None:
@@ -129,8 +126,7 @@ class LayerObserver:
         targets, scale = chunk.targets, torch.ones(())
         if self.draw is not None:
             tree = OutputTree(outputs)
-            detached = tree.with_leaves([x.detach() if isinstance(x, Tensor) else x for x in tree.leaves])
-            targets, factor = self.draw(detached, targets, chunk.samples, chunk.samples)
+            targets, factor = self.draw(tree.detached(), targets, chunk.samples, chunk.samples)
             scale = torch.as_tensor(factor)
             if chunk.own_loss:  # which is computed from the labels among the inputs
                 recorder = ProductRecorder(weights, self.orientations)
@@ -141,7 +137,6 @@ class LayerObserver:
         for product, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue  # the loss does not depend on it, so that its inputs do not count either
-            self._nonzero = gradient.any() if self._nonzero is None else gradient.any() | self._nonzero
             self._observe(product, "output_gradients", gradient)
             if "inputs" in self.observer.observes:
                 self._observe_inputs(product)
@@ -164,8 +159,7 @@ class LayerObserver:
             raise _NotTogether(f"the loss needs {what}, which cannot be cut into samples") from None
         if not free or not edges:
             return [None] * len(products)
-        scaled = [g * scale.to(g).reshape(-1, *[1] * (g.dim() - 1)) for g in gradients]
-        return list(torch.autograd.grad(free, edges, scaled, allow_unused=True))
+        return list(torch.autograd.grad(free, edges, times_own(gradients, scale), allow_unused=True))
 
     def _observe_inputs(self, product: Product) -> None:
         self._observe(product, "inputs", product.inputs)
@@ -174,7 +168,7 @@ class LayerObserver:
         if not x.numel():
             return
         key = f"{what.replace('_', ' ')} of the layer of {product.name}"
-        self._sums[key] = self._sums.get(key, 0) + x.sum(dtype=widened(x.dtype))
+        self._seen.see(key, x, nonzero=what == "output_gradients")
         rows = product.input_rows if what == "inputs" else product.output_rows
         parts = [x]
         if product.divisible:

@@ -4,9 +4,10 @@ The model runs in eval mode, so that BatchNorm uses its running statistics and d
 changed: parameters are replaced functionally, training flags and PyTorch's RNG are put back.
 """
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,15 +134,9 @@ def observe(
                     if hessian:
                         _require_all_targets(chunk.targets, getattr(loss_fn, "ignore_index", IGNORED))
                         product = source.fisher_product(chunk, hessian)
-                    try:
+                    with _checking(source, number := number + 1):
                         for observation in source.gradients(chunk, count, product):
                             observer.update(observation)
-                    except RuntimeError:  # of gradients that are not finite, perhaps
-                        source.check()
-                        raise
-                    number += 1
-                    if number & (number - 1) == 0:  # 1, 2, 4, ...: a GPU is waited for
-                        source.check()
                 used += count
                 bar.update(count)
             source.check()
@@ -152,14 +147,8 @@ def observe(
                 model, loss_fn, weights, observer, draw, chunk_bytes, orientations or {}, biases or {}
             )
             for chunk in read(size=CHUNK_SAMPLES):
-                try:
+                with _checking(layers, number := number + 1):
                     layers.run(chunk)
-                except RuntimeError:  # of what is not finite, perhaps
-                    layers.check()
-                    raise
-                number += 1
-                if number & (number - 1) == 0:
-                    layers.check()
                 used += chunk.samples
                 bar.update(chunk.samples)
             layers.check()
@@ -176,6 +165,18 @@ def observe(
             stacklevel=2,
         )
     return used
+
+
+@contextlib.contextmanager
+def _checking(source: GradientObserver | LayerObserver, number: int) -> Iterator[None]:
+    """Look for NaN and inf after chunk 1, 2, 4, ... (a GPU is waited for), and where a curvature model fails on them."""
+    try:
+        yield
+    except RuntimeError:
+        source.check()
+        raise
+    if number & (number - 1) == 0:
+        source.check()
 
 
 def _require_all_targets(targets: Any, ignore_index: int) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -66,6 +66,10 @@ class OutputTree:
         remaining = iter(leaves)
         return self._map(self._outputs, lambda *_: next(remaining))
 
+    def detached(self) -> Any:
+        """The same structure, its tensors without their history."""
+        return self.with_leaves([x.detach() if isinstance(x, Tensor) else x for x in self.leaves])
+
     def cuttable(self, samples: int, names: Collection[str]) -> list[bool]:
         """Tell which leaves can be cut into samples: those of these names, of the right length."""
         pairs = zip(self.names, self.leaves, strict=True)
@@ -101,6 +105,11 @@ class OutputTree:
             return function(tree, name)
         mapped = [self._map(leaf, function, name + pytree.keystr(path)) for path, leaf in paths]
         return pytree.tree_unflatten(mapped, spec)
+
+
+def times_own(tensors: Iterable[Tensor], numbers: Tensor) -> list[Tensor]:
+    """Multiply what belongs to each sample, along the first dimension, by the number [samples] of that sample."""
+    return [x * numbers.to(x).reshape(-1, *[1] * (x.dim() - 1)) for x in tensors]
 
 
 def _length(leaf: Any) -> int:

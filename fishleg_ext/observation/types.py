@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fishleg_ext.observation.factors import GradientFactors
+from fishleg_ext.observation.gradient_factors import GradientFactors
 
 # v by parameter name -> F v.
 FisherProduct = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -46,7 +45,7 @@ class Observation:
 
     count: int
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    gradient_factors: Mapping[str, "GradientFactors"] = field(default_factory=dict)
+    gradient_factors: Mapping[str, GradientFactors] = field(default_factory=dict)
     inputs: Mapping[str, ProductRows] = field(default_factory=dict)
     output_gradients: Mapping[str, ProductRows] = field(default_factory=dict)
     fisher_product: FisherProduct | None = None

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
-from fishleg_ext.pruning.costs import Costs, total_cost
+from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.fixed_order import fixed_order_prune
 from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
 from fishleg_ext.sparsity.patterns import Pattern
@@ -45,10 +45,13 @@ class Solver:
         sweeps: whether it chooses while it compensates (`sweep`), parameter by parameter, by given counts; else
             weights are chosen by `costs`, then `compensate` moves the others.
         in_blocks: whether it works within the blocks of the curvature, which patterns must then divide.
+        costs_add_up: whether the step that it takes costs as much as `costs` of the pruned weights together, where the
+            curvature has no entries between blocks.
     """
 
     sweeps: ClassVar[bool] = False
     in_blocks: ClassVar[bool] = True
+    costs_add_up: ClassVar[bool] = False
 
     def check(self, recipe: Curvature, any_pruned: bool) -> None:
         """Raise ValueError where the model cannot answer what this solver asks, some weights being pruned already."""
@@ -75,26 +78,11 @@ class Solver:
         """Return masks with `counts` pruned weights, by name, and what `compensate` returns for them."""
         raise NotImplementedError
 
-    def step_cost(
-        self,
-        problem: Problem,
-        costs: Mapping[str, Costs],
-        kept: Mapping[str, Tensor],
-        moves: Mapping[str, Tensor],
-    ) -> float:
-        """Return what the step costs by the quadratic model, 1/2 dw^T F dw.
-
-        Args:
-            problem: whose weights and biases moved.
-            costs: as returned by `costs`, perhaps of more parameters.
-            kept: the masks.
-            moves: dw, of weights and biases, by their own names.
-        """
-        return problem.estimate.step_cost(moves)
-
 
 class Exact(Solver):
     """Greedy elimination within blocks, then the best joint compensation for all pruned weights of a block."""
+
+    costs_add_up: ClassVar[bool] = True
 
     @override
     def costs(self, problem: Problem) -> dict[str, Costs]:
@@ -110,18 +98,6 @@ class Exact(Solver):
     @override
     def compensate(self, problem: Problem, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return exact_update(problem.estimate, problem.weights, kept, problem.biases, progress=problem.progress)
-
-    @override
-    def step_cost(
-        self,
-        problem: Problem,
-        costs: Mapping[str, Costs],
-        kept: Mapping[str, Tensor],
-        moves: Mapping[str, Tensor],
-    ) -> float:
-        if problem.estimate.recipe.block_diagonal:  # costs along the order of elimination add up
-            return total_cost({name: costs[name] for name in kept}, kept)
-        return super().step_cost(problem, costs, kept, moves)
 
 
 class Simultaneous(Solver):

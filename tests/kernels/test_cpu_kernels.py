@@ -48,6 +48,9 @@ def test_threads_share_the_blocks(threads):
         threads(number)
         rank, cost = ops.obs_eliminate(weight, inverse, alive, dead_first=True)
         results.append((rank, cost, ops.obs_compensate(weight, inverse, ~alive)))
+    expected = ops.obs_eliminate(weight, inverse, alive, dead_first=True, impl="reference")
+    assert torch.equal(results[0][0], expected[0])
+    torch.testing.assert_close(results[0][1], expected[1])
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             assert torch.equal(mine, theirs)

@@ -188,6 +188,8 @@ def test_narrow_weights_are_compensated_in_float32_and_rounded_once(kind, dtype,
         estimate.update(Observation(200, **observed, **own))
         moved.append(exact_update(estimate, {"w": given}, masks)["w"])
     assert moved[0].dtype == dtype
+    assert torch.equal(moved[0] != 0, masks["w"])
+    assert not torch.equal(moved[0], torch.where(masks["w"], weight, 0))  # the kept have moved
     error = (moved[0].double() - moved[1]).abs()
     half_ulp = torch.finfo(dtype).eps / 2 * moved[1].abs()
     assert (error <= 1.01 * half_ulp + 1e-4 * moved[1].abs().max()).all()

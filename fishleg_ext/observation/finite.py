@@ -1,0 +1,30 @@
+"""Finds NaN, inf and zeros among what is observed, without waiting for a GPU each time."""
+
+from torch import Tensor
+
+from fishleg_ext.common.dtypes import widened
+from fishleg_ext.common.waiting import read_by_name
+
+
+class Finite:
+    """Sums of what was seen, which are not finite where any of it is not, and whether any of it is not zero."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._nonzero: Tensor | None = None
+
+    @property
+    def any_nonzero(self) -> bool:
+        """Tell whether anything that was seen as `nonzero` was not zero, or there was none of it."""
+        return self._nonzero is None or bool(self._nonzero)
+
+    def see(self, name: str, x: Tensor, *, nonzero: bool = False) -> None:
+        """Note one tensor; with `nonzero` also whether it is all zero."""
+        self._sums[name] = self._sums.get(name, 0) + x.sum(dtype=widened(x.dtype))
+        if nonzero:
+            self._nonzero = x.any() if self._nonzero is None else x.any() | self._nonzero
+
+    def bad(self) -> list[str]:
+        """Return the names under which there was NaN or inf."""
+        finite = read_by_name({name: total.isfinite() for name, total in self._sums.items()})
+        return [name for name, yes in finite.items() if not yes]

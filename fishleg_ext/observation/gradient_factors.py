@@ -1,0 +1,178 @@
+"""Gradients of samples in factors: G = D^T X, X the inputs of a product and D the gradients by its outputs.
+
+One backward pass gives D for all samples, without a gradient of the size of the weights for each. Rows lie sample after
+sample, or position after position with a row of each sample at each; see `factors`, which tells how.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishleg_ext.observation.products import ROW_BYTES, Product
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One product of a weight, with what its rows need to be told apart.
+
+    Attributes:
+        product: of some samples.
+        gradient: of each sample's own loss, by the output of the product.
+        samples: how many there are.
+        by_position: whether rows lie position after position, with a row of each sample at each; else sample after
+            sample.
+    """
+
+    product: Product
+    gradient: Tensor
+    samples: int
+    by_position: bool
+
+    def rows(self, start: int, stop: int, group: int) -> tuple[Tensor, Tensor]:
+        """Rows of groups of samples, from `start` to before `stop`.
+
+        Args:
+            start, stop: numbers of groups of samples.
+            group: samples in each.
+
+        Returns:
+            X [groups, count, T, fan_in] and D [groups, count, T, fan_out / groups], groups being those of the product.
+        """
+        product, first, last = self.product, start * group, stop * group
+        inputs, gradient, each = product.inputs, self.gradient, self._length
+        if each:
+            inputs, gradient = inputs[first * each : last * each], gradient[first * each : last * each]
+        samples = last - first if each else self.samples
+        x, d = product.input_rows(inputs), product.output_rows(gradient)
+        part = None if each else slice(start, stop)
+        return self._cut(x, samples, group, part), self._cut(d, samples, group, part)
+
+    def sample_gradients(self, start: int, stop: int) -> Tensor | None:
+        """Gradients of samples, [count, out, fan_in], where there is a faster way to them than by rows."""
+        if self._length != 1:
+            return None
+        return self.product.sample_gradients(self.product.inputs[start:stop], self.gradient[start:stop])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of X, and of D, for each group of the product."""
+        first, last = self.product.outputs
+        return self.gradient.numel() // max(1, last - first)
+
+    @property
+    def _length(self) -> int:
+        """Entries of the first dimension for each sample, where that can be cut; else 0."""
+        number = len(self.product.inputs)
+        whole = number == len(self.gradient) and number % max(1, self.samples) == 0
+        return number // max(1, self.samples) if whole and self.product.divisible and not self.by_position else 0
+
+    def _cut(self, rows: Tensor, samples: int, group: int, part: slice | None) -> Tensor:
+        length = rows.shape[1] // max(1, samples)
+        if self.by_position:
+            rows = rows.unflatten(1, (length, samples // group, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        else:
+            rows = rows.unflatten(1, (samples // group, group * length))
+        return rows if part is None else rows[:, part]
+
+
+class GradientFactors:
+    """Gradients G_s = D_s^T X_s [out, fan-in] of groups of samples by one weight matrix, summed over its products.
+
+    Attributes:
+        count: how many gradients.
+    """
+
+    def __init__(
+        self, uses: Sequence[Use], shape: tuple[int, int], like: Tensor, count: int, group: int, start: int = 0
+    ) -> None:
+        self._uses, self._shape, self._like, self._group = list(uses), shape, like, group
+        self.count, self._start = count, start
+
+    def part(self, start: int, stop: int) -> "GradientFactors":
+        """Return the gradients from `start` to before `stop`."""
+        return GradientFactors(
+            self._uses, self._shape, self._like, stop - start, self._group, start=self._start + start
+        )
+
+    @property
+    def rows(self) -> int:
+        """Count the rows of each gradient's X and D, T."""
+        return sum(use.num_rows // use.samples * self._group for use in self._uses)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether there are products, each of the whole matrix, so that X and D of all can be put together."""
+        return bool(self._uses) and all(
+            use.product.groups == 1 and use.product.outputs == (0, self._shape[0]) for use in self._uses
+        )
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs of each product, as the function was called with them, and the gradient by its output."""
+        for use in self._uses:
+            yield use.product.inputs, use.gradient
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Put X [count, T, fan_in] and D [count, T, out] together, where they are `whole`."""
+        parts = [use.rows(self._start, self._start + self.count, self._group) for use in self._uses]
+        x, d = (torch.cat([part[i][0] for part in parts], dim=1) if len(parts) > 1 else parts[0][i][0] for i in (0, 1))
+        return x, d
+
+    def gradients(self) -> Tensor:
+        """Multiply out: [count, out, fan_in]."""
+        single = self.whole and len(self._uses) == 1
+        if single and self._group == 1:
+            found = self._uses[0].sample_gradients(self._start, self._start + self.count)
+            if found is not None:
+                return found
+        result = self._like.new_empty(self.count, *self._shape)
+        if not single:
+            result.zero_()
+        for use in self._uses:
+            (first, last), groups = use.product.outputs, use.product.groups
+            for start, stop in self._slices(use):
+                x, d = use.rows(self._start + start, self._start + stop, self._group)
+                part = result[start:stop, first:last].unflatten(1, (groups, -1))
+                for index in range(groups):
+                    if single:
+                        torch.bmm(d[index].mT, x[index], out=part[:, index])
+                    else:
+                        part[:, index] += d[index].mT @ x[index]
+        return result
+
+    def bias_gradients(self) -> Tensor:
+        """Sum over rows of D: [count, out], of a bias that is added to each product."""
+        result = self._like.new_zeros(self.count, self._shape[0])
+        for use in self._uses:
+            first, last = use.product.outputs
+            _, d = use.rows(self._start, self._start + self.count, self._group)
+            result[:, first:last] += d.sum(2).transpose(0, 1).flatten(1)
+        return result
+
+    def _slices(self, use: Use) -> Iterator[tuple[int, int]]:
+        """Parts of the gradients whose inputs as rows are of bounded size."""
+        per_row = self._shape[1] * use.product.groups * self._like.element_size()
+        per_gradient = per_row * use.num_rows // max(1, use.samples) * self._group
+        step = max(1, ROW_BYTES // max(1, per_gradient))
+        for start in range(0, self.count, step):
+            yield start, min(start + step, self.count)
+
+
+Compute = Callable[[], Tensor]
+
+
+class LazyGradients(Mapping[str, Tensor]):
+    """Name -> gradients, each computed when it is asked for and not kept: those of one parameter at a time."""
+
+    def __init__(self, compute: Mapping[str, Compute]) -> None:
+        self._compute = dict(compute)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compute)
+
+    def __len__(self) -> int:
+        return len(self._compute)
