@@ -169,7 +169,7 @@ def observe(
 
 @contextlib.contextmanager
 def _checking(source: GradientObserver | LayerObserver, number: int) -> Iterator[None]:
-    """Look for NaN and inf after chunk 1, 2, 4, ... (a GPU is waited for), and where a curvature model fails on them."""
+    """Look for NaN and inf after chunk 1, 2, 4, ..., as a GPU is waited for, and where a curvature model fails."""
     try:
         yield
     except RuntimeError:
