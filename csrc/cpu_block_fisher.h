@@ -1,4 +1,5 @@
-// Gram matrices of gradients, on a CPU; no PyTorch here. See cpu_obs.h for instruction sets.
+// Gram matrices of gradients and inverses of blocks, on a CPU; no PyTorch here. See cpu_obs.h for
+// instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,17 @@ struct CpuGram {
   T alpha;
 };
 
-#define FISHLEG_EXT_CPU_GRAM(instruction_set)                                                     \
+// Symmetric positive definite matrices, [K, B, B], of which the lower halves are read.
+template <typename T>
+struct CpuInversion {
+  const T* matrix;
+  T* inverse;      // [K, B, B], of matrix + damping * I; both halves
+  bool* inverted;  // [K], false where there is none, and then nothing is written to it
+  int size;        // B
+  T damping;
+};
+
+#define FISHLEG_EXT_CPU_BLOCK_FISHER(instruction_set)                                             \
   namespace instruction_set {                                                                     \
   template <typename T>                                                                           \
   int64_t gram_workspace(int size);                                                               \
@@ -24,10 +35,14 @@ struct CpuGram {
    */                                                                                             \
   template <typename T>                                                                           \
   void add_gram(const CpuGram<T>& arrays, int64_t block, int begin, int end, void* workspace);    \
+  template <typename T>                                                                           \
+  int64_t inverse_workspace(int size);                                                            \
+  template <typename T>                                                                           \
+  void block_inverse(const CpuInversion<T>& arrays, int64_t begin, int64_t end, void* workspace); \
   }
 
-FISHLEG_EXT_CPU_GRAM(portable)
-FISHLEG_EXT_CPU_GRAM(avx2)
-FISHLEG_EXT_CPU_GRAM(avx512)
+FISHLEG_EXT_CPU_BLOCK_FISHER(portable)
+FISHLEG_EXT_CPU_BLOCK_FISHER(avx2)
+FISHLEG_EXT_CPU_BLOCK_FISHER(avx512)
 
 }  // namespace fishleg_ext

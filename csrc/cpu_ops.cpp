@@ -31,15 +31,19 @@ struct Kernels {
   decltype(&fishleg_ext::portable::masked_solve<T>) solve;
   decltype(&fishleg_ext::portable::gram_workspace<T>) gram_workspace;
   decltype(&fishleg_ext::portable::add_gram<T>) add_gram;
+  decltype(&fishleg_ext::portable::inverse_workspace<T>) inverse_workspace;
+  decltype(&fishleg_ext::portable::block_inverse<T>) invert;
 };
 
-#define FISHLEG_EXT_CHOOSE(instruction_set)               \
-  Kernels<T> {                                            \
-    &fishleg_ext::instruction_set::obs_workspace<T>,      \
-        &fishleg_ext::instruction_set::obs_eliminate<T>,  \
-        &fishleg_ext::instruction_set::masked_solve<T>,   \
-        &fishleg_ext::instruction_set::gram_workspace<T>, \
-        &fishleg_ext::instruction_set::add_gram<T>        \
+#define FISHLEG_EXT_CHOOSE(instruction_set)                  \
+  Kernels<T> {                                               \
+    &fishleg_ext::instruction_set::obs_workspace<T>,         \
+        &fishleg_ext::instruction_set::obs_eliminate<T>,     \
+        &fishleg_ext::instruction_set::masked_solve<T>,      \
+        &fishleg_ext::instruction_set::gram_workspace<T>,    \
+        &fishleg_ext::instruction_set::add_gram<T>,          \
+        &fishleg_ext::instruction_set::inverse_workspace<T>, \
+        &fishleg_ext::instruction_set::block_inverse<T>      \
   }
 
 // Those of the widest vectors that this machine has.
@@ -151,6 +155,20 @@ void block_gram_out(Tensor grads, double alpha, Tensor gram) {
   });
 }
 
+void block_inverse_out(Tensor gram, double damping, Tensor inverse, Tensor inverted) {
+  by_type(gram, [&](auto zero) {
+    using T = decltype(zero);
+    const int size = static_cast<int>(gram.size(1));
+    const fishleg_ext::CpuInversion<T> arrays{read<T>(gram), write<T>(inverse),
+                                              write<bool>(inverted), size, static_cast<T>(damping)};
+    const Kernels<T> kernel = kernels<T>();
+    for_blocks(gram.size(0), kernel.inverse_workspace(size),
+               [&](int64_t begin, int64_t end, void* workspace) {
+                 kernel.invert(arrays, begin, end, workspace);
+               });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fishleg_ext_cpu, library) {
@@ -161,10 +179,14 @@ STABLE_TORCH_LIBRARY(fishleg_ext_cpu, library) {
       "masked_solve_out(Tensor matrix, Tensor set, Tensor rhs, Tensor(a!) x, Tensor(b!) solved) "
       "-> ()");
   library.def("block_gram_out(Tensor grads, float alpha, Tensor(a!) gram) -> ()");
+  library.def(
+      "block_inverse_out(Tensor gram, float damping, Tensor(a!) inverse, Tensor(b!) inverted) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fishleg_ext_cpu, CPU, library) {
   library.impl("obs_eliminate_out", TORCH_BOX(&obs_eliminate_out));
   library.impl("masked_solve_out", TORCH_BOX(&masked_solve_out));
   library.impl("block_gram_out", TORCH_BOX(&block_gram_out));
+  library.impl("block_inverse_out", TORCH_BOX(&block_inverse_out));
 }

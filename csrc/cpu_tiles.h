@@ -59,8 +59,9 @@ constexpr int64_t kTileColumns = kTileVectors * Vec<T>::kLanes;
 
 // h[r][c] += scale * sum over p of rows[p][r] * columns[p][c], a tile.
 template <typename T>
-inline void add_tile(T* h, int64_t ld, const T* rows, int64_t row_stride, const T* columns,
-                     int64_t column_stride, int depth, T scale) {
+__attribute__((noinline)) void add_tile(T* h, int64_t ld, const T* rows, int64_t row_stride,
+                                        const T* columns, int64_t column_stride, int depth,
+                                        T scale) {
   using V = typename Vec<T>::Type;
   constexpr int lanes = Vec<T>::kLanes;
   V sums[kTileRows][kTileVectors] = {};
@@ -79,6 +80,55 @@ inline void add_tile(T* h, int64_t ld, const T* rows, int64_t row_stride, const 
     for (int j = 0; j < kTileVectors; ++j) {
       T* at = h + r * ld + j * lanes;
       store(at, load(at) + scale * sums[r][j]);
+    }
+  }
+}
+
+// Transposes a square of vectors: rows i and i + kLanes / 2 are interleaved, log2(kLanes) times.
+template <typename T>
+inline void transpose(typename Vec<T>::Type (&rows)[Vec<T>::kLanes]) {
+  using V = typename Vec<T>::Type;
+  constexpr int lanes = Vec<T>::kLanes;
+  decltype(V{} < V{}) low, high;
+  for (int i = 0; i < lanes; ++i) {
+    low[i] = i / 2 + i % 2 * lanes;
+    high[i] = low[i] + lanes / 2;
+  }
+  for (int stage = 1; stage < lanes; stage *= 2) {
+    V interleaved[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleaved[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
+      interleaved[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = interleaved[i];
+  }
+}
+
+// Writes the lower half of rows `begin` to before `end` of a symmetric matrix, [end, end], times
+// `scale`, to both halves of another, which may be the same.
+template <typename T>
+void mirror(const T* from, int64_t from_ld, T* to, int64_t to_ld, int begin, int end, T scale) {
+  using V = typename Vec<T>::Type;
+  constexpr int lanes = Vec<T>::kLanes;
+  for (int r0 = begin; r0 < end; r0 += lanes) {
+    const bool whole = r0 + lanes <= end;
+    for (int c0 = 0; c0 < r0 + lanes && c0 < end; c0 += lanes) {
+      if (whole && c0 + lanes <= r0) {
+        V rows[lanes];
+        for (int i = 0; i < lanes; ++i) {
+          rows[i] = scale * load(from + (r0 + i) * from_ld + c0);
+          store(to + (r0 + i) * to_ld + c0, rows[i]);
+        }
+        transpose<T>(rows);
+        for (int i = 0; i < lanes; ++i) store(to + (c0 + i) * to_ld + r0, rows[i]);
+        continue;
+      }
+      for (int r = r0; r < r0 + lanes && r < end; ++r) {
+        for (int c = c0; c < c0 + lanes && c <= r; ++c) {
+          to[c * to_ld + r] = to[r * to_ld + c] = scale * from[r * from_ld + c];
+        }
+      }
     }
   }
 }

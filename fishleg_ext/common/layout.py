@@ -41,11 +41,15 @@ class BlockLayout:
     def to_blocks(self, x: Tensor) -> Tensor:
         """[..., *shape] -> [..., K, B], zeros (or False) in the padding; a view where nothing is padded."""
         lead = x.shape[: x.dim() - len(self.shape)]
-        flat = x.reshape(*lead, self.numel)
-        padding = self.num_blocks * self.block_size - self.numel
+        return self.part_to_blocks(0, x.reshape(*lead, self.numel))[1]
+
+    def part_to_blocks(self, first: int, x: Tensor) -> tuple[slice, Tensor]:
+        """[..., n] entries, from the first of a block on -> which blocks these are, and [..., K, B] as `to_blocks`."""
+        padding = -x.shape[-1] % self.block_size
         if padding:
-            flat = torch.nn.functional.pad(flat, (0, padding))
-        return flat.unflatten(-1, (self.num_blocks, self.block_size))
+            x = torch.nn.functional.pad(x, (0, padding))
+        start, count = first // self.block_size, x.shape[-1] // self.block_size
+        return slice(start, start + count), x.unflatten(-1, (count, self.block_size))
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """[..., K, B] -> [..., *shape], without the padding."""

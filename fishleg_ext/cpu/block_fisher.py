@@ -1,13 +1,14 @@
-"""Gram matrices on a CPU: in C++ (csrc/cpu_block_fisher.cpp) where that is built."""
+"""Gram matrices and inverses of blocks on a CPU: in C++ (csrc/cpu_block_fisher.cpp) where that is built."""
 
 import torch
 from torch import Tensor
 
 from fishleg_ext import cpu
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.reference import block_fisher as reference
 
 # Where the half of the product that is spared takes longer than its mirror image, as measured.
-LEAST_GRADIENTS, LEAST_SIZE = 256, 128
+LEAST_GRADIENTS, LEAST_SIZE = 32, 64
 
 
 def supports_block_gram_(
@@ -24,3 +25,21 @@ def block_gram_(gram: Tensor, grads: Tensor, alpha: float = 1.0, *, precision: s
         reference.block_gram_(gram, grads, alpha, precision=precision)
     else:
         torch.ops.fishleg_ext_cpu.block_gram_out(grads.to(gram.dtype), alpha, gram)
+
+
+def supports_block_inverse(gram: Tensor, damping: float) -> tuple[bool, str]:
+    """Tensors on a CPU."""
+    return gram.device.type == "cpu", f"its CPU implementation takes tensors on a CPU, not on {gram.device}"
+
+
+def block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Sweep each block; those that need more damping are left to the reference."""
+    if cpu.not_loaded() is not None:
+        return reference.block_inverse(gram, damping)
+    gram = gram.to(widened(gram.dtype)).contiguous()
+    inverse, inverted = torch.empty_like(gram), torch.empty(len(gram), dtype=torch.bool)
+    torch.ops.fishleg_ext_cpu.block_inverse_out(gram, damping, inverse, inverted)
+    info = torch.zeros(len(gram), dtype=torch.int32)
+    if not inverted.all():
+        inverse[~inverted], info[~inverted] = reference.block_inverse(gram[~inverted], damping)
+    return inverse, info

@@ -1,5 +1,6 @@
 """The block-diagonal empirical Fisher matrix."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,8 +73,13 @@ class BlockEstimate(Estimate[BlockFisher]):
     @override
     def update(self, observation: Observation) -> None:
         self._kept.clear()
-        for name, grads in observation.gradients.items():
-            ops.block_gram_(self._gram[name], self.layouts[name].to_blocks(grads))
+        for name in observation.gradients:
+            layout, gram = self.layouts[name], self._gram[name]
+            row = layout.numel // max(1, layout.shape[0]) if layout.shape else 1
+            rows = layout.block_size // math.gcd(layout.block_size, max(1, row))  # after which a block begins
+            for first, grads in observation.row_parts(name, rows):
+                here, blocks = layout.part_to_blocks(first * row, grads.flatten(1))
+                ops.block_gram_(gram[here], blocks)
         self._count += observation.count
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:

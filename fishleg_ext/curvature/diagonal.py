@@ -56,9 +56,9 @@ class DiagonalEstimate(Estimate[DiagonalFisher]):
 
     @override
     def update(self, observation: Observation) -> None:
-        for name, grads in observation.gradients.items():
+        for name in observation.gradients:
             squares = self._squares[name]
-            squares += grads.to(squares.dtype).square().sum(0)
+            squares += observation.sum_of_squares(name, squares)
         self._count += observation.count
 
     @override

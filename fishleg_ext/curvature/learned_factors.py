@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
 from fishleg_ext.curvature.kronecker import Factors, add_moment_, diagonal_of, zero_moment
 
@@ -224,10 +225,13 @@ class LearnedFactors:
             rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
             self.raised = (rounding > damping).int()
             wide.diagonal().add_(torch.maximum(damping, rounding))
-            factor, failed = torch.linalg.cholesky_ex(wide)
-            self.failed = self.failed | failed
-            inverse = torch.cholesky_inverse(factor)
-            inverse = ((inverse + inverse.mT) / 2).contiguous()
+            if wide.device.type == "cpu":
+                (inverse,), failed = ops.block_inverse(wide[None], 0.0)
+            else:  # where block_inverse looks whether damping must be raised
+                factor, failed = torch.linalg.cholesky_ex(wide)
+                inverse = torch.cholesky_inverse(factor)
+                inverse = ((inverse + inverse.mT) / 2).contiguous()
+            self.failed = self.failed | (failed != 0).any().int()
         self.failed = self.failed | (~inverse.sum().isfinite()).int()
         return inverse.to(moment.dtype)
 

@@ -5,12 +5,15 @@ sample, or position after position with a row of each sample at each; see `facto
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fishleg_ext.observation.products import ROW_BYTES, Product
+
+# Of gradients that are multiplied out at a time on a CPU: they stay in its caches, and their memory is used again.
+PART_BYTES = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,62 +80,119 @@ class Use:
         return rows if part is None else rows[:, part]
 
 
+@dataclass(frozen=True, eq=False)
 class GradientFactors:
     """Gradients G_s = D_s^T X_s [out, fan-in] of groups of samples by one weight matrix, summed over its products.
 
     Attributes:
+        uses: its products.
+        shape: of the matrix.
+        like: a tensor of the dtype and on the device of the gradients.
         count: how many gradients.
+        group: samples in each.
+        start: number of the first.
+        mask: bool [out, fan-in], False where gradients are to be zero; or None.
     """
 
-    def __init__(
-        self, uses: Sequence[Use], shape: tuple[int, int], like: Tensor, count: int, group: int, start: int = 0
-    ) -> None:
-        self._uses, self._shape, self._like, self._group = list(uses), shape, like, group
-        self.count, self._start = count, start
+    uses: Sequence[Use]
+    shape: tuple[int, int]
+    like: Tensor
+    count: int
+    group: int
+    start: int = 0
+    mask: Tensor | None = None
 
     def part(self, start: int, stop: int) -> "GradientFactors":
         """Return the gradients from `start` to before `stop`."""
-        return GradientFactors(
-            self._uses, self._shape, self._like, stop - start, self._group, start=self._start + start
-        )
+        return replace(self, count=stop - start, start=self.start + start)
 
     @property
     def rows(self) -> int:
         """Count the rows of each gradient's X and D, T."""
-        return sum(use.num_rows // use.samples * self._group for use in self._uses)
+        return sum(use.num_rows // use.samples * self.group for use in self.uses)
 
     @property
     def whole(self) -> bool:
-        """Tell whether there are products, each of the whole matrix, so that X and D of all can be put together."""
-        return bool(self._uses) and all(
-            use.product.groups == 1 and use.product.outputs == (0, self._shape[0]) for use in self._uses
-        )
+        """Tell whether G is D^T X, the X and D of all products put together: each is of the whole matrix, no mask."""
+        return bool(self.uses) and self.mask is None and all(map(self._is_whole, self.uses))
 
     def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs of each product, as the function was called with them, and the gradient by its output."""
-        for use in self._uses:
+        for use in self.uses:
             yield use.product.inputs, use.gradient
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Put X [count, T, fan_in] and D [count, T, out] together, where they are `whole`."""
-        parts = [use.rows(self._start, self._start + self.count, self._group) for use in self._uses]
+        parts = list(map(self._rows_of, self.uses))
         x, d = (torch.cat([part[i][0] for part in parts], dim=1) if len(parts) > 1 else parts[0][i][0] for i in (0, 1))
         return x, d
 
     def gradients(self) -> Tensor:
         """Multiply out: [count, out, fan_in]."""
-        single = self.whole and len(self._uses) == 1
-        if single and self._group == 1:
-            found = self._uses[0].sample_gradients(self._start, self._start + self.count)
+        result = self._multiplied_out()
+        if self.mask is not None:
+            result *= self.mask
+        return result
+
+    def row_parts(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Multiply out some rows of the matrix at a time, where that is faster.
+
+        Args:
+            multiple: parts begin at a multiple of as many rows.
+
+        Yields:
+            the first row, and gradients of rows from there on, [count, rows, fan_in].
+        """
+        out, fan_in = self.shape
+        row_bytes = max(1, self.count * fan_in * self.like.element_size())
+        rows = max(1, PART_BYTES // row_bytes // multiple) * multiple
+        if self.like.device.type != "cpu" or rows >= out or not self._is_best_by_rows:
+            yield 0, self.gradients()
+            return
+        x, d = (rows_of[0] for rows_of in self._rows_of(self.uses[0]))
+        for first in range(0, out, rows):
+            own = d[:, :, first : first + rows].mT
+            part = own * x if own.shape[2] == 1 else own @ x
+            if self.mask is not None:
+                part *= self.mask[first : first + rows]
+            yield first, part
+
+    def sum_of_squares(self, dtype: torch.dtype) -> Tensor:
+        """Sum the squares of all gradients, in this dtype: [out, fan_in]."""
+        if self.rows == 1 and self._is_single:
+            x, d = (rows[0, :, 0].to(dtype) for rows in self._rows_of(self.uses[0]))
+            squares = d.square().T @ x.square()
+            return squares if self.mask is None else squares * self.mask
+        return torch.cat([part.to(dtype).square().sum(0) for _, part in self.row_parts()])
+
+    @property
+    def _is_single(self) -> bool:
+        return len(self.uses) == 1 and self._is_whole(self.uses[0])
+
+    @property
+    def _is_best_by_rows(self) -> bool:
+        """Whether there is one product, whose rows take no more memory than the gradients."""
+        return self._is_single and self.rows <= self.shape[0]
+
+    def _rows_of(self, use: Use) -> tuple[Tensor, Tensor]:
+        return use.rows(self.start, self.start + self.count, self.group)
+
+    def _is_whole(self, use: Use) -> bool:
+        return use.product.groups == 1 and use.product.outputs == (0, self.shape[0])
+
+    def _multiplied_out(self) -> Tensor:
+        single = self._is_single
+        if single and self.group == 1:
+            found = self.uses[0].sample_gradients(self.start, self.start + self.count)
             if found is not None:
                 return found
-        result = self._like.new_empty(self.count, *self._shape)
+        result = self.like.new_empty(self.count, *self.shape)
         if not single:
             result.zero_()
-        for use in self._uses:
+        for use in self.uses:
             (first, last), groups = use.product.outputs, use.product.groups
             for start, stop in self._slices(use):
-                x, d = use.rows(self._start + start, self._start + stop, self._group)
+                x, d = use.rows(self.start + start, self.start + stop, self.group)
                 part = result[start:stop, first:last].unflatten(1, (groups, -1))
                 for index in range(groups):
                     if single:
@@ -143,17 +203,17 @@ class GradientFactors:
 
     def bias_gradients(self) -> Tensor:
         """Sum over rows of D: [count, out], of a bias that is added to each product."""
-        result = self._like.new_zeros(self.count, self._shape[0])
-        for use in self._uses:
+        result = self.like.new_zeros(self.count, self.shape[0])
+        for use in self.uses:
             first, last = use.product.outputs
-            _, d = use.rows(self._start, self._start + self.count, self._group)
+            _, d = self._rows_of(use)
             result[:, first:last] += d.sum(2).transpose(0, 1).flatten(1)
         return result
 
     def _slices(self, use: Use) -> Iterator[tuple[int, int]]:
         """Parts of the gradients whose inputs as rows are of bounded size."""
-        per_row = self._shape[1] * use.product.groups * self._like.element_size()
-        per_gradient = per_row * use.num_rows // max(1, use.samples) * self._group
+        per_row = self.shape[1] * use.product.groups * self.like.element_size()
+        per_gradient = per_row * use.num_rows // max(1, use.samples) * self.group
         step = max(1, ROW_BYTES // max(1, per_gradient))
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)

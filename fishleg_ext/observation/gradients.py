@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,9 @@ class GradientObserver:
             found = self.draw(outputs, chunk.targets, chunk.samples, count)
         targets, scale = found or (chunk.targets, 1.0)
         chunk = chunk.with_targets(targets)
+        for name in self.masks.keys() & factors.keys():
+            mask = self._oriented({name: self.masks[name]})[name]
+            factors[name] = replace(factors[name], mask=mask.reshape(factors[name].shape))
         for name, of_name in factors.items():
             for inputs, gradient in of_name.tensors():
                 self._seen.see(name, inputs)
@@ -106,9 +110,8 @@ class GradientObserver:
                 values = self._oriented(self._masked(values, part_scale))
             parts = {name: factor.part(start, stop) for name, factor in factors.items()}
             gradients = LazyGradients({name: self._getter(name, parts, values) for name in self.weights})
-            usable = {name: factor for name, factor in parts.items() if name not in self.masks}
             last = product if stop == count else None
-            yield Observation(stop - start, gradients=gradients, gradient_factors=usable, fisher_product=last)
+            yield Observation(stop - start, gradients=gradients, gradient_factors=parts, fisher_product=last)
 
     def check(self) -> None:
         """Raise ValueError where gradients had NaN or inf, by name of the parameter."""
@@ -130,8 +133,6 @@ class GradientObserver:
         gradients = gradients.reshape(-1, *(known.matrix_shape if known else self.weights[name].shape))
         if gradients.dtype == torch.float16:  # whose products may overflow
             self._seen.see(name, gradients)
-        if name in self.masks:
-            gradients *= known.to_matrix(self.masks[name]) if known else self.masks[name]
         return gradients
 
     def fisher_product(self, chunk: Chunk, hessian: LossHessian) -> FisherProduct:

@@ -1,9 +1,10 @@
 """What an observation is, and what is asked of who observes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fishleg_ext.observation.gradient_factors import GradientFactors
@@ -36,7 +37,7 @@ class Observation:
             observations of their own, which count as 0.
         gradients: name -> [count, *shape], the outputs of the parameter first, zero where a mask is False. Computed
             when they are asked for, and not kept: ask for each once.
-        gradient_factors: name -> the same in factors, G = D^T X, of the weights that have them and no mask.
+        gradient_factors: name -> the same in factors, G = D^T X, of the weights that have them.
         inputs: name -> what the weight is multiplied by in one product.
         output_gradients: name -> gradients of each sample's loss by the outputs of one product.
         fisher_product: multiplies by the whole network's Fisher matrix, the mean over the samples of this chunk without
@@ -49,6 +50,33 @@ class Observation:
     inputs: Mapping[str, ProductRows] = field(default_factory=dict)
     output_gradients: Mapping[str, ProductRows] = field(default_factory=dict)
     fisher_product: FisherProduct | None = None
+
+    def row_parts(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield the gradients of one parameter, some rows of its matrix at a time, where that is faster.
+
+        Args:
+            name: of the parameter.
+            multiple: parts begin at a multiple of as many rows.
+
+        Yields:
+            the first row, and gradients of rows from there on, [count, rows, ...]; all rows where they are not in
+            factors.
+        """
+        if (factors := self._multiplied_out_here(name)) is not None:
+            yield from factors.row_parts(multiple)
+        else:
+            yield 0, self.gradients[name]
+
+    def sum_of_squares(self, name: str, like: Tensor) -> Tensor:
+        """Return the sum of the squares of all gradients of one parameter, in the shape and dtype of `like`."""
+        if (factors := self._multiplied_out_here(name)) is not None:
+            return factors.sum_of_squares(like.dtype).reshape(like.shape)
+        return self.gradients[name].to(like.dtype).square().sum(0)
+
+    def _multiplied_out_here(self, name: str) -> GradientFactors | None:
+        """Factors of a parameter; those of half precision, which may overflow, are multiplied out and looked at."""
+        factors = self.gradient_factors.get(name)
+        return None if factors is None or factors.like.dtype == torch.float16 else factors
 
 
 class Observer(Protocol):

@@ -50,9 +50,9 @@ def _fake_block_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return inverse, gram.new_empty(gram.shape[:1], dtype=torch.int32)
 
 
-@op(reference=reference.block_inverse, fake=_fake_block_inverse, kernels=("cuda",))
+@op(reference=reference.block_inverse, fake=_fake_block_inverse, kernels=("cuda", "cpu"))
 def block_inverse(gram: Tensor, damping: float, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Invert each damped block by Cholesky: (gram + damping * I)^-1.
+    """Invert each damped block: (gram + damping * I)^-1.
 
     A block that is not positive definite is damped ten times more, and again, up to twelve times; a damping of 0 is
     first raised to eps * mean(diag).
