@@ -20,9 +20,12 @@ class Finite:
 
     def see(self, name: str, x: Tensor, *, nonzero: bool = False) -> None:
         """Note one tensor; with `nonzero` also whether it is all zero."""
-        self._sums[name] = self._sums.get(name, 0) + x.sum(dtype=widened(x.dtype))
-        if nonzero:
-            self._nonzero = x.any() if self._nonzero is None else x.any() | self._nonzero
+        total = x.sum(dtype=widened(x.dtype))
+        if nonzero and x.numel():
+            low, high = x.aminmax()  # many times as fast as `any` on a CPU
+            found = (low != 0) | (high != 0)
+            self._nonzero = found if self._nonzero is None else found | self._nonzero
+        self._sums[name] = self._sums.get(name, 0) + total
 
     def bad(self) -> list[str]:
         """Return the names under which there was NaN or inf."""
