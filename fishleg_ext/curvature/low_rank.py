@@ -1,7 +1,6 @@
 """The empirical Fisher matrix of all weights at once, as its gradients: M-FAC."""
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fishleg_ext import ops
 from fishleg_ext.common.arguments import checked_count, checked_positive
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
@@ -17,8 +17,8 @@ from fishleg_ext.common.settings import setting
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
-# Columns of G widened to float64 at a time: 64 MiB for 1,024 gradients.
-COLUMNS = 8192
+COLUMNS = 2048  # of G widened to float64 at a time: 16 MiB for 1,024 gradients
+ROWS = 128  # of L^-1 multiplied at a time, by no more of G than these need
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
             flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=self._like[name].device)
             for columns, part in self._columns(name):
-                squares = torch.linalg.vector_norm(part, dim=0, dtype=torch.float64).square_()
+                squares = part.double().square().sum(0)  # several times as fast on a CPU as a norm along rows
                 flat[columns] = ((1 - squares) / self.recipe.damping).to(flat.dtype)
             result[name] = flat.reshape(layout.shape)
         return result
@@ -172,10 +172,13 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         """Put W in the place of G; of one parameter after the other, so that no second copy of all is held."""
         if self._factor is None:
             self._factor = self._cholesky()
-        solve = functools.partial(_solved, self._factor)
         rest = [name for name in self._chunks if name not in self._is_whitened]
-        for name in progress_bar(rest, what="whitening", show=self.progress) if rest else ():
-            self._chunks[name] = [self._multiplied(name, solve)]
+        if not rest:
+            return
+        identity = torch.eye(len(self._factor), dtype=torch.float64, device=self._factor.device)
+        inverse = torch.linalg.solve_triangular(self._factor, identity, upper=False)
+        for name in progress_bar(rest, what="whitening", show=self.progress):
+            self._chunks[name] = [self._multiplied(inverse, name)]
             self._is_whitened.add(name)
 
     def _restore_gradients(self) -> None:
@@ -190,14 +193,18 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         factor = self._factor
         if factor is None or name not in self._is_whitened:
             return self._joined(name)
-        return self._multiplied(name, lambda part: factor @ part)
+        return self._multiplied(factor, name)
 
-    def _multiplied(self, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a function of what is held of one parameter, computed in float64, some columns at a time."""
+    def _multiplied(self, triangle: Tensor, name: str) -> Tensor:
+        """Return a lower triangular matrix times what is held of one parameter, in float64, some columns at a time."""
         held = self._joined(name)
         result = torch.empty_like(held)
         for start in range(0, held.shape[1], COLUMNS):
-            result[:, start : start + COLUMNS] = function(held[:, start : start + COLUMNS].double())
+            columns = slice(start, start + COLUMNS)
+            wide = held[:, columns].double()
+            for row in range(0, len(held), ROWS):
+                rows = slice(row, row + ROWS)
+                result[rows, columns] = triangle[rows, : row + ROWS] @ wide[: row + ROWS]
         return result
 
     def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -212,11 +219,13 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         gram: Tensor | None = None
         for name in progress_bar(self._chunks, what="gradient products", show=self.progress):
             held = self._joined(name)
+            if gram is None:
+                gram = torch.zeros(1, len(held), len(held), dtype=torch.float64, device=held.device)
             for start in range(0, held.shape[1], COLUMNS):
-                part = held[:, start : start + COLUMNS].double()
-                gram = part @ part.mT if gram is None else gram.addmm_(part, part.mT)
+                ops.block_gram_(gram, held[:, None, start : start + COLUMNS].double().permute(2, 1, 0))
         if gram is None:
             raise CurvatureError("low_rank has no weights")
+        gram = gram[0]
         gram.diagonal().add_(len(gram) * self.recipe.damping)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
@@ -225,7 +234,3 @@ class LowRankEstimate(Estimate[LowRankFisher]):
                 f"the low-rank Fisher of {names} is not positive definite with damping {self.recipe.damping:g}"
             )
         return factor
-
-
-def _solved(factor: Tensor, columns: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(factor, columns, upper=False)
