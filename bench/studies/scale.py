@@ -83,7 +83,7 @@ def floors(model: nn.Module, pruner: Pruner, data: list[Any], method: str) -> di
             compensated += weight.numel() * 128**2 * 0.9**3 / 3
         elif curvature == "low_rank":
             observation += weight.numel() * 2 * positions * count
-            eliminated += weight.numel() * count * (2 + count)
+            eliminated += weight.numel() * count * (2 + 2 * count)  # half of G G^T, L^-1 G and the diagonal
             compensated += weight.numel() * count * 4
         elif curvature in SHARED:
             observation += positions * fan_in**2 * count if curvature != "fishleg" else 0

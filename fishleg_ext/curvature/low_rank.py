@@ -1,6 +1,7 @@
 """The empirical Fisher matrix of all weights at once, as its gradients: M-FAC."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estima
 from fishleg_ext.observation.types import Observation
 
 COLUMNS = 2048  # of G widened to float64 at a time: 16 MiB for 1,024 gradients
-ROWS = 128  # of L^-1 multiplied at a time, by no more of G than these need
+ROWS = 256  # of L at a time: a triangle of so many is solved with, what is left of it is a matrix product
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,10 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         """Put W in the place of G; of one parameter after the other, so that no second copy of all is held."""
         if self._factor is None:
             self._factor = self._cholesky()
+        solve = functools.partial(_solved, self._factor)
         rest = [name for name in self._chunks if name not in self._is_whitened]
-        if not rest:
-            return
-        identity = torch.eye(len(self._factor), dtype=torch.float64, device=self._factor.device)
-        inverse = torch.linalg.solve_triangular(self._factor, identity, upper=False)
-        for name in progress_bar(rest, what="whitening", show=self.progress):
-            self._chunks[name] = [self._multiplied(inverse, name)]
+        for name in progress_bar(rest, what="whitening", show=self.progress) if rest else ():
+            self._chunks[name] = [self._multiplied(name, solve)]
             self._is_whitened.add(name)
 
     def _restore_gradients(self) -> None:
@@ -193,18 +191,14 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         factor = self._factor
         if factor is None or name not in self._is_whitened:
             return self._joined(name)
-        return self._multiplied(factor, name)
+        return self._multiplied(name, lambda part: factor @ part)
 
-    def _multiplied(self, triangle: Tensor, name: str) -> Tensor:
-        """Return a lower triangular matrix times what is held of one parameter, in float64, some columns at a time."""
+    def _multiplied(self, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a function of what is held of one parameter, computed in float64, some columns at a time."""
         held = self._joined(name)
         result = torch.empty_like(held)
         for start in range(0, held.shape[1], COLUMNS):
-            columns = slice(start, start + COLUMNS)
-            wide = held[:, columns].double()
-            for row in range(0, len(held), ROWS):
-                rows = slice(row, row + ROWS)
-                result[rows, columns] = triangle[rows, : row + ROWS] @ wide[: row + ROWS]
+            result[:, start : start + COLUMNS] = function(held[:, start : start + COLUMNS].double())
         return result
 
     def _columns(self, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -234,3 +228,13 @@ class LowRankEstimate(Estimate[LowRankFisher]):
                 f"the low-rank Fisher of {names} is not positive definite with damping {self.recipe.damping:g}"
             )
         return factor
+
+
+def _solved(factor: Tensor, columns: Tensor) -> Tensor:
+    """Solve L W = G."""
+    result = torch.empty_like(columns)
+    for start in range(0, len(factor), ROWS):
+        rows = slice(start, start + ROWS)
+        rest = columns[rows].addmm(factor[rows, :start], result[:start], alpha=-1)
+        result[rows] = torch.linalg.solve_triangular(factor[rows, rows], rest, upper=False)
+    return result
