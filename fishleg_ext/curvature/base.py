@@ -41,23 +41,16 @@ class Blocks(NamedTuple):
     weight_scale: Tensor | None = None
     cost_scale: Tensor | None = None
 
-    def rows(self, layout: BlockLayout, weight: Tensor, bias: Tensor | None, *masks: Tensor) -> list[Tensor]:
-        """A parameter as [K, B] in the units of the inverse, with the bias where the inverse has it; and masks [K, B].
+    def rows(self, weight: Tensor, bias: Tensor | None, *masks: Tensor) -> list[Tensor]:
+        """Weights [K, B] in the units of the inverse, with the bias [K] where the inverse has it; and masks [K, B].
 
         The bias is in no mask. Both are in the wider dtype of the two.
         """
-        rows = layout.to_blocks(weight)
-        if self.inverse.shape[2] > layout.block_size:
+        if self.inverse.shape[2] > weight.shape[1]:
             assert bias is not None
-            rows = torch.cat([rows, bias[:, None]], dim=1)
+            weight = torch.cat([weight, bias[:, None]], dim=1)
             masks = tuple(torch.nn.functional.pad(mask, (0, 1)) for mask in masks)
-        return [self.scaled(rows), *masks]
-
-    def parts(self, layout: BlockLayout, rows: Tensor) -> list[Tensor]:
-        """The inverse of `rows`: the parameter and, where there is one, the bias."""
-        rows = self.unscaled(rows)
-        weight = layout.from_blocks(rows[:, : layout.block_size])
-        return [weight, rows[:, -1]] if rows.shape[1] > layout.block_size else [weight]
+        return [self.scaled(weight), *masks]
 
     def scaled(self, weight: Tensor) -> Tensor:
         """Weights [K, B], or with the bias [K, B + 1], in the units of the inverse; 0 where the scale is 0."""
@@ -201,6 +194,10 @@ class Curvature(Settings, ABC):
 Recipe = TypeVar("Recipe", bound=Curvature)
 Kept = TypeVar("Kept", bound=tuple[Any, ...])
 
+# Of inverses that are computed at a time on a CPU, where there are many: they stay in a cache, and their memory is used
+# again.
+PART_BYTES = 2**23
+
 
 class Estimate(ABC, Generic[Recipe]):
     """Holds what was observed of some weights under a recipe, and answers for F and its inverse.
@@ -256,6 +253,10 @@ class Estimate(ABC, Generic[Recipe]):
     @abstractmethod
     def blocks(self, name: str) -> Blocks:
         """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
+
+    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+        """Yield what `blocks` returns, some of the K blocks at a time where that is faster, and which these are."""
+        yield slice(None), self.blocks(name)
 
     def factored_blocks(self, name: str) -> Blocks:
         """Return what `blocks` does, but for upper triangular U, U^T U = inverse, in the place of the inverse.

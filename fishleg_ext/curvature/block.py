@@ -1,7 +1,7 @@
 """The block-diagonal empirical Fisher matrix."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
-from fishleg_ext.curvature.base import Blocks, Curvature, Estimate, curvature_entry, load_tensors
+from fishleg_ext.curvature.base import PART_BYTES, Blocks, Curvature, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
 
@@ -56,7 +56,7 @@ class BlockFisher(Curvature):
 class BlockEstimate(Estimate[BlockFisher]):
     """Gram matrices, to which gradients are added as they come: block_size * 4 bytes a weight.
 
-    Inverses are computed when asked for and not kept.
+    Inverses are computed when asked for.
     """
 
     def __init__(self, recipe: BlockFisher, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
@@ -84,19 +84,32 @@ class BlockEstimate(Estimate[BlockFisher]):
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return F^-1 v, by one inversion a layer and one product a block."""
-        bar = progress_bar(v.items(), what="products", show=self.progress)
-        return {name: self._apply(name, self._inverse(name), x) for name, x in bar}
+        result = {}
+        for name, x in progress_bar(v.items(), what="products", show=self.progress):
+            layout = self.layouts[name]
+            rows = layout.to_blocks(x).to(self._gram[name].dtype)[..., None]
+            products = [(inverse @ rows[part])[..., 0] for part, inverse in self._inverse_parts(name)]
+            result[name] = layout.from_blocks(torch.cat(products))
+        return result
 
     def diag(self) -> dict[str, Tensor]:
         """Return the diagonal of F^-1, by one inversion a layer."""
-        return {
-            name: layout.from_blocks(self._inverse(name).diagonal(dim1=1, dim2=2))
-            for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress)
-        }
+        result = {}
+        for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
+            parts = self._inverse_parts(name)
+            diagonals = [inverse.diagonal(dim1=1, dim2=2).clone() for _, inverse in parts]
+            result[name] = layout.from_blocks(torch.cat(diagonals))
+        return result
 
     @override
     def blocks(self, name: str) -> Blocks:
         return Blocks(self._inverse(name))
+
+    @override
+    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+        if self._at_once(name) >= self.layouts[name].num_blocks:
+            return super().block_parts(name)
+        return ((part, Blocks(inverse)) for part, inverse in self._inverse_parts(name))
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
@@ -127,18 +140,37 @@ class BlockEstimate(Estimate[BlockFisher]):
             gram.diagonal(dim1=1, dim2=2).masked_fill_(~self.layouts[name].is_weight(gram.device), 1)
         self._count += other._count
 
-    def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
-        """Multiply a tensor of the parameter's shape by blocks `matrix` [K, B, B]."""
-        layout = self.layouts[name]
-        return layout.from_blocks((matrix @ layout.to_blocks(x).to(matrix.dtype)[..., None])[..., 0])
-
     def _inverse(self, name: str) -> Tensor:
-        # (gram / count + damping)^-1 = count * (gram + count * damping)^-1 spares a copy of the Gram matrices.
-        count = max(1, self._count)
-
         def invert() -> tuple[Tensor]:
-            inverse, info = ops.block_inverse(self._gram[name], self.recipe.damping * count)
+            inverse, info = self._inverted(self._gram[name])
             self._check_inverted(name, info, self.recipe.damping, "Fisher blocks")
-            return (inverse.mul_(count),)
+            return (inverse,)
 
         return self._keeping(name, invert)[0]
+
+    def _at_once(self, name: str) -> int:
+        """How many blocks of a parameter are inverted at a time."""
+        gram = self._gram[name]
+        bytes_each = max(1, gram[:1].numel() * gram.element_size())
+        return max(1, PART_BYTES // bytes_each) if gram.device.type == "cpu" else len(gram)
+
+    def _inverse_parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the inverses, those of a large parameter on a CPU a few at a time, and not kept."""
+        gram, step = self._gram[name], self._at_once(name)
+        if step >= len(gram):
+            yield slice(None), self._inverse(name)
+            return
+        infos = []
+        for start in range(0, len(gram), step):
+            part = slice(start, start + step)
+            inverse, info = self._inverted(gram[part])
+            infos.append(info)
+            yield part, inverse
+            del inverse  # before the next are computed
+        self._check_inverted(name, torch.cat(infos), self.recipe.damping, "Fisher blocks")
+
+    def _inverted(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        # (gram / count + damping)^-1 = count * (gram + count * damping)^-1 spares a copy of the Gram matrices.
+        count = max(1, self._count)
+        inverse, info = ops.block_inverse(gram, self.recipe.damping * count)
+        return inverse.mul_(count), info

@@ -274,6 +274,10 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         return self._others[name].blocks(name) if name in self._others else super().blocks(name)
 
     @override
+    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+        return self._others[name].block_parts(name) if name in self._others else super().block_parts(name)
+
+    @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
         total = super().step_cost({name: dw for name, dw in step.items() if name not in self._others})
         for name, other in self._others.items():

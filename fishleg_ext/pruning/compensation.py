@@ -48,12 +48,15 @@ def exact_update(
     """
     updated = {}
     for name, weight in progress_bar(weights.items(), what="compensation", show=progress):
-        layout = estimate.layouts[name]
-        blocks = estimate.blocks(name)
-        rows, pruned = blocks.rows(layout, weight, biases.get(name) if biases else None, layout.to_blocks(~masks[name]))
-        moved, *bias = blocks.parts(layout, ops.obs_compensate(rows, blocks.inverse, pruned))
-        updated[name] = moved.to(weight.dtype)
-        if bias and biases:
-            updated[estimate.biases[name]] = bias[0].to(biases[name].dtype)
-        del blocks  # before the next are computed
+        layout, bias = estimate.layouts[name], (biases or {}).get(name)
+        before, pruned = layout.to_blocks(weight), layout.to_blocks(~masks[name])
+        moved = []
+        for part, blocks in estimate.block_parts(name):
+            rows, here = blocks.rows(before[part], None if bias is None else bias[part], pruned[part])
+            moved.append(blocks.unscaled(ops.obs_compensate(rows, blocks.inverse, here)))
+            del blocks  # before the next are computed
+        after = torch.cat(moved)
+        updated[name] = layout.from_blocks(after[:, : layout.block_size]).to(weight.dtype)
+        if bias is not None and after.shape[1] > layout.block_size:
+            updated[estimate.biases[name]] = after[:, -1].to(bias.dtype)
     return updated

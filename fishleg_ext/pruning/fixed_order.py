@@ -54,14 +54,15 @@ def fixed_order_prune(
         layout, blocks = estimate.layouts[name], estimate.factored_blocks(name)
         factor = blocks.inverse
         alive, is_weight = layout.to_blocks(masks[name]), layout.is_weight(weight.device)
-        rows, alive, is_weight = blocks.rows(layout, weight, biases.get(name) if biases else None, alive, is_weight)
+        bias = (biases or {}).get(name)
+        rows, alive, is_weight = blocks.rows(layout.to_blocks(weight), bias, alive, is_weight)
         rows = rows.to(factor.dtype, copy=True)
         keep = _sweep(rows, factor, alive, is_weight, num_pruned[name], layout.block_size, pattern)
-        swept, *bias = blocks.parts(layout, rows)
-        kept[name] = layout.from_blocks(keep[:, : layout.block_size])
-        moved[name] = swept.to(weight.dtype)
-        if bias and biases:
-            moved[estimate.biases[name]] = bias[0].to(biases[name].dtype)
+        swept, size = blocks.unscaled(rows), layout.block_size
+        kept[name] = layout.from_blocks(keep[:, :size])
+        moved[name] = layout.from_blocks(swept[:, :size]).to(weight.dtype)
+        if bias is not None and swept.shape[1] > size:
+            moved[estimate.biases[name]] = swept[:, -1].to(bias.dtype)
     return kept, moved
 
 

@@ -59,18 +59,24 @@ def exact_costs(
     costs = {}
     for name, weight in progress_bar(weights.items(), what="elimination", show=progress):
         layout = estimate.layouts[name]
-        blocks = estimate.blocks(name)
-        alive = layout.to_blocks(masks[name])
-        # Without its bias the inverse is that of the weights when the bias is free to move.
-        inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
-        rows = blocks.scaled(layout.to_blocks(weight))
-        rank, cost = ops.obs_eliminate(
-            rows, inverse, alive, group=pattern.group, n=pattern.n, m=pattern.m, dead_first=dead_first
-        )
+        alive, rows = layout.to_blocks(masks[name]), layout.to_blocks(weight)
+        found = []
+        for part, blocks in estimate.block_parts(name):
+            # Without its bias the inverse is that of the weights when the bias is free to move.
+            inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
+            rank, cost = ops.obs_eliminate(
+                blocks.scaled(rows[part]),
+                inverse,
+                alive[part],
+                group=pattern.group,
+                n=pattern.n,
+                m=pattern.m,
+                dead_first=dead_first,
+            )
+            found.append((rank, cost if blocks.cost_scale is None else cost * blocks.cost_scale))
+            del blocks, inverse  # before the next are computed
+        rank, cost = map(torch.cat, zip(*found, strict=True))
         if (must_keep := pattern.must_keep(rank.float())) is not None:
             cost = cost.masked_fill(must_keep, torch.nan)
-        if blocks.cost_scale is not None:
-            cost = cost * blocks.cost_scale
         costs[name] = Costs(layout, cost, alive, rank, pattern.group)
-        del blocks, inverse  # before the next are computed
     return costs
