@@ -80,7 +80,7 @@ def floors(model: nn.Module, pruner: Pruner, data: list[Any], method: str) -> di
         if curvature == "block":
             observation += weight.numel() * 128 * count
             eliminated += weight.numel() * 128**2 * (1 / 3 + 1)  # and the inverses
-            compensated += weight.numel() * 128**2 * 0.9**3 / 3
+            compensated += weight.numel() * 128**2 * (0.9**3 / 3 + 1)  # the inverses, which are not kept, anew
         elif curvature == "low_rank":
             observation += weight.numel() * 2 * positions * count
             eliminated += weight.numel() * count * (2 + 2 * count)  # half of G G^T, L^-1 G and the diagonal

@@ -13,7 +13,8 @@ from torch import Tensor
 from fishleg_ext.observation.products import ROW_BYTES, Product
 
 # Of gradients that are multiplied out at a time on a CPU: they stay in its caches, and their memory is used again.
-PART_BYTES = 2**22
+# No fewer rows than X has, which is read anew for each part, up to what malloc still keeps for the next one.
+PART_BYTES, MOST_PART_BYTES = 2**22, 3 * 2**23
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,8 @@ class GradientFactors:
         """
         out, fan_in = self.shape
         row_bytes = max(1, self.count * fan_in * self.like.element_size())
-        rows = max(1, PART_BYTES // row_bytes // multiple) * multiple
+        rows = max(PART_BYTES // row_bytes, min(self.rows, MOST_PART_BYTES // row_bytes))
+        rows = max(1, rows // multiple) * multiple
         if self.like.device.type != "cpu" or rows >= out or not self._is_best_by_rows:
             yield 0, self.gradients()
             return
