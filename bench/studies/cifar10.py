@@ -120,7 +120,7 @@ class Cifar10:
     def accuracy(self, model: nn.Module, held_out: bool = False) -> float:
         """Right answers on the test set, or on the last 10,000 training images, in percent."""
         model.eval()
-        test = list(zip(self.test_images.split(500), self.test_labels.split(500), strict=True))
-        batches = self.training_batches(40000, 10000, 500) if held_out else test
+        test = list(zip(self.test_images.split(100), self.test_labels.split(100), strict=True))
+        batches = self.training_batches(40000, 10000, 100) if held_out else test
         right = torch.cat([model(x).argmax(1) == y for x, y in batches])
         return float(right.double().mean()) * 100
