@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu_block_fisher.h"
 #include "cpu_obs.h"
 
 namespace isa = fishleg_ext::FISHLEG_EXT_INSTRUCTION_SET;
@@ -159,6 +160,84 @@ void check_solve(int size, double share) {
   std::free(workspace);
 }
 
+// Each part of the rows by itself, as threads do it; gradients by rows or by columns.
+template <typename T>
+void check_gram(int size, int count, int parts, bool by_columns) {
+  std::vector<T> gradients(static_cast<size_t>(count) * size), gram(size * size);
+  for (T& x : gradients) x = static_cast<T>(normal());
+  const int64_t row_stride = by_columns ? 1 : size, column_stride = by_columns ? count : 1;
+  for (int i = 0; i < size * size; ++i) gram[i] = static_cast<T>(i / size + i % size);
+  const T alpha = static_cast<T>(0.5);
+  const fishleg_ext::CpuGram<T> arrays{
+      gram.data(), gradients.data(), count, {row_stride, 0, column_stride}, size, alpha};
+  void* workspace = std::aligned_alloc(64, (isa::gram_workspace<T>(size) + 63) / 64 * 64);
+  for (int part = parts - 1; part >= 0; --part) {
+    isa::add_gram<T>(arrays, 0, size * part / parts, size * (part + 1) / parts, workspace);
+  }
+  std::free(workspace);
+  const Wide tolerance = sizeof(T) == 4 ? 1e-5L : 1e-14L;
+  for (int i = 0; i < size; ++i) {
+    for (int j = 0; j < size; ++j) {
+      Wide sum = 0, scale = 0;
+      for (int s = 0; s < count; ++s) {
+        const Wide product = Wide{gradients[s * row_stride + i * column_stride]} *
+                             gradients[s * row_stride + j * column_stride];
+        sum += product;
+        scale += std::fabs(product);
+      }
+      const Wide expected = i + j + alpha * sum;
+      expect(std::fabs(gram[i * size + j] - expected) <= tolerance * (i + j + 1 + scale),
+             "Gram matrix", size, parts, count);
+      expect(gram[i * size + j] == gram[j * size + i], "symmetric Gram matrix", size, parts, count);
+    }
+  }
+}
+
+// Times the matrix the inverse is the identity; what has none is told, and left as it was.
+template <typename T>
+void check_inverse(int size) {
+  const Block block = random_block(size, 0);
+  std::vector<T> matrix(block.inverse.begin(), block.inverse.end()), inverse(matrix.size());
+  bool inverted = false;
+  const T damping = static_cast<T>(0.25);
+  const auto invert = [&](T added) {
+    for (T& x : inverse) x = static_cast<T>(NAN);
+    const fishleg_ext::CpuInversion<T> arrays{matrix.data(), inverse.data(), &inverted, size,
+                                              added};
+    void* workspace = std::aligned_alloc(64, (isa::inverse_workspace<T>(size) + 63) / 64 * 64);
+    isa::block_inverse<T>(arrays, 0, 1, workspace);
+    std::free(workspace);
+  };
+  invert(damping);
+  expect(inverted, "inverted", size, 1, 0);
+  const Wide tolerance = sizeof(T) == 4 ? 2e-4L : 1e-12L;
+  for (int i = 0; i < size; i += 1 + size / 200) {
+    for (int j = 0; j < size; ++j) {
+      Wide sum = Wide{damping} * inverse[i * size + j], scale = 1;
+      for (int k = 0; k < size; ++k) {
+        const Wide product = Wide{matrix[i * size + k]} * inverse[k * size + j];
+        sum += product;
+        scale += std::fabs(product);
+      }
+      expect(std::fabs(sum - (i == j)) <= tolerance * scale, "inverse", size, 1, 0);
+      expect(inverse[i * size + j] == inverse[j * size + i], "symmetric inverse", size, 1, 0);
+    }
+  }
+  for (int row : {0, size / 2, size - 1}) {  // NaN anywhere, inf, and a negative pivot
+    for (int column : {0, row, size - 1}) {
+      for (T wrong : {static_cast<T>(NAN), static_cast<T>(INFINITY), static_cast<T>(-1e4)}) {
+        if (wrong < 0 && row != column) continue;
+        const T right = matrix[row * size + column];
+        matrix[row * size + column] = wrong;
+        invert(damping);
+        expect(!inverted, "what has no inverse", size, row, column);
+        expect(std::isnan(inverse[0]), "is left", size, row, column);
+        matrix[row * size + column] = right;
+      }
+    }
+  }
+}
+
 template <typename T>
 void check_all() {
   for (int size : {1, 2, 3, 5, 6, 7, 8, 12, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97, 130}) {
@@ -167,6 +246,10 @@ void check_all() {
       check_elimination<T>(size, 1, 0, 0, true, dead);
     }
     for (double share : {0.0, 0.3, 1.0}) check_solve<T>(size, share);
+    check_inverse<T>(size);
+    for (int count : {0, 1, 7, 130}) {
+      for (int parts : {1, 3}) check_gram<T>(size, count, parts, count == 7);
+    }
   }
   for (int size : {4, 8, 36, 64, 132}) {
     for (double dead : {0.0, 0.4}) {
@@ -182,6 +265,7 @@ int main() {
   check_all<float>();
   check_all<double>();
   check_solve<float>(800, 1.0);  // wide panels
+  check_inverse<float>(800);
   if (failures == 0) std::printf("all passed\n");
   return failures != 0;
 }

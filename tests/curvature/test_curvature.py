@@ -18,6 +18,8 @@ from fishleg_ext.curvature import (
 )
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.observation.unfold import conv_rows
+from fishleg_ext.pruning.compensation import exact_update
+from fishleg_ext.pruning.saliency import exact_costs
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
 DAMPING = 0.05
@@ -337,3 +339,33 @@ def test_inverses_are_kept_where_there_is_room(gradients, monkeypatch):
     model.forget_kept()
     model.blocks("a")
     assert len(inverted) == 3
+
+
+def test_some_blocks_at_a_time_answer_as_all_at_once(generator, monkeypatch):
+    """Three blocks of which the second needs more damping; what raised it is counted over all parts."""
+    weights = {"w": torch.randn(2, 6, dtype=torch.float64, generator=generator)}
+    gradients = torch.randn(30, 2, 6, dtype=torch.float64, generator=generator)
+    gradients[:, 0, 5], gradients[:, 1, :2] = 0, 0
+    masks = {"w": torch.rand(2, 6, generator=generator) < 0.5}
+    answers = []
+    for part_bytes in (1, 2**20):
+        monkeypatch.setattr("fishleg_ext.curvature.block.PART_BYTES", part_bytes)
+        estimate = BlockFisher(4, 0.0).start(weights)
+        estimate.update(Observation(30, gradients={"w": gradients}))
+        with pytest.warns(UserWarning, match="1 of 3 Fisher blocks"), estimate.checking_later():
+            costs = exact_costs(estimate, weights, {"w": torch.ones(2, 6, dtype=torch.bool)})["w"]
+        assert estimate.damping_raised == {"w": 1}
+        updated = exact_update(estimate, weights, masks)
+        answers.append([costs.rank, costs.cost, updated["w"], estimate.diag()["w"], estimate.mul(weights)["w"]])
+        assert len(list(estimate.block_parts("w"))) == (3 if part_bytes == 1 else 1)
+    torch.testing.assert_close(answers[0], answers[1])
+
+
+def test_a_block_of_some_that_has_no_inverse_is_told(monkeypatch):
+    monkeypatch.setattr("fishleg_ext.curvature.block.PART_BYTES", 1)
+    estimate = BlockFisher(2, 0.0).start({"w": torch.zeros(6)})
+    gradients = torch.randn(9, 6)
+    gradients[:, 2:4] = 0
+    estimate.update(Observation(9, gradients={"w": gradients}))
+    with pytest.raises(CurvatureError, match="w: 1 of 3 Fisher blocks cannot be inverted"):
+        exact_update(estimate, {"w": torch.ones(6)}, {"w": torch.zeros(6, dtype=torch.bool)})

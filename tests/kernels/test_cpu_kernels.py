@@ -15,6 +15,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
 }
+SOURCES = ["block_fisher", "obs"]
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # as torch calls them
 
 
@@ -24,7 +25,7 @@ CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # as torch calls them
 def test_cases_under_sanitizers(tmp_path, instruction_set):
     """Against the definition in long double; reads and writes between two arrays of the workspace are reported."""
     program = tmp_path / "cases"
-    sources = [ROOT / "tests" / "cpu_kernels" / "main.cpp", ROOT / "csrc" / "cpu_obs.cpp"]
+    sources = [ROOT / "tests" / "cpu_kernels" / "main.cpp", *(ROOT / "csrc" / f"cpu_{s}.cpp" for s in SOURCES)]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-math-errno"]
     build = ["g++", "-std=c++17", "-O1", "-g", *sanitize, *FLAGS[instruction_set], "-I", ROOT / "csrc", "-Wno-psabi"]
     build += [f"-DFISHLEG_EXT_INSTRUCTION_SET={instruction_set}", *sources, "-o", program]

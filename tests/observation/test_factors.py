@@ -1,5 +1,7 @@
 """Gradients in factors: whose rows they are, that they make up the gradient of each group, and what has none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models.functions import Experts, SharedRows, Tokens
@@ -7,6 +9,9 @@ from recorder import Recorder, small_net, weights_of
 from torch import nn
 from torch.nn import functional as F
 
+from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.curvature import BlockFisher, DiagonalFisher
+from fishleg_ext.observation import gradient_factors
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.factors import FactorObserver, NoFactors
 from fishleg_ext.observation.observe import observe
@@ -49,6 +54,66 @@ def test_factors_make_up_the_gradient_of_each_group(kind, group, generator):
             torch.testing.assert_close(gradients[s].mT @ inputs[s], matrix)
             if n in biases:
                 torch.testing.assert_close(of_name.bias_gradients()[s], expected[biases[n][0]])
+
+
+@pytest.mark.parametrize("part_bytes", [1, 200, 2**22])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_some_rows_at_a_time_make_up_the_gradients(kind, masked, part_bytes, generator, monkeypatch):
+    monkeypatch.setattr(gradient_factors, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(gradient_factors, "MOST_PART_BYTES", part_bytes)
+    model = Tokens(kind).double().eval()
+    x = torch.randn(6, 6, 8, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 3, (6,), generator=generator)
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    factors, _, _ = observer(model, weights, orientations_of(model, weights)).factors(Chunk(x, y, 6), 6)
+    numbers = set()
+    for of_name in factors.values():
+        whole = of_name.part(2, 5).gradients()
+        if masked:
+            mask = torch.rand(of_name.shape, generator=generator) < 0.5
+            of_name, whole = replace(of_name, mask=mask), whole * mask
+            assert not of_name.whole
+            torch.testing.assert_close(of_name.part(2, 5).gradients(), whole)
+        for multiple in (1, 3):
+            parts = list(of_name.part(2, 5).row_parts(multiple))
+            assert all(first % multiple == 0 for first, _ in parts)
+            torch.testing.assert_close(torch.cat([part for _, part in parts], dim=1), whole)
+            assert [first for first, _ in parts[1:]] == [first + part.shape[1] for first, part in parts[:-1]]
+            numbers.add(len(parts))
+        squares = of_name.part(2, 5).sum_of_squares(torch.float64)
+        torch.testing.assert_close(squares, whole.square().sum(0))
+    assert (max(numbers) > 1) == (part_bytes < 2**22)
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 20])
+def test_curvature_is_the_same_some_rows_at_a_time(block_size, generator, monkeypatch):
+    """Blocks that begin within a row, and a last one that is filled up; squares of one row of each, and of masks."""
+    net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(9, 6, dtype=torch.float64, generator=generator), torch.randint(0, 3, (9,), generator=generator)
+    weights = weights_of(net)
+    masks = {"0.weight": torch.rand(7, 6, generator=generator) < 0.5}
+    found = []
+    for part_bytes in (1, 2**22):
+        monkeypatch.setattr(gradient_factors, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(gradient_factors, "MOST_PART_BYTES", part_bytes)
+        for recipe in (BlockFisher(block_size, 0.1), DiagonalFisher(0.1)):
+            estimate = recipe.start(weights)
+            observe(net, [(x, y)], F.cross_entropy, estimate, weights, masks=masks, num_grads=9)
+            found.append(estimate.diag())
+    gradients = {name: torch.zeros(9, *w.shape, dtype=torch.float64) for name, w in weights.items()}
+    for s in range(9):
+        loss = F.cross_entropy(net(x[s : s + 1]), y[s : s + 1])
+        for name, g in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            gradients[name][s] = g * masks.get(name, 1)
+    for name, g in gradients.items():
+        diagonal = 1 / (g.square().mean(0) + 0.1)
+        layout = BlockLayout(g.shape[1:], block_size)
+        blocks = layout.to_blocks(g).transpose(0, 1)  # [K, m, B]
+        fisher = blocks.mT @ blocks / 9 + 0.1 * torch.eye(layout.block_size, dtype=torch.float64)
+        of_blocks = layout.from_blocks(torch.linalg.inv(fisher).diagonal(dim1=1, dim2=2))
+        for i, expected in enumerate([of_blocks, diagonal] * 2):
+            torch.testing.assert_close(found[i][name], expected)
 
 
 def test_factors_of_convolutions_in_float32(generator):
