@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.gradient_factors import GradientFactors, Use
@@ -22,6 +23,7 @@ from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels
 from fishleg_ext.observation.verification import (
     VERIFIED_SAMPLES,
+    Comparisons,
     NotProducts,
     Signature,
     Verifier,
@@ -175,10 +177,14 @@ class FactorObserver:
             own = _numbers(samples, by_outputs[0])
             weighted = times_own(by_outputs, own)
             edges = [made[i].product.edge for i in unsure]
+            different = Comparisons()
             for i, scaled in zip(unsure, torch.autograd.grad(outputs, edges, weighted, allow_unused=True), strict=True):
                 use, rows = made[i], made[i].product.output_rows
-                if scaled is None or not _fits(rows(use.gradient), rows(scaled), own, use.by_position):
-                    raise NoFactors(f"rows of {use.product.name} belong to other samples than in the first batch")
+                fits = scaled is not None and _fits(rows(use.gradient), rows(scaled), own, use.by_position)
+                what = f"rows of {use.product.name} belong to other samples than in the first batch"
+                different.add(~torch.as_tensor(fits), what)
+            if why_not := different.first():
+                raise NoFactors(why_not)
         return uses
 
     def _verify(self, chunk: Chunk, signature: Signature) -> None:
@@ -238,15 +244,17 @@ class FactorObserver:
                 torch.autograd.grad(free, edges, vectors, allow_unused=True, retain_graph=True)
                 for vectors in (probes, weighted)
             ]
+            fits: dict[tuple[int, bool], Tensor] = {}
             for (i, product), plain, scaled in zip(products, *both, strict=True):
                 if plain is None or scaled is None:
                     continue
                 rows = product.output_rows(plain), product.output_rows(scaled)
-                fitting = [order for order in (False, True) if _fits(*rows, own, order)]
-                if fitting:
-                    by_position[i] = fitting[0]
-                else:
-                    unordered.add(product.name)
+                fits |= {(i, order): _fits(*rows, own, order) for order in (False, True)}
+            fitting = {key for key, yes in zip(fits, read(fits.values()), strict=True) if yes}
+            for i in {i for i, _ in fits}:
+                by_position[i] = (i, False) not in fitting
+                if by_position[i] and (i, True) not in fitting:
+                    unordered.add(recorder.products[i].name)
         if not unordered:
             self._by_position[_sequence(recorder, n)] = by_position
         return unordered
@@ -265,26 +273,31 @@ class FactorObserver:
         with torch.enable_grad():
             outputs = call(self._model, weights, last.inputs)
         tensors, by_outputs = self._by_outputs(OutputTree(outputs), last.targets, group, group)
-        own = float(scale[-1]) if isinstance(scale, Tensor) else scale
+        own = scale[-1] if isinstance(scale, Tensor) else scale
         expected: Sequence[Tensor | None] = [None] * len(weights)
         if tensors:
             expected = torch.autograd.grad(tensors, list(weights.values()), by_outputs, allow_unused=True)
         eps = max(epsilon(x) for x in weights.values())
+        found = Comparisons()
         for (name, weight), gradient in zip(weights.items(), expected, strict=True):
             shape = self._matrix_shape(name)
             factors = GradientFactors(uses[name], shape, weight.detach(), count, group)
             mine = factors.part(count - 1, count).gradients()[0]
-            bound = sum(_bound(use, count, group) for use in uses[name])
+            bound = sum((_bound(use, count, group) for use in uses[name]), mine.new_zeros((), dtype=torch.float64))
             orientation = self._orientations.get(name) or Orientation.of(weight.shape)
             theirs = torch.zeros_like(weight) if gradient is None else own * gradient
-            if differ(mine, orientation.to_matrix(theirs).reshape(shape), tolerance(eps), 16 * eps * bound):
-                raise NoFactors(f"gradients of {name} are others for a single sample: samples influence each other")
+            found.add(
+                differ(mine, orientation.to_matrix(theirs).reshape(shape), tolerance(eps), 16 * eps * bound),
+                f"gradients of {name} are others for a single sample: samples influence each other",
+            )
+        if why_not := found.first():
+            raise NoFactors(why_not)
 
 
-def _bound(use: Use, count: int, group: int) -> float:
+def _bound(use: Use, count: int, group: int) -> Tensor:
     """What the norm of the last gradient is at most."""
     x, d = use.rows(count - 1, count, group)
-    return float((x.norm(dim=-1) * d.norm(dim=-1)).sum())
+    return (x.norm(dim=-1) * d.norm(dim=-1)).sum(dtype=torch.float64)
 
 
 def _sequence(recorder: ProductRecorder, samples: int) -> tuple[Signature, tuple[float, ...]]:
@@ -297,13 +310,13 @@ def _numbers(samples: int, like: Tensor) -> Tensor:
     return 1 + torch.arange(samples, device=like.device) / samples
 
 
-def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> bool:
+def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> Tensor:
     """Whether rows [groups, n, size], scaled by their sample's number, lie in this order: see `Use`."""
     length, rest = divmod(rows.shape[1], len(own))
     if rest:
-        return False
+        return torch.zeros((), dtype=torch.bool, device=rows.device)
     share = tolerance(torch.finfo(rows.dtype).eps)
     norms = rows.double().norm(dim=-1)
     numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
     errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
-    return bool((errors <= share * norms).all())
+    return (errors <= share * norms).all()

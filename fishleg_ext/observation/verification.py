@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.outputs import OutputTree
@@ -28,22 +29,6 @@ from fishleg_ext.observation.recorder import ProductRecorder
 VERIFIED_SAMPLES = 3
 PART_BYTES = 2**26  # of unfolded inputs at a time
 Signature = tuple[tuple[Any, ...], ...]
-
-
-@dataclass
-class _Made:
-    """Gradients put together from products, of each sample, by name.
-
-    Attributes:
-        weights, biases: the gradients.
-        bounds: what the norm of the gradient of a weight is at most.
-        mixed: a weight with rows that several samples share; empty where there is none.
-    """
-
-    weights: list[dict[str, Tensor]]
-    biases: list[dict[str, Tensor]]
-    bounds: list[dict[str, float]]
-    mixed: str = ""
 
 
 class NotProducts(NotImplementedError):
@@ -56,6 +41,42 @@ class NotProducts(NotImplementedError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(reason)
         self.name = name
+
+
+@dataclass
+class _Made:
+    """Gradients put together from products, of each sample, by name.
+
+    Attributes:
+        weights, biases: the gradients.
+        bounds: what the norm of the gradient of a weight is at most.
+        mixed: whether several samples share a row of a weight's inputs, and its name.
+    """
+
+    weights: list[dict[str, Tensor]]
+    biases: list[dict[str, Tensor]]
+    bounds: list[dict[str, Tensor]]
+    mixed: list[tuple[Tensor, str]]
+
+
+class Comparisons:
+    """What is found where two tensors differ; all are read at once, as each read waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Tensor | bool, str | NotProducts]] = []
+
+    def add(self, differs: Tensor | bool, what: str | NotProducts) -> None:
+        """Note what is found if this bool is True."""
+        self._found.append((differs, what))
+
+    def first(self) -> str:
+        """Return the first that was found, and nothing where nothing differs; or raise it."""
+        for differs, (_, what) in zip(read(torch.as_tensor(x) for x, _ in self._found), self._found, strict=True):
+            if differs and isinstance(what, NotProducts):
+                raise what
+            if differs:
+                return str(what)
+        return ""
 
 
 class Verifier:
@@ -115,33 +136,43 @@ class Verifier:
             single = [self._gradients(recorder, part) for part in parts]
         eps = max(epsilon(x) for x in [*self._free, *(leaves[i] for i in probed)])
         made = self._put_together(recorder, single, total, eps)
-        self._require_equal(made, recorder, single, eps)
+        found = self._compare(made, recorder, single, eps)
         if n == 1:
-            return recorder.signature, ""
-        if made.mixed:
-            return recorder.signature, f"rows of the inputs of {made.mixed} belong to several samples"
-        return recorder.signature, self._compare_alone(n, alone, recorder, outputs, probes, single, made.bounds, eps)
+            return recorder.signature, found.first()
+        for mixed, name in made.mixed:
+            found.add(mixed, f"rows of the inputs of {name} belong to several samples")
+        why = found.first()
+        if not why:
+            why = self._compare_alone(n, alone, recorder, outputs, probes, single, made.bounds, eps).first()
+        return recorder.signature, why
 
     def compare_last(self, chunk: Chunk, outputs: OutputTree) -> str:
         """Say why the outputs of the last sample are not as of it alone; nothing where they are."""
         last = chunk.samples - 1
         alone = call(self.model, self.weights, chunk.part(last, last + 1).inputs)
-        return self._compare_outputs(chunk.samples, last, outputs, OutputTree(alone))
+        found = Comparisons()
+        self._compare_outputs(found, chunk.samples, last, outputs, OutputTree(alone))
+        return found.first()
 
-    def _compare_outputs(self, samples: int, s: int, outputs: OutputTree, alone: OutputTree) -> str:
+    def _compare_outputs(
+        self, found: Comparisons, samples: int, s: int, outputs: OutputTree, alone: OutputTree
+    ) -> None:
         if alone.names != outputs.names:
-            return "the outputs have another structure for a single sample"
+            found.add(True, "the outputs have another structure for a single sample")
+            return
         for i, yes in enumerate(outputs.cuttable(samples, self.names)):
             mine, what = alone.leaves[i], f"the outputs{outputs.names[i]}"
             if not yes:
                 continue
             theirs = outputs.leaves[i][s : s + 1]
             if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
-                return f"{what} are of another shape for a single sample"
+                found.add(True, f"{what} are of another shape for a single sample")
+                continue
             eps = epsilon(mine) if _is_float(mine) else 0.0
-            if differ(theirs.detach(), mine.detach(), tolerance(eps)):
-                return f"{what} are others for a single sample: samples influence each other, or it is random"
-        return ""
+            found.add(
+                differ(theirs.detach(), mine.detach(), tolerance(eps)),
+                f"{what} are others for a single sample: samples influence each other, or it is random",
+            )
 
     def _gradients(self, recorder: ProductRecorder, outputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """Gradients of probed outputs by weights and biases, then by the outputs of products and lookups."""
@@ -182,12 +213,13 @@ class Verifier:
         made = _Made(
             [{name: torch.zeros_like(weight) for name, weight in self.weights.items()} for _ in single],
             [{name: torch.zeros_like(x) for name, (_, x) in self.biases.items()} for _ in single],
-            [dict.fromkeys(self.weights, 0.0) for _ in single],
+            [{name: x.new_zeros((), dtype=torch.float64) for name, x in self.weights.items()} for _ in single],
+            [],
         )
         for k, product in enumerate(recorder.products):
             of_all, of_each = total[first_use + k], [found[first_use + k] for found in single]
             reached = [g for g in of_each if g is not None]
-            sizes = [None if g is None else float(g.double().norm()) for g in of_each]
+            sizes = [None if g is None else g.double().norm() for g in of_each]
             for inputs, *gradients in _parts(product, [*reached] if of_all is None else [of_all, *reached]):
                 all_rows = None if of_all is None else gradients.pop(0)
                 for s, size in enumerate(sizes):
@@ -199,38 +231,44 @@ class Verifier:
                         first, last = product.outputs
                         made.biases[s][product.name][first:last] += rows.sum(1).flatten()
                     norms = rows.norm(dim=-1)
-                    made.bounds[s][product.name] += float((norms * inputs.norm(dim=-1)).sum())
-                    mine = norms > tolerance(eps) * size / max(1, norms.numel()) ** 0.5
-                    if all_rows is not None and differ(all_rows.to(rows)[mine], rows[mine], tolerance(eps)):
-                        made.mixed = made.mixed or product.name
+                    made.bounds[s][product.name] += (norms * inputs.norm(dim=-1)).sum()
+                    mine = (norms > tolerance(eps) * size / max(1, norms.numel()) ** 0.5)[..., None]
+                    if all_rows is not None:
+                        together = torch.where(mine, all_rows.to(rows), 0)
+                        mixed = differ(together, torch.where(mine, rows, 0), tolerance(eps))
+                        made.mixed.append((mixed, product.name))
         for k, lookup in enumerate(recorder.lookups, len(recorder.products)):
             for s, found in enumerate(single):
                 if (gradient := found[first_use + k]) is not None:
                     lookup.add_gradient_(made.weights[s][lookup.name], gradient)
         return made
 
-    def _require_equal(
+    def _compare(
         self, made: "_Made", recorder: ProductRecorder, single: Sequence[Sequence[Tensor | None]], eps: float
-    ) -> None:
-        """Raise NotImplementedError unless gradients put together from products are those of autograd."""
+    ) -> Comparisons:
+        """Compare gradients put together from products with those of autograd."""
+        result = Comparisons()
         known = {product.name for product in recorder.products}
         for s, found in enumerate(single):
             for (name, own), expected in zip(made.weights[s].items(), found, strict=False):
-                floor = 2 * eps * made.bounds[s][name]
-                if expected is None and name not in recorder.others and not own.any():
-                    continue  # nothing depends on it here
                 expected = torch.zeros_like(own) if expected is None else expected
-                unseen = name in recorder.others and not expected.any()
-                if unseen or differ(own, expected, rounding(eps), floor):
-                    raise NotProducts(name, self._refusal(name, recorder, name in known))
+                differs = differ(own, expected, rounding(eps), 2 * eps * made.bounds[s][name])
+                if name in recorder.others:  # unseen here, where all is zero
+                    differs = differs | ~expected.any()
+                result.add(differs, NotProducts(name, self._refusal(name, recorder, name in known)))
             for (name, own), expected in zip(made.biases[s].items(), found[len(self.weights) :], strict=False):
-                expected = torch.zeros_like(own) if expected is None else expected
-                if name in known and differ(own, expected, rounding(eps), 2 * eps * float(own.abs().sum())):
-                    raise NotProducts(
-                        name,
-                        f"the bias {self.biases[name][0]} is not added to each product of {name}, as this curvature "
-                        f"model has it; leave {name} out of params, or take one of gradients, such as 'fishleg'",
+                if name in known:
+                    expected = torch.zeros_like(own) if expected is None else expected
+                    result.add(
+                        differ(own, expected, rounding(eps), 2 * eps * own.abs().sum()),
+                        NotProducts(
+                            name,
+                            f"the bias {self.biases[name][0]} is not added to each product of {name}, as this "
+                            f"curvature model has it; leave {name} out of params, or take one of gradients, such as "
+                            "'fishleg'",
+                        ),
                     )
+        return result
 
     def _add_product_(self, total: Tensor, product: Product, rows: Tensor, inputs: Tensor) -> None:
         """Add D^T X of one product to the gradient of its weight."""
@@ -260,33 +298,39 @@ class Verifier:
         outputs: OutputTree,
         probes: Mapping[int, Tensor],
         single: Sequence[Sequence[Tensor | None]],
-        bounds: Sequence[Mapping[str, float]],
+        bounds: Sequence[Mapping[str, Tensor]],
         eps: float,
-    ) -> str:
-        """Say why outputs, gradients or inputs of samples are not as of each alone; nothing where they are."""
-        energies = dict.fromkeys(self.weights, 0.0)
+    ) -> Comparisons:
+        """Compare outputs, gradients and inputs of samples with those of each alone."""
+        result = Comparisons()
+        energies: dict[str, Tensor] = dict.fromkeys(self.weights, torch.zeros(()))
         for (s, (recorder, own_outputs)), found, bound in zip(alone.items(), single, bounds, strict=True):
             energies = {name: energy + energies[name] for name, energy in self._energies(recorder).items()}
-            if why := self._compare_outputs(samples, s, outputs, own_outputs):
-                return why
+            self._compare_outputs(result, samples, s, outputs, own_outputs)
+            if own_outputs.names != outputs.names:
+                return result
             own = self._gradients(recorder, [(own_outputs.leaves[i], x[s : s + 1]) for i, x in probes.items()])
             for (name, weight), *both in zip(self.weights.items(), own, found, strict=False):
                 a, b = (torch.zeros_like(weight) if x is None else x for x in both)
-                if differ(a, b, tolerance(eps), 16 * eps * bound[name]):
-                    return f"gradients of {name} are others for a single sample: samples influence each other"
+                result.add(
+                    differ(a, b, tolerance(eps), 16 * eps * bound[name]),
+                    f"gradients of {name} are others for a single sample: samples influence each other",
+                )
         if len(alone) == samples:
             for name, energy in self._energies(together).items():
-                if abs(energy - energies[name]) > tolerance(eps) * energy:
-                    return f"{name} has other inputs for a single sample: samples share them"
-        return ""
+                result.add(
+                    (energy - energies[name]).abs() > tolerance(eps) * energy,
+                    f"{name} has other inputs for a single sample: samples share them",
+                )
+        return result
 
-    def _energies(self, recorder: ProductRecorder) -> dict[str, float]:
+    def _energies(self, recorder: ProductRecorder) -> dict[str, Tensor]:
         """Name -> sum over rows x of (x . v)^2, with a fixed v."""
-        total = dict.fromkeys(self.weights, 0.0)
+        total = {name: x.new_zeros((), dtype=torch.float64) for name, x in self.weights.items()}
         for product in recorder.products:
             for (rows,) in _parts(product, []):
                 v = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(1)).to(rows)
-                total[product.name] += float((rows @ v).double().square().sum())
+                total[product.name] += (rows @ v).double().square().sum()
         return total
 
 
@@ -318,12 +362,12 @@ def epsilon(x: Tensor) -> float:
     return max(eps, 2.0**-10) if x.is_cuda and x.dtype == torch.float32 else eps
 
 
-def differ(a: Tensor, b: Tensor, share: float, floor: float = 0.0) -> bool:
-    """Whether two tensors differ by more than a share of their norm."""
+def differ(a: Tensor, b: Tensor, share: float, floor: float | Tensor = 0.0) -> Tensor:
+    """Whether two tensors of one shape differ by more than a share of their norm, as a bool tensor."""
     if not _is_float(a):
-        return not torch.equal(a, b)
+        return (a != b).any()
     a, b = a.double(), b.double()
-    return not (a - b).norm() <= share * torch.maximum(a.norm(), b.norm()) + floor
+    return ~((a - b).norm() <= share * torch.maximum(a.norm(), b.norm()) + floor)
 
 
 def _only(probe: Tensor, sample: int) -> Tensor:
