@@ -86,13 +86,13 @@ class FactoredGradients:
             rows = torch.linalg.vector_norm(by_row, dim=2, keepdim=True) * self.inputs
             add_moment_(moment, rows.flatten(0, 1), alpha)
         else:
-            weighted = (by_row @ by_row.mT) @ self.inputs
+            weighted = torch.bmm(torch.bmm(by_row, by_row.mT), self.inputs)
             moment.addmm_(self.inputs.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
 
     def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
         """Add alpha * sum D^T (X M M^T X^T) D, or of its diagonal where the moment is a vector; M [i, any]."""
         by_col = self.inputs @ col
-        weighted = (by_col @ by_col.mT) @ self.output_gradients  # [m, T, o]
+        weighted = torch.bmm(torch.bmm(by_col, by_col.mT), self.output_gradients)  # [m, T, o]
         if moment.dim() == 1:
             moment.add_((weighted * self.output_gradients).sum((0, 1)), alpha=alpha)
         else:
@@ -124,7 +124,7 @@ class LearnedFactors:
         seen: gradients so far.
         carried: the prior weight of an earlier estimate, among these.
         inverted: gradients that `col` is of.
-        failed: not 0 where a moment could not be inverted.
+        failed: not 0, or NaN, where a moment could not be inverted.
         raised: not 0 where more than the damping was added, as much as the rounding of the moments.
     """
 
@@ -226,13 +226,13 @@ class LearnedFactors:
             self.raised = (rounding > damping).int()
             wide.diagonal().add_(torch.maximum(damping, rounding))
             if wide.device.type == "cpu":
-                (inverse,), failed = ops.block_inverse(wide[None], 0.0)
+                inverse, failed = (found[0] for found in ops.block_inverse(wide[None], 0.0))
             else:  # where block_inverse looks whether damping must be raised
                 factor, failed = torch.linalg.cholesky_ex(wide)
                 inverse = torch.cholesky_inverse(factor)
                 inverse = ((inverse + inverse.mT) / 2).contiguous()
-            self.failed = self.failed | (failed != 0).any().int()
-        self.failed = self.failed | (~inverse.sum().isfinite()).int()
+            self.failed = self.failed + failed
+        self.failed = self.failed + 0 * inverse.sum()  # NaN where it is not finite
         return inverse.to(moment.dtype)
 
     def _loss(self, moment: Tensor, rescale: bool) -> Tensor:
