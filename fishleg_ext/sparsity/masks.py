@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
-        # Of _keep, for `apply`, which comes after every optimizer step: by name, device and order of dimensions.
-        self._packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
+        self._plan = _Plan()
         self._pruned_counts: dict[str, int] = {}  # counted once, as a GPU is waited for; empty until then
 
     def __getitem__(self, name: str) -> Tensor:
@@ -54,7 +54,7 @@ class Masks(Mapping[str, Tensor]):
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
-        self._packed, self._pruned_counts = {}, {}
+        self._plan, self._pruned_counts = _Plan(), {}
 
     def pruned_counts(self) -> dict[str, int]:
         """Name -> how many entries are False."""
@@ -92,18 +92,29 @@ class Masks(Mapping[str, Tensor]):
         Args:
             state: of an optimizer: parameter -> name -> anything.
         """
-        tensors, packed = [], []
+        entries: list[tuple[str, Tensor]] = []
         for name, weight in self.weights.items():
-            kept = state.get(weight, {}).values() if state else ()
-            for tensor in [weight.detach(), *(entry for entry in kept if _is_like(entry, weight))]:
-                # As it lies in memory, so that kernels take channels_last weights too.
-                order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-                place = name, tensor.device, tuple(order)
-                if place not in self._packed:
-                    self._packed[place] = ops.pack_mask(self[name].to(tensor.device).permute(order))
-                tensors.append(tensor.permute(order))
-                packed.append(self._packed[place])
-        ops.apply_masks_(tensors, packed)
+            entries.append((name, weight))
+            if state and (kept := state.get(weight)):
+                entries += [(name, entry) for entry in kept.values() if _is_like(entry, weight)]
+        addresses = [tensor.data_ptr() for _, tensor in entries]
+        if addresses != self._plan.addresses:
+            self._plan = self._planned(entries, addresses)
+        ops.apply_masks_(self._plan.tensors, self._plan.packed)
+
+    def _planned(self, entries: list[tuple[str, Tensor]], addresses: list[int]) -> "_Plan":
+        """Put together what `apply` needs, which comes after every optimizer step."""
+        plan = _Plan(addresses)
+        packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
+        for name, entry in entries:
+            # As it lies in memory, so that kernels take channels_last weights too.
+            order = sorted(range(entry.dim()), key=entry.stride, reverse=True)
+            place = name, entry.device, tuple(order)
+            if place not in packed:
+                packed[place] = ops.pack_mask(self[name].to(entry.device).permute(order))
+            plan.tensors.append(entry.detach().permute(order))
+            plan.packed.append(packed[place])
+        return plan
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks, packed; see `pack_masks`."""
@@ -116,6 +127,15 @@ class Masks(Mapping[str, Tensor]):
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
         self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})
+
+
+@dataclass
+class _Plan:
+    """Tensors that masks are applied to, as they lie in memory, and the addresses for which this holds."""
+
+    addresses: list[int] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    packed: list[Tensor] = field(default_factory=list)
 
 
 def _is_like(entry: Any, weight: Tensor) -> bool:
