@@ -132,6 +132,7 @@ class Pruner:
                     "many weights"
                 )
             recipe = recipe.with_schedule()
+        recipe = recipe.with_saliency(self.config.saliency)
         self.refine_grads = None if refine_grads is None else checked_count("refine_grads", refine_grads)
         if self.refine_grads and not recipe.prior_weight:
             raise ValueError(

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fishleg_ext import Pruner
 from fishleg_ext.bench.studies import cifar10
 from fishleg_ext.bench.studies.resnet20 import machine, peak_memory
+from fishleg_ext.bench.studies.tables import STAGES, stage_cells
 from fishleg_ext.round import Round
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -215,11 +216,7 @@ def main() -> None:
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
     """A line of the table: each stage in CPU seconds, and in brackets how many times its floor."""
-    stages = {}
-    for stage in ("observation", "allocation", "saliency", "selection", "compensation"):
-        seconds, floor = record["stages"].get(stage), record["floors"].get(stage)
-        if seconds is not None:
-            stages[stage] = f"{seconds:.2f}" + (f" ({seconds / floor:.1f})" if floor else "")
+    stages = dict(zip(STAGES, stage_cells(record), strict=True))
     keys = ("network", "method", "weights", "sparsity")
     total = {"CPU seconds": sum(record["stages"].values()), "wall": record["seconds"], "peak MiB": record["peak_mib"]}
     return {key: record[key] for key in keys} | stages | total | {"accuracy": record["accuracy"]}

@@ -165,6 +165,65 @@ def readme() -> str:
     return by_sparsity([r for r in records if round(r["sparsity"], 2) in (0.5, 0.7, 0.8, 0.9)], accuracies)
 
 
+STAGES = ("observation", "allocation", "saliency", "selection", "compensation")
+
+
+def stage_cells(record: dict[str, Any]) -> list[str]:
+    """CPU seconds of each stage of a run of `scale.py`, and in brackets how many times its floor."""
+    cells = []
+    for stage in STAGES:
+        seconds, floor = record["stages"].get(stage), record["floors"].get(stage)
+        ratio = f" ({seconds / floor:.1f})" if seconds is not None and floor else ""
+        cells.append("" if seconds is None else f"{seconds:.2f}{ratio}")
+    return cells
+
+
+def scale_networks(prefix: str) -> list[dict[str, Any]]:
+    """Runs of `scale.py` on networks whose name begins so."""
+    return [record for record in runs("scale") if record["network"].startswith(prefix)]
+
+
+def scale() -> str:
+    """CPU seconds and peak memory of each stage, at the first sparsity of each run."""
+    rows = []
+    for record in scale_networks(""):
+        if record["sparsity"] != 0.9:
+            continue
+        seconds = f"{sum(record['stages'].values()):.1f}"
+        rows.append(
+            [record["network"], record["method"], *stage_cells(record), seconds, f"{record['peak_mib'] / 1024:.1f}"]
+        )
+    return markdown(rows, ["network", "method", *STAGES, "CPU s", "peak GiB"])
+
+
+def scale_growth() -> str:
+    """CPU seconds of all stages by the width of the MLP, and by how much a doubling multiplied them."""
+    records = {(r["method"], int(r["network"].removeprefix("mlp"))): r for r in scale_networks("mlp")}
+    widths = sorted({width for _, width in records})
+    rows = []
+    for method in dict.fromkeys(method for method, _ in records):
+        cells, last = [], None
+        for width in widths:
+            record = records.get((method, width))
+            seconds = None if record is None else sum(record["stages"].values())
+            cells.append("" if seconds is None else f"{seconds:.2f}" + (f" (x {seconds / last:.1f})" if last else ""))
+            last = seconds
+        rows.append([method, *cells])
+    return markdown(rows, ["CPU seconds", *(f"width {width}" for width in widths)])
+
+
+def scale_accuracy() -> str:
+    """Test accuracy of ResNet-18, and minutes of the whole pruning to 90 %."""
+    records = scale_networks("resnet18")
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        mine = {round(r["sparsity"], 3): r for r in records if r["method"] == method}
+        accuracy = [f"{mine[s]['accuracy']:.1f}" if s in mine else "" for s in (0.8, 0.9, 0.95)]
+        minutes = next((r["seconds"] / 60 for r in mine.values() if r["seconds"]), None)
+        rows.append([method, *accuracy, "" if minutes is None else f"{minutes:.1f}"])
+    return markdown(rows, ["test accuracy, %", "80 %", "90 %", "95 %", "minutes"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "models": lambda: by_sparsity(renamed(runs("resnet20_models"), ", side by side"), accuracies),
@@ -179,6 +238,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fishleg_defaults": lambda: by_sparsity(
         renamed(runs("resnet20_fishleg"), "FishLeg, ", ", held out"), accuracies, "held-out accuracy, %"
     ),
+    "scale": scale,
+    "scale_growth": scale_growth,
+    "scale_accuracy": scale_accuracy,
     "damping": lambda: by_sparsity(
         renamed(runs("resnet20_damping"), ", held out"), lambda found: both(found[0]), "held-out accuracy, %"
     ),

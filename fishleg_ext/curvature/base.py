@@ -143,6 +143,10 @@ class Curvature(Settings, ABC):
         """Fill in the settings whose default is another where a schedule prunes again and again."""
         return self
 
+    def with_saliency(self, saliency: str | None) -> Self:
+        """Fill in the settings whose default is another for a saliency; None is the model's own."""
+        return self
+
     def with_settings(self, **given: Any) -> Self:
         """Fill in settings that are None.
 

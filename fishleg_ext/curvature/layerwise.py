@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,8 @@ from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estima
 from fishleg_ext.curvature.kronecker import matrix_shape
 from fishleg_ext.observation.types import Observation
 
+DAMPING, FIXED_ORDER_DAMPING = 1e-4, 1e-2
+
 
 @dataclass(frozen=True)
 class Layerwise(Curvature):
@@ -34,14 +36,15 @@ class Layerwise(Curvature):
     Needs forward passes alone. Costs are in the units of each layer's own outputs, hence the scope "layer".
 
     Args:
-        damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A. With much less than the
-            default an inverse in float32 has no right digits where there are fewer samples than inputs.
+        damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A; None is 1e-4, and 1e-2 for
+            `saliency="fixed_order"`, which with less compensates early columns by moving later ones too far. With much
+            less than 1e-4 an inverse in float32 has no right digits where there are fewer samples than inputs.
         inputs: "dense": those of the network as it is at the estimate; "sequential": the layers are pruned one after
             the other, in the order of the model's parameters, each by the inputs that the ones pruned so far give it.
             One pass over the data for each layer.
     """
 
-    damping: float = setting(1e-4, checked_positive)
+    damping: float | None = setting(None, checked_positive)
     inputs: str = setting("dense", one_of("dense", "sequential"))
 
     name: ClassVar[str] = "layerwise"
@@ -53,6 +56,12 @@ class Layerwise(Curvature):
     @override
     def sequential(self) -> bool:
         return self.inputs == "sequential"
+
+    @override
+    def with_saliency(self, saliency: str | None) -> "Layerwise":
+        if self.damping is None and saliency == "fixed_order":
+            return replace(self, damping=FIXED_ORDER_DAMPING)
+        return self
 
     def layout(self, name: str, weight: Tensor) -> BlockLayout:
         """Cut a block for each row, of fan-in size."""
@@ -74,6 +83,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     def __init__(self, recipe: Layerwise, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
         super().__init__(recipe, weights, *args, **options)
+        self._damping = DAMPING if recipe.damping is None else recipe.damping
         self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
         self._gram: dict[str, Tensor] = {}
         self._count = dict.fromkeys(weights, 0)  # samples
@@ -182,7 +192,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
                 f"{name}: its layer was not called while the data was read, so it has no inputs; leave it out of params"
             )
         gram = self._gram[name] / self._count[name]
-        return gram, self.recipe.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+        return gram, self._damping * gram.diagonal(dim1=1, dim2=2).mean(1)
 
     def _of_rows(self, name: str, matrices: Tensor) -> Tensor:
         """Repeat matrices of groups for each row, but for one that all rows share."""
@@ -195,7 +205,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
     def _inverted(self, name: str) -> Tensor:
         fisher, damping = self._fisher(name)
         # In units of its mean diagonal, so that all groups have the same damping; 1 where all inputs are zero.
-        scale = torch.where(damping > 0, damping / self.recipe.damping, 1)[:, None, None]
-        inverse, info = ops.block_inverse(fisher / scale, self.recipe.damping)
-        self._check_inverted(name, info, self.recipe.damping, "second moments of its layer's inputs")
+        scale = torch.where(damping > 0, damping / self._damping, 1)[:, None, None]
+        inverse, info = ops.block_inverse(fisher / scale, self._damping)
+        self._check_inverted(name, info, self._damping, "second moments of its layer's inputs")
         return inverse / scale
