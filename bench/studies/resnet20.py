@@ -232,13 +232,13 @@ class Bench:
         """Every mixture of block Fisher and layerwise curvature, in one shot and in rounds."""
         rows = []
         for rounds in self.arguments.rounds:
-            for name in tqdm(
-                LAYERWISE if rounds == 1 else IN_ROUNDS, desc=f"mixtures, {rounds} rounds", leave=False, disable=None
-            ):
+            methods = {name: LAYERWISE[name] for name in (LAYERWISE if rounds == 1 else IN_ROUNDS)}
+            chosen = list(self._chosen(methods))
+            for name, options in tqdm(chosen, desc=f"mixtures, {rounds} rounds", leave=False, disable=None):
                 row, seconds = [name, rounds], []
                 for sparsity in LAYERWISE_SPARSITIES:
                     steps = [1 - (1 - sparsity) ** (k / rounds) for k in range(1, rounds + 1)]
-                    record = self.prune(f"{name}, {rounds} rounds", steps, last_only=True, **LAYERWISE[name])[-1]
+                    record = self.prune(f"{name}, {rounds} rounds", steps, last_only=True, **options)[-1]
                     row.append(f"{record['accuracy']:.2f} / {record['accuracy_recalibrated']:.2f}")
                     seconds.append(record["seconds"])
                 rows.append([*row, max(seconds)])
@@ -319,7 +319,9 @@ def run(kind: type[Bench], parts: tuple[str, ...], description: str | None) -> N
     parser.add_argument("--rounds", nargs="+", type=int, default=(1, ROUNDS), help="of layerwise; default: 1 and 8")
     parser.add_argument("--draws", type=int, default=1, help="samples of gradients; not for table, layerwise, damping")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "resnet20_cifar10.json")
-    parser.add_argument("--only", default="", help="expression for the names of methods in fishleg, models, carried")
+    parser.add_argument(
+        "--only", default="", help="expression for the names of methods in fishleg, models, layerwise, carried"
+    )
     parser.add_argument("--progress", action="store_true", help="progress bars of each pruning too")
     arguments = parser.parse_args()
     bench = kind(arguments)
