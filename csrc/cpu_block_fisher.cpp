@@ -161,10 +161,10 @@ void add_gram(const CpuGram<T>& arrays, int64_t block, int begin, int end, void*
           }
           T scratch[kTileRows * width] = {};
           add_tile(scratch, width, own, kTileRows, others, width, depth, arrays.alpha);
-          const int columns = c + width <= end ? width : end - c;
+          const int here = c + width <= end ? width : end - c;
           for (int i = 0; i < kTileRows && r + i < stop; ++i) {
             T* to = gram + int64_t{r + i} * size + c;
-            for (int j = 0; j < columns; ++j) to[j] += scratch[i * width + j];
+            for (int j = 0; j < here; ++j) to[j] += scratch[i * width + j];
           }
         }
       }

@@ -57,7 +57,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 template <typename T>
 constexpr int64_t kTileColumns = kTileVectors * Vec<T>::kLanes;
 
-// h[r][c] += scale * sum over p of rows[p][r] * columns[p][c], a tile.
+// h[r][c] += scale * sum over p of rows[p][r] * columns[p][c], a tile. A function of its own, so
+// that no register is taken by what calls it.
 template <typename T>
 __attribute__((noinline)) void add_tile(T* h, int64_t ld, const T* rows, int64_t row_stride,
                                         const T* columns, int64_t column_stride, int depth,
@@ -89,6 +90,13 @@ template <typename T>
 inline void transpose(typename Vec<T>::Type (&rows)[Vec<T>::kLanes]) {
   using V = typename Vec<T>::Type;
   constexpr int lanes = Vec<T>::kLanes;
+#ifdef __clang__  // which shuffles by constants alone
+  V columns[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    for (int j = 0; j < lanes; ++j) columns[j][i] = rows[i][j];
+  }
+  for (int i = 0; i < lanes; ++i) rows[i] = columns[i];
+#else
   decltype(V{} < V{}) low, high;
   for (int i = 0; i < lanes; ++i) {
     low[i] = i / 2 + i % 2 * lanes;
@@ -103,6 +111,7 @@ inline void transpose(typename Vec<T>::Type (&rows)[Vec<T>::kLanes]) {
     }
     for (int i = 0; i < lanes; ++i) rows[i] = interleaved[i];
   }
+#endif
 }
 
 // Writes the lower half of rows `begin` to before `end` of a symmetric matrix, [end, end], times

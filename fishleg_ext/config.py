@@ -142,7 +142,7 @@ class PruneConfig(Settings):
         None,
         checked_damping,
         "added to the Fisher matrix's diagonal; None is the curvature's default, 1e-5, for kronecker and fishleg 1e-6. "
-        "For layerwise a share of the mean of the diagonal, 1e-4.",
+        "For layerwise a share of the mean of the diagonal, 1e-4, or 1e-2 with saliency='fixed_order'.",
     )
     labels: str | None = setting(
         None,

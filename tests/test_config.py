@@ -321,3 +321,13 @@ def test_the_cpu_implementations_prune_as_auto_does(net, data):
     prune(net, data, impl="cpu", **options)
     prune(other, data, **options)
     assert same(net, other)
+
+
+def test_fixed_order_has_a_damping_of_its_own(net):
+    for options, expected in (
+        ({"saliency": "fixed_order"}, Layerwise(1e-2)),
+        ({"saliency": "fixed_order", "damping": 1e-4}, Layerwise(1e-4)),
+        ({}, Layerwise()),
+    ):
+        assert Pruner(net, curvature="layerwise", **options).estimator.recipe == expected
+    assert Pruner(net, saliency="fixed_order", allocation="layerwise").allocator.recipe == Layerwise()

@@ -41,9 +41,9 @@ class BlockLayout:
     def to_blocks(self, x: Tensor) -> Tensor:
         """[..., *shape] -> [..., K, B], zeros (or False) in the padding; a view where nothing is padded."""
         lead = x.shape[: x.dim() - len(self.shape)]
-        return self.part_to_blocks(0, x.reshape(*lead, self.numel))[1]
+        return self.entries_to_blocks(0, x.reshape(*lead, self.numel))[1]
 
-    def part_to_blocks(self, first: int, x: Tensor) -> tuple[slice, Tensor]:
+    def entries_to_blocks(self, first: int, x: Tensor) -> tuple[slice, Tensor]:
         """[..., n] entries, from the first of a block on -> which blocks these are, and [..., K, B] as `to_blocks`."""
         padding = -x.shape[-1] % self.block_size
         if padding:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishleg_ext import cpu
 from fishleg_ext.common.dtypes import widened
-from fishleg_ext.cpu.block_fisher import block_inverse
+from fishleg_ext.cpu.block_fisher import is_faster_in_cpp, swept
 from fishleg_ext.reference import obs as reference
 from fishleg_ext.reference.batches import block_slices
 
@@ -253,9 +253,9 @@ def masked_solve(matrix: Tensor, mask: Tensor, rhs: Tensor) -> tuple[Tensor, Ten
 
 def _inverted(matrix: Tensor) -> tuple[Tensor, int]:
     """Invert a symmetric matrix in float64; the number is 0 where it is positive definite."""
-    if _in_cpp(matrix):
-        (inverse,), info = block_inverse(matrix.double()[None], 0.0)
-        return inverse, int(info)
+    if _in_cpp(matrix) and is_faster_in_cpp(matrix[None]):
+        (inverse,), inverted = swept(matrix.double().contiguous()[None], 0.0)
+        return inverse, int(not inverted)
     factor, info = torch.linalg.cholesky_ex(matrix.double())
     return torch.cholesky_inverse(factor), int(info)
 

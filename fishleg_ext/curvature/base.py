@@ -198,9 +198,9 @@ class Curvature(Settings, ABC):
 Recipe = TypeVar("Recipe", bound=Curvature)
 Kept = TypeVar("Kept", bound=tuple[Any, ...])
 
-# Of inverses that are computed at a time on a CPU, where there are many: they stay in a cache, and their memory is used
-# again.
-PART_BYTES = 2**23
+# Where a parameter has many inverses, a CPU computes so many bytes of them at a time: these stay in a cache, and the
+# next take the same memory.
+CACHE_BYTES = 2**23
 
 
 class Estimate(ABC, Generic[Recipe]):
@@ -258,7 +258,7 @@ class Estimate(ABC, Generic[Recipe]):
     def blocks(self, name: str) -> Blocks:
         """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
 
-    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+    def blocks_at_a_time(self, name: str) -> Iterator[tuple[slice, Blocks]]:
         """Yield what `blocks` returns, some of the K blocks at a time where that is faster, and which these are."""
         yield slice(None), self.blocks(name)
 

@@ -15,7 +15,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
-from fishleg_ext.curvature.base import PART_BYTES, Blocks, Curvature, Estimate, curvature_entry, load_tensors
+from fishleg_ext.curvature.base import CACHE_BYTES, Blocks, Curvature, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
 
@@ -77,8 +77,10 @@ class BlockEstimate(Estimate[BlockFisher]):
             layout, gram = self.layouts[name], self._gram[name]
             row = layout.numel // max(1, layout.shape[0]) if layout.shape else 1
             rows = layout.block_size // math.gcd(layout.block_size, max(1, row))  # after which a block begins
-            for first, grads in observation.row_parts(name, rows):
-                here, blocks = layout.part_to_blocks(first * row, grads.flatten(1))
+            for first, grads in observation.rows_at_a_time(name, rows):
+                here, blocks = layout.entries_to_blocks(
+                    first * row, grads.reshape(len(grads), math.prod(grads.shape[1:]))
+                )
                 ops.block_gram_(gram[here], blocks)
         self._count += observation.count
 
@@ -88,7 +90,7 @@ class BlockEstimate(Estimate[BlockFisher]):
         for name, x in progress_bar(v.items(), what="products", show=self.progress):
             layout = self.layouts[name]
             rows = layout.to_blocks(x).to(self._gram[name].dtype)[..., None]
-            products = [(inverse @ rows[part])[..., 0] for part, inverse in self._inverse_parts(name)]
+            products = [(inverse @ rows[part])[..., 0] for part, inverse in self._inverses_at_a_time(name)]
             result[name] = layout.from_blocks(torch.cat(products))
         return result
 
@@ -96,7 +98,7 @@ class BlockEstimate(Estimate[BlockFisher]):
         """Return the diagonal of F^-1, by one inversion a layer."""
         result = {}
         for name, layout in progress_bar(self.layouts.items(), what="diagonal", show=self.progress):
-            parts = self._inverse_parts(name)
+            parts = self._inverses_at_a_time(name)
             diagonals = [inverse.diagonal(dim1=1, dim2=2).clone() for _, inverse in parts]
             result[name] = layout.from_blocks(torch.cat(diagonals))
         return result
@@ -106,10 +108,10 @@ class BlockEstimate(Estimate[BlockFisher]):
         return Blocks(self._inverse(name))
 
     @override
-    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+    def blocks_at_a_time(self, name: str) -> Iterator[tuple[slice, Blocks]]:
         if self._at_once(name) >= self.layouts[name].num_blocks:
-            return super().block_parts(name)
-        return ((part, Blocks(inverse)) for part, inverse in self._inverse_parts(name))
+            return super().blocks_at_a_time(name)
+        return ((part, Blocks(inverse)) for part, inverse in self._inverses_at_a_time(name))
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
@@ -152,9 +154,9 @@ class BlockEstimate(Estimate[BlockFisher]):
         """How many blocks of a parameter are inverted at a time."""
         gram = self._gram[name]
         bytes_each = max(1, gram[:1].numel() * gram.element_size())
-        return max(1, PART_BYTES // bytes_each) if gram.device.type == "cpu" else len(gram)
+        return max(1, CACHE_BYTES // bytes_each) if gram.device.type == "cpu" else len(gram)
 
-    def _inverse_parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+    def _inverses_at_a_time(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Yield the inverses, those of a large parameter on a CPU a few at a time, and not kept."""
         gram, step = self._gram[name], self._at_once(name)
         if step >= len(gram):

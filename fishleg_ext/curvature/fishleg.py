@@ -274,8 +274,8 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         return self._others[name].blocks(name) if name in self._others else super().blocks(name)
 
     @override
-    def block_parts(self, name: str) -> Iterator[tuple[slice, Blocks]]:
-        return self._others[name].block_parts(name) if name in self._others else super().block_parts(name)
+    def blocks_at_a_time(self, name: str) -> Iterator[tuple[slice, Blocks]]:
+        return self._others[name].blocks_at_a_time(name) if name in self._others else super().blocks_at_a_time(name)
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:

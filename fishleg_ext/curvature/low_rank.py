@@ -74,7 +74,7 @@ class LowRankEstimate(Estimate[LowRankFisher]):
         self._restore_gradients()
         for name, grads in observation.gradients.items():
             # A copy: the observer's tensor may be a view of a larger one, or be written again.
-            kept = grads.flatten(1).to(self._like[name].dtype, copy=True)
+            kept = grads.reshape(len(grads), self.layouts[name].numel).to(self._like[name].dtype, copy=True)
             self._chunks[name].append(kept)
 
     def mul(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +216,11 @@ class LowRankEstimate(Estimate[LowRankFisher]):
             if gram is None:
                 gram = torch.zeros(1, len(held), len(held), dtype=torch.float64, device=held.device)
             for start in range(0, held.shape[1], COLUMNS):
-                ops.block_gram_(gram, held[:, None, start : start + COLUMNS].double().permute(2, 1, 0))
+                part = held[:, start : start + COLUMNS].double()
+                if part.device.type == "cpu":  # where one half is computed
+                    ops.block_gram_(gram, part.T[:, None])
+                else:
+                    gram[0].addmm_(part, part.T)
         if gram is None:
             raise CurvatureError("low_rank has no weights")
         gram = gram[0]

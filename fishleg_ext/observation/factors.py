@@ -285,7 +285,7 @@ class FactorObserver:
             mine = factors.part(count - 1, count).gradients()[0]
             bound = sum((_bound(use, count, group) for use in uses[name]), mine.new_zeros((), dtype=torch.float64))
             orientation = self._orientations.get(name) or Orientation.of(weight.shape)
-            theirs = torch.zeros_like(weight) if gradient is None else own * gradient
+            theirs = torch.zeros_like(weight) if gradient is None else gradient * torch.as_tensor(own).to(gradient)
             found.add(
                 differ(mine, orientation.to_matrix(theirs).reshape(shape), tolerance(eps), 16 * eps * bound),
                 f"gradients of {name} are others for a single sample: samples influence each other",

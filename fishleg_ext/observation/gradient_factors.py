@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fishleg_ext.observation.products import ROW_BYTES, Product
 
-# Of gradients that are multiplied out at a time on a CPU: they stay in its caches, and their memory is used again.
-# No fewer rows than X has, which is read anew for each part, up to what malloc still keeps for the next one.
-PART_BYTES, MOST_PART_BYTES = 2**22, 3 * 2**23
+# A CPU multiplies out so many bytes of gradients at a time: these stay in its caches, and the next take the same
+# memory. It takes at least as many rows of the matrix as X has, since it reads X again each time, up to MOST_BYTES,
+# which malloc still keeps for the next.
+CACHE_BYTES, MOST_BYTES = 2**22, 3 * 2**23
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ class GradientFactors:
             result *= self.mask
         return result
 
-    def row_parts(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    def rows_at_a_time(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Multiply out some rows of the matrix at a time, where that is faster.
 
         Args:
@@ -146,7 +147,7 @@ class GradientFactors:
         """
         out, fan_in = self.shape
         row_bytes = max(1, self.count * fan_in * self.like.element_size())
-        rows = max(PART_BYTES // row_bytes, min(self.rows, MOST_PART_BYTES // row_bytes))
+        rows = max(CACHE_BYTES // row_bytes, min(self.rows, MOST_BYTES // row_bytes))
         rows = max(1, rows // multiple) * multiple
         if self.like.device.type != "cpu" or rows >= out or not self._is_best_by_rows:
             yield 0, self.gradients()
@@ -165,7 +166,7 @@ class GradientFactors:
             x, d = (rows[0, :, 0].to(dtype) for rows in self._rows_of(self.uses[0]))
             squares = d.square().T @ x.square()
             return squares if self.mask is None else squares * self.mask
-        return torch.cat([part.to(dtype).square().sum(0) for _, part in self.row_parts()])
+        return torch.cat([part.to(dtype).square().sum(0) for _, part in self.rows_at_a_time()])
 
     @property
     def _is_single(self) -> bool:

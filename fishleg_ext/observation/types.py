@@ -51,7 +51,7 @@ class Observation:
     output_gradients: Mapping[str, ProductRows] = field(default_factory=dict)
     fisher_product: FisherProduct | None = None
 
-    def row_parts(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    def rows_at_a_time(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradients of one parameter, some rows of its matrix at a time, where that is faster.
 
         Args:
@@ -63,7 +63,7 @@ class Observation:
             factors.
         """
         if (factors := self._multiplied_out_here(name)) is not None:
-            yield from factors.row_parts(multiple)
+            yield from factors.rows_at_a_time(multiple)
         else:
             yield 0, self.gradients[name]
 

@@ -156,10 +156,12 @@ class Verifier:
 
     def _compare_outputs(
         self, found: Comparisons, samples: int, s: int, outputs: OutputTree, alone: OutputTree
-    ) -> None:
+    ) -> bool:
+        """Compare the outputs of a sample with those of it alone; False where not even the shapes are the same."""
         if alone.names != outputs.names:
             found.add(True, "the outputs have another structure for a single sample")
-            return
+            return False
+        fits = True
         for i, yes in enumerate(outputs.cuttable(samples, self.names)):
             mine, what = alone.leaves[i], f"the outputs{outputs.names[i]}"
             if not yes:
@@ -167,12 +169,14 @@ class Verifier:
             theirs = outputs.leaves[i][s : s + 1]
             if not isinstance(mine, Tensor) or mine.shape != theirs.shape:
                 found.add(True, f"{what} are of another shape for a single sample")
+                fits = False
                 continue
             eps = epsilon(mine) if _is_float(mine) else 0.0
             found.add(
                 differ(theirs.detach(), mine.detach(), tolerance(eps)),
                 f"{what} are others for a single sample: samples influence each other, or it is random",
             )
+        return fits
 
     def _gradients(self, recorder: ProductRecorder, outputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """Gradients of probed outputs by weights and biases, then by the outputs of products and lookups."""
@@ -306,8 +310,7 @@ class Verifier:
         energies: dict[str, Tensor] = dict.fromkeys(self.weights, torch.zeros(()))
         for (s, (recorder, own_outputs)), found, bound in zip(alone.items(), single, bounds, strict=True):
             energies = {name: energy + energies[name] for name, energy in self._energies(recorder).items()}
-            self._compare_outputs(result, samples, s, outputs, own_outputs)
-            if own_outputs.names != outputs.names:
+            if not self._compare_outputs(result, samples, s, outputs, own_outputs):
                 return result
             own = self._gradients(recorder, [(own_outputs.leaves[i], x[s : s + 1]) for i, x in probes.items()])
             for (name, weight), *both in zip(self.weights.items(), own, found, strict=False):

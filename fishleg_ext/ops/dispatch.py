@@ -8,9 +8,9 @@ The op is registered for CompositeExplicitAutograd and chooses the implementatio
 therefore mean the same inside and outside `torch.compile`. The autograd key falls through: results never require grad.
 
 A kernel of op `S` in family `F` is a launcher `S` in `fishleg_ext/kernels/F.py` (Triton), `fishleg_ext/cuda/F.py`
-(CUDA C++) or `fishleg_ext/cpu/F.py` (batched PyTorch, for CPUs and wherever no GPU kernel takes the arguments), which
-takes the op's arguments, and beside it `supports_S`, which takes them too and returns whether the kernel takes them
-and, if not, why not. No module is imported before its kernel is wanted.
+(CUDA C++) or `fishleg_ext/cpu/F.py` (C++ for CPUs; batched PyTorch where that is not built or, for some ops,
+where no GPU kernel takes the arguments), which takes the op's arguments, and beside it `supports_S`, which takes them
+too and returns whether the kernel takes them and, if not, why not. No module is imported before its kernel is wanted.
 """
 
 import contextvars

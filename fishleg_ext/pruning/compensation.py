@@ -51,7 +51,7 @@ def exact_update(
         layout, bias = estimate.layouts[name], (biases or {}).get(name)
         before, pruned = layout.to_blocks(weight), layout.to_blocks(~masks[name])
         moved = []
-        for part, blocks in estimate.block_parts(name):
+        for part, blocks in estimate.blocks_at_a_time(name):
             rows, here = blocks.rows(before[part], None if bias is None else bias[part], pruned[part])
             moved.append(blocks.unscaled(ops.obs_compensate(rows, blocks.inverse, here)))
             del blocks  # before the next are computed

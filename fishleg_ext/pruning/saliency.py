@@ -61,7 +61,7 @@ def exact_costs(
         layout = estimate.layouts[name]
         alive, rows = layout.to_blocks(masks[name]), layout.to_blocks(weight)
         found = []
-        for part, blocks in estimate.block_parts(name):
+        for part, blocks in estimate.blocks_at_a_time(name):
             # Without its bias the inverse is that of the weights when the bias is free to move.
             inverse = blocks.inverse[:, : layout.block_size, : layout.block_size]
             rank, cost = ops.obs_eliminate(

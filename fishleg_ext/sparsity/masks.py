@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self._keep = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
-        self._plan = _Plan()
+        # Of _keep, for `apply`, which comes after every optimizer step: by name, device and order of dimensions, None
+        # where these lie in theirs.
+        self._packed: dict[tuple[str, torch.device, tuple[int, ...] | None], Tensor] = {}
         self._pruned_counts: dict[str, int] = {}  # counted once, as a GPU is waited for; empty until then
 
     def __getitem__(self, name: str) -> Tensor:
@@ -54,7 +55,7 @@ class Masks(Mapping[str, Tensor]):
             checks.boolean(**{f"mask of {name}": mask})
             checks.shape(f"mask of {name}", mask, "of the parameter", self._keep[name].shape)
         self._keep = {name: masks[name].to(weight.device).clone() for name, weight in self.weights.items()}
-        self._plan, self._pruned_counts = _Plan(), {}
+        self._packed, self._pruned_counts = {}, {}
 
     def pruned_counts(self) -> dict[str, int]:
         """Name -> how many entries are False."""
@@ -92,29 +93,22 @@ class Masks(Mapping[str, Tensor]):
         Args:
             state: of an optimizer: parameter -> name -> anything.
         """
-        entries: list[tuple[str, Tensor]] = []
+        tensors, packed = [], []
         for name, weight in self.weights.items():
-            entries.append((name, weight))
-            if state and (kept := state.get(weight)):
-                entries += [(name, entry) for entry in kept.values() if _is_like(entry, weight)]
-        addresses = [tensor.data_ptr() for _, tensor in entries]
-        if addresses != self._plan.addresses:
-            self._plan = self._planned(entries, addresses)
-        ops.apply_masks_(self._plan.tensors, self._plan.packed)
-
-    def _planned(self, entries: list[tuple[str, Tensor]], addresses: list[int]) -> "_Plan":
-        """Put together what `apply` needs, which comes after every optimizer step."""
-        plan = _Plan(addresses)
-        packed: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
-        for name, entry in entries:
-            # As it lies in memory, so that kernels take channels_last weights too.
-            order = sorted(range(entry.dim()), key=entry.stride, reverse=True)
-            place = name, entry.device, tuple(order)
-            if place not in packed:
-                packed[place] = ops.pack_mask(self[name].to(entry.device).permute(order))
-            plan.tensors.append(entry.detach().permute(order))
-            plan.packed.append(packed[place])
-        return plan
+            kept = state.get(weight, {}).values() if state else ()
+            for tensor in [weight.detach(), *(entry for entry in kept if _is_like(entry, weight))]:
+                # As it lies in memory, so that kernels take channels_last weights too.
+                order = None
+                if not tensor.is_contiguous():
+                    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+                    tensor = tensor.permute(order)
+                place = name, tensor.device, order
+                if place not in self._packed:
+                    mask = self[name].to(tensor.device)
+                    self._packed[place] = ops.pack_mask(mask if order is None else mask.permute(order))
+                tensors.append(tensor)
+                packed.append(self._packed[place])
+        ops.apply_masks_(tensors, packed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks, packed; see `pack_masks`."""
@@ -127,15 +121,6 @@ class Masks(Mapping[str, Tensor]):
             ValueError: the masks are of other parameters or shapes; nothing is changed then.
         """
         self.set({name: ops.unpack_mask(entry["packed"], entry["shape"]) for name, entry in state.items()})
-
-
-@dataclass
-class _Plan:
-    """Tensors that masks are applied to, as they lie in memory, and the addresses for which this holds."""
-
-    addresses: list[int] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    packed: list[Tensor] = field(default_factory=list)
 
 
 def _is_like(entry: Any, weight: Tensor) -> bool:

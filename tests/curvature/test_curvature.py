@@ -341,6 +341,20 @@ def test_inverses_are_kept_where_there_is_room(gradients, monkeypatch):
     assert len(inverted) == 3
 
 
+def test_low_rank_whitens_some_rows_at_a_time(gradients, monkeypatch):
+    expected = flat(estimated("low_rank", gradients).diag())
+    monkeypatch.setattr("fishleg_ext.curvature.low_rank.ROWS", 3)
+    torch.testing.assert_close(flat(estimated("low_rank", gradients).diag()), expected)
+
+
+@pytest.mark.parametrize("kind", ["block", "diagonal", "low_rank"])
+def test_a_weight_without_dimensions(kind):
+    gradients = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    estimate = make_curvature(kind, damping=0.5).start({"w": torch.tensor(1.0, dtype=torch.float64)})
+    estimate.update(Observation(3, gradients={"w": gradients}))
+    assert float(estimate.diag()["w"]) == pytest.approx(1 / (14 / 3 + 0.5))
+
+
 def test_some_blocks_at_a_time_answer_as_all_at_once(generator, monkeypatch):
     """Three blocks of which the second needs more damping; what raised it is counted over all parts."""
     weights = {"w": torch.randn(2, 6, dtype=torch.float64, generator=generator)}
@@ -349,7 +363,7 @@ def test_some_blocks_at_a_time_answer_as_all_at_once(generator, monkeypatch):
     masks = {"w": torch.rand(2, 6, generator=generator) < 0.5}
     answers = []
     for part_bytes in (1, 2**20):
-        monkeypatch.setattr("fishleg_ext.curvature.block.PART_BYTES", part_bytes)
+        monkeypatch.setattr("fishleg_ext.curvature.block.CACHE_BYTES", part_bytes)
         estimate = BlockFisher(4, 0.0).start(weights)
         estimate.update(Observation(30, gradients={"w": gradients}))
         with pytest.warns(UserWarning, match="1 of 3 Fisher blocks"), estimate.checking_later():
@@ -357,12 +371,12 @@ def test_some_blocks_at_a_time_answer_as_all_at_once(generator, monkeypatch):
         assert estimate.damping_raised == {"w": 1}
         updated = exact_update(estimate, weights, masks)
         answers.append([costs.rank, costs.cost, updated["w"], estimate.diag()["w"], estimate.mul(weights)["w"]])
-        assert len(list(estimate.block_parts("w"))) == (3 if part_bytes == 1 else 1)
+        assert len(list(estimate.blocks_at_a_time("w"))) == (3 if part_bytes == 1 else 1)
     torch.testing.assert_close(answers[0], answers[1])
 
 
 def test_a_block_of_some_that_has_no_inverse_is_told(monkeypatch):
-    monkeypatch.setattr("fishleg_ext.curvature.block.PART_BYTES", 1)
+    monkeypatch.setattr("fishleg_ext.curvature.block.CACHE_BYTES", 1)
     estimate = BlockFisher(2, 0.0).start({"w": torch.zeros(6)})
     gradients = torch.randn(9, 6)
     gradients[:, 2:4] = 0

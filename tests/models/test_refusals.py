@@ -86,6 +86,26 @@ def test_samples_that_are_not_apart_are_observed_one_by_one(model, why, curvatur
     assert_alike(together, alone)
 
 
+class Repeated(Net):
+    """Outputs whose shape depends on the batch."""
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return outputs, outputs[:, None].expand(-1, len(x), -1)
+
+
+@pytest.mark.parametrize("curvature", OF_INPUTS)
+def test_outputs_of_another_shape_for_a_single_sample_are_told(curvature, data):
+    x, y = data
+    options = {} if curvature == "layerwise" else {"labels": "data"}
+    options["loss_fn"] = lambda outputs, targets: F.cross_entropy(outputs[0], targets)
+    with pytest.warns(UserWarning, match="one by one, which is slower: the outputs.* are of another shape"):
+        together = prune(Repeated(), data, curvature=curvature, **options)
+    first = lambda batch: [batch]
+    alone = prune(Repeated(), batches(x, y, 1), curvature=curvature, **options, batch_fn=first)
+    assert_alike(together, alone)
+
+
 class Sometimes(Net):
     def forward(self, x):
         hidden = self.a(x) if bool((x < 9).all()) else self.a(x - x.mean(0)) + self.a(x)

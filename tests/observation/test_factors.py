@@ -60,8 +60,8 @@ def test_factors_make_up_the_gradient_of_each_group(kind, group, generator):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_some_rows_at_a_time_make_up_the_gradients(kind, masked, part_bytes, generator, monkeypatch):
-    monkeypatch.setattr(gradient_factors, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(gradient_factors, "MOST_PART_BYTES", part_bytes)
+    monkeypatch.setattr(gradient_factors, "CACHE_BYTES", part_bytes)
+    monkeypatch.setattr(gradient_factors, "MOST_BYTES", part_bytes)
     model = Tokens(kind).double().eval()
     x = torch.randn(6, 6, 8, dtype=torch.float64, generator=generator)
     y = torch.randint(0, 3, (6,), generator=generator)
@@ -76,7 +76,7 @@ def test_some_rows_at_a_time_make_up_the_gradients(kind, masked, part_bytes, gen
             assert not of_name.whole
             torch.testing.assert_close(of_name.part(2, 5).gradients(), whole)
         for multiple in (1, 3):
-            parts = list(of_name.part(2, 5).row_parts(multiple))
+            parts = list(of_name.part(2, 5).rows_at_a_time(multiple))
             assert all(first % multiple == 0 for first, _ in parts)
             torch.testing.assert_close(torch.cat([part for _, part in parts], dim=1), whole)
             assert [first for first, _ in parts[1:]] == [first + part.shape[1] for first, part in parts[:-1]]
@@ -95,8 +95,8 @@ def test_curvature_is_the_same_some_rows_at_a_time(block_size, generator, monkey
     masks = {"0.weight": torch.rand(7, 6, generator=generator) < 0.5}
     found = []
     for part_bytes in (1, 2**22):
-        monkeypatch.setattr(gradient_factors, "PART_BYTES", part_bytes)
-        monkeypatch.setattr(gradient_factors, "MOST_PART_BYTES", part_bytes)
+        monkeypatch.setattr(gradient_factors, "CACHE_BYTES", part_bytes)
+        monkeypatch.setattr(gradient_factors, "MOST_BYTES", part_bytes)
         for recipe in (BlockFisher(block_size, 0.1), DiagonalFisher(0.1)):
             estimate = recipe.start(weights)
             observe(net, [(x, y)], F.cross_entropy, estimate, weights, masks=masks, num_grads=9)
