@@ -207,7 +207,8 @@ def main() -> None:
             command += [str(s) for s in (arguments.sparsities if name.startswith("resnet") else [0.9])]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"{name}, {method}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # as where memory ran out
+                print(f"{name}, {method}: {why[-1]}", file=sys.stderr)
             records += map(json.loads, done.stdout.splitlines())
             if arguments.out:
                 arguments.out.write_text(json.dumps({"machine": machine(), "runs": records}, indent=1) + "\n")
