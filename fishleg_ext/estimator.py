@@ -2,12 +2,14 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fishleg_ext.common.memory import chunk_bytes
+from fishleg_ext.common.memory import chunk_bytes, free_bytes
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
@@ -229,6 +231,7 @@ class Estimator:
         with self._timed(self._stage):
             previous = self.estimate if self.carries_over else None
             self.estimate = self.recipe.start({})  # before there is memory for what is next
+            self._warn_of_memory(names, source.num_grads)
             self.estimate = self._start(names, previous)
             self.estimate.keep_bytes = 0 if self.max_memory is not None else self._chunk_bytes(names)
             del previous
@@ -251,6 +254,28 @@ class Estimator:
                     progress=self.progress,
                 )
         self.held = names
+
+    def _warn_of_memory(self, names: list[str], num_grads: int) -> None:
+        """Say it before the data is read where the estimate will not fit into the memory that is free."""
+        matrices = self.oriented(self.weights(names))
+        needed: dict[torch.device, int] = {}
+        for name, x in matrices.items():
+            held = self.recipe.state_bytes(name, x, num_grads, name in self.known_biases)
+            needed[x.device] = needed.get(x.device, 0) + held
+        for device, total in needed.items():
+            free = free_bytes(device)
+            if free is not None and total > free:
+                weights = sum(x.numel() for x in matrices.values() if x.device == device)
+                warnings.warn(
+                    f"an estimate by {type(self.recipe).__name__} of {weights:,} weights from {num_grads:,} gradients "
+                    f"takes {total / 2**30:.1f} GiB on {device}, of which {free / 2**30:.1f} GiB are free; "
+                    + (
+                        "max_memory= estimates some parameters at a time"
+                        if self.recipe.per_parameter
+                        else "num_grads= or params= make it smaller"
+                    ),
+                    stacklevel=2,
+                )
 
     def _bias_parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         biases = self.known_biases

@@ -1,6 +1,7 @@
 """What is observed is what was asked for, in as much memory as it may take."""
 
 import re
+import warnings
 import weakref
 
 import pytest
@@ -228,3 +229,25 @@ def test_one_estimate_lives_at_a_time_where_memory_splits_them(net, data, option
     pruner.prune_to(0.4)
     assert len(most) >= 3
     assert max(most) == (1 if "allocation" in options else 0)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("curvature, way", [("low_rank", "num_grads="), ("block", "max_memory=")])
+def test_an_estimate_that_will_not_fit_is_told_before_the_data_is_read(curvature, way, fits, monkeypatch):
+    """64 gradients of 8,192 weights are 2 MiB, Gram matrices of 128 are 4 MiB."""
+    monkeypatch.setattr("fishleg_ext.estimator.free_bytes", lambda device: 2**24 if fits else 2**20)
+    told_before = []
+
+    def batches():
+        told_before.append(len(told))
+        yield torch.randn(64, 2048), torch.randint(4, (64,))
+
+    pruner = fishleg_ext.Pruner(nn.Linear(2048, 4), curvature=curvature, num_grads=64, progress=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pruner.estimate(batches(), F.cross_entropy)
+    assert told_before == [0 if fits else 1]
+    if not fits:
+        message = str(told[0].message)
+        assert "of 8,192 weights from 64 gradients takes 0.0 GiB on cpu, of which 0.0 GiB are free" in message
+        assert way in message
