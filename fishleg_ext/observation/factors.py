@@ -138,6 +138,8 @@ class FactorObserver:
             return self._losses.gradients(tree, targets, samples, group)
         except CannotCut as what:
             raise NoFactors(f"the loss needs {what}, which cannot be cut into samples") from None
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # what is wrong with the loss itself is raised where it is called without this
             raise NoFactors(f"the loss of some samples cannot be computed: {error}") from error
 
@@ -152,6 +154,8 @@ class FactorObserver:
         try:
             with torch.enable_grad(), recorder:
                 outputs = call(self._model, weights, chunk.inputs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of a model that takes single samples alone, say
             raise NoFactors(f"the model does not run on some samples together: {error}") from error
         return recorder, outputs

@@ -62,6 +62,7 @@ class GradientObserver:
             self._in_factors = FactorObserver(model, loss_fn, self.weights, draw, orientations, biases)
         self._bias_of = {bias: name for name, (bias, _) in biases.items()}
         self._seen = Finite()
+        self._most_at_once: float = float("inf")  # gradients in factors
 
     @property
     def any_nonzero(self) -> bool:
@@ -71,11 +72,12 @@ class GradientObserver:
     def gradients(self, chunk: Chunk, count: int, product: FisherProduct | None = None) -> Iterator[Observation]:
         """Yield `count` gradients, each of as many of the samples, as many at a time as memory is given for.
 
-        With the last of them goes the product with the Fisher matrix.
+        With the last of them goes the product with the Fisher matrix. Where a GPU has no memory for the activations of
+        all samples, halves of them are tried, whose labels are drawn anew.
         """
         factors: dict[str, GradientFactors] = {}
         found: tuple[Any, float | Tensor] | None = None
-        if self._in_factors is not None:
+        if self._in_factors is not None and count <= self._most_at_once:
             try:
                 factors, targets, scale = self._in_factors.factors(chunk, count)
                 found = targets, scale
@@ -83,6 +85,15 @@ class GradientObserver:
                 found = reason.drawn
                 if chunk.samples > 1 and chunk.divisible:
                     self._in_factors = None
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self._most_at_once = count // 2
+        if self._in_factors is not None and count > self._most_at_once:
+            half, group = count // 2, chunk.samples // count
+            yield from self.gradients(chunk.part(0, half * group), half)
+            yield from self.gradients(chunk.part(half * group, chunk.samples), count - half, product)
+            return
         if found is None and self.draw is not None:
             outputs = call(self.model, self.weights, chunk.inputs)
             found = self.draw(outputs, chunk.targets, chunk.samples, count)

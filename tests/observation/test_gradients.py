@@ -220,3 +220,23 @@ def test_peak_memory_is_that_of_a_chunk_not_of_all_gradients():
 def test_gradients_that_are_all_zero_are_told(net, samples):
     with pytest.warns(UserWarning, match="every gradient is zero"):
         observe(net, [samples], lambda outputs, targets: 0 * outputs.sum(), Recorder(), weights_of(net), num_grads=21)
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_where_memory_runs_out_fewer_samples_are_tried(most, net, samples):
+    """Once it is known how few, no more are tried."""
+    x, y = samples
+    expected, found, tried = Recorder(), Recorder(), []
+    observe(net, [(x, y)], F.cross_entropy, expected, weights_of(net), num_grads=len(x))
+
+    def refuse(module, inputs):
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("no memory for this")
+
+    net.register_forward_pre_hook(refuse)
+    observe(net, [(x, y), (x, y)], F.cross_entropy, found, weights_of(net), num_grads=2 * len(x))
+    for name in weights_of(net):
+        twice = torch.cat([expected.gradients(name)] * 2)
+        torch.testing.assert_close(found.gradients(name), twice, rtol=1e-4, atol=1e-6)
+    assert 0 < sum(number > most for number in tried) <= 5
