@@ -76,14 +76,27 @@ bool factorise(T (*a)[kPanel], int size) {
   return true;
 }
 
+// A thread's arrays for one inversion.
+template <typename T>
+struct Sweep {
+  Sweep(Workspace& workspace, int size)
+      : ld(leading_dimension<T>(size)),
+        h(workspace.take<T>(size * ld)),
+        u(workspace.take<T>(kPanel * ld)),
+        packed(workspace.take<T>(packed_elements<T>(size))) {}
+
+  int64_t ld;
+  T* h;       // [size, ld], the lower half of what is swept so far
+  T* u;       // [kPanel, ld]
+  T* packed;  // for subtract_panel
+};
+
 // Inverts one block; false where it is not positive definite to rounding, or not finite.
 template <typename T>
 bool invert(const T* matrix, T damping, T* inverse, int size, Workspace workspace) {
-  const int64_t ld = leading_dimension<T>(size);
+  const Sweep<T> arrays(workspace, size);
+  const auto [ld, h, u, packed] = arrays;
   const int panel = size > kLargeBlock ? kPanel : kSweep;
-  T* h = workspace.take<T>(size * ld);
-  T* u = workspace.take<T>(kPanel * ld);
-  T* packed = workspace.take<T>(packed_elements<T>(size));
   if (!finite(matrix, int64_t{size} * size)) return false;
   for (int r = 0; r < size; ++r) {
     std::memcpy(h + r * ld, matrix + int64_t{r} * size, (r + 1) * sizeof(T));
@@ -176,10 +189,7 @@ void add_gram(const CpuGram<T>& arrays, int64_t block, int begin, int end, void*
 template <typename T>
 int64_t inverse_workspace(int size) {
   Workspace workspace(nullptr);
-  const int64_t ld = leading_dimension<T>(size);
-  workspace.take<T>(size * ld);
-  workspace.take<T>(kPanel * ld);
-  workspace.take<T>(packed_elements<T>(size));
+  Sweep<T>(workspace, size);
   return workspace.bytes();
 }
 

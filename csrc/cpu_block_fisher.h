@@ -17,7 +17,8 @@ struct CpuGram {
   T alpha;
 };
 
-// Symmetric positive definite matrices, [K, B, B], of which the lower halves are read.
+// Symmetric positive definite matrices, [K, B, B]; of their upper halves it is only read whether
+// they are finite.
 template <typename T>
 struct CpuInversion {
   const T* matrix;

@@ -44,7 +44,7 @@ class Split:
         self.digits = torch.as_tensor(digits)
 
     def batches(self, size: int = 128) -> list[tuple[Tensor, Tensor]]:
-        """All samples, in their order."""
+        """Cut all samples into batches, in their order."""
         return list(zip(self.images.split(size), self.digits.split(size), strict=True))
 
 

@@ -184,7 +184,7 @@ def scale_networks(prefix: str) -> list[dict[str, Any]]:
 
 
 def scale() -> str:
-    """CPU seconds and peak memory of each stage, at the first sparsity of each run."""
+    """CPU seconds of each stage of a pruning to 90 %, and its peak memory."""
     rows = []
     for record in scale_networks(""):
         if record["sparsity"] != 0.9:

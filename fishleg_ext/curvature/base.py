@@ -239,7 +239,7 @@ class Estimate(ABC, Generic[Recipe]):
 
     @property
     def observes(self) -> frozenset[str]:
-        """What `update` needs; see `Curvature`."""
+        """Tell what `update` needs; see `Curvature`."""
         return self.recipe.observes
 
     @abstractmethod
@@ -378,7 +378,7 @@ class Estimate(ABC, Generic[Recipe]):
 
 
 class _Inverted(NamedTuple):
-    """What an inversion says."""
+    """Holds what one inversion tells of a parameter."""
 
     name: str
     info: Tensor

@@ -151,7 +151,7 @@ class BlockEstimate(Estimate[BlockFisher]):
         return self._keeping(name, invert)[0]
 
     def _at_once(self, name: str) -> int:
-        """How many blocks of a parameter are inverted at a time."""
+        """Count the blocks of a parameter that are inverted at a time."""
         gram = self._gram[name]
         bytes_each = max(1, gram[:1].numel() * gram.element_size())
         return max(1, CACHE_BYTES // bytes_each) if gram.device.type == "cpu" else len(gram)

@@ -1,4 +1,4 @@
-"""How FishLeg learns the two factors of one parameter's inverse."""
+"""Learns the two factors of one parameter's inverse, as FishLeg has it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ class LowRankFisher(Curvature):
 
 
 class LowRankEstimate(Estimate[LowRankFisher]):
-    """All gradients G [m, d], or W in their place once the inverse is asked for."""
+    """Holds all gradients G [m, d], or W in their place once the inverse is asked for."""
 
     def __init__(self, recipe: LowRankFisher, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
         super().__init__(recipe, weights, *args, **options)
