@@ -55,10 +55,10 @@ def write_summary(folder: Path, results: Path) -> tuple[Path, list[list[str]]]:
     from fishleg_ext.bench import harness
 
     steps = [line.split("\t") for line in (folder / "steps.txt").read_text().splitlines()]
-    checked = folder / "check.json"
+    checked = [row for file in sorted(folder.glob("check*.json")) for row in json.loads(file.read_text())]
     summary = {
         "steps": [dict(zip(("name", "seconds", "result"), step, strict=True)) for step in steps],
-        "check": json.loads(checked.read_text()) if checked.exists() else None,
+        "check": checked or None,
         "environment": harness.environment(),
     }
     target = results / f"gpu_{harness.device_slug()}.json"

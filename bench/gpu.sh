@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 FOLDER=${FOLDER:-gpu-results}
 DEADLINE=${DEADLINE:-540} # seconds, for all steps together
+WORKERS=${WORKERS:-4}     # processes of pytest
 PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH:/usr/local/cuda/bin
 mkdir -p "$FOLDER"
 : >"$FOLDER/steps.txt"
@@ -49,14 +50,20 @@ step() {
 cli="-m fishleg_ext.cli"
 step build 180 env FISHLEG_EXT_CUDA=1 "$PYTHON" -m pip install --editable . --no-build-isolation --no-deps || DEADLINE=0
 step info 60 "$PYTHON" $cli info
-step check 180 "$PYTHON" $cli check --json "$FOLDER/check.json"
+# What need not be alone on the GPU, side by side, with few threads each. Other versions of torch may warn of other
+# things. For the sanitizers each tensor is an allocation of its own, so that accesses beyond it are seen; torch and
+# Triton may try calls that fail.
+small="PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2"
+few="OMP_NUM_THREADS=2"
+step check 240 env $few "$PYTHON" $cli check --impl triton --impl cuda --json "$FOLDER/check.json" &
+step check-reference 240 env $few "$PYTHON" $cli check --impl reference --json "$FOLDER/check_reference.json" &
+step tests 240 env $few "$PYTHON" -m pytest -m "gpu or triton or cuda" -n "$WORKERS" -rs -W default &
+step sanitizer-memcheck 150 env $small compute-sanitizer --error-exitcode 9 --tool memcheck --report-api-errors no \
+  "$PYTHON" bench/gpu.py --small-calls &
+step sanitizer-racecheck 150 env $small compute-sanitizer --error-exitcode 9 --tool racecheck \
+  "$PYTHON" bench/gpu.py --small-calls &
+wait
 step missing 10 "$PYTHON" bench/gpu.py --missing "$FOLDER/check.json"
-step tests 150 "$PYTHON" -m pytest -m "gpu or triton or cuda" -rs
-# Each tensor is an allocation of its own, so that accesses beyond it are seen; torch and Triton may try calls that fail.
-sanitizer="compute-sanitizer --error-exitcode 9 --tool"
-step sanitizer-memcheck 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer memcheck --report-api-errors no \
-  "$PYTHON" bench/gpu.py --small-calls
-step sanitizer-racecheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer racecheck "$PYTHON" bench/gpu.py --small-calls
 for family in obs select masks kron block_fisher; do
   step "bench-$family" 120 "$PYTHON" $cli bench "$family"
 done

@@ -22,7 +22,7 @@ from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 
 class Stopwatch:
-    """Seconds that each stage took, all its times added up."""
+    """Seconds that each stage took, all its times added up; what a GPU was given in a stage counts there."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -33,6 +33,8 @@ class Stopwatch:
         start = time.perf_counter()
         try:
             yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 

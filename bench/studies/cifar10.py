@@ -122,5 +122,6 @@ class Cifar10:
         model.eval()
         test = list(zip(self.test_images.split(100), self.test_labels.split(100), strict=True))
         batches = self.training_batches(40000, 10000, 100) if held_out else test
-        right = torch.cat([model(x).argmax(1) == y for x, y in batches])
+        device = next(model.parameters()).device
+        right = torch.cat([model(x.to(device)).argmax(1).cpu() == y for x, y in batches])
         return float(right.double().mean()) * 100

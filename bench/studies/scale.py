@@ -1,12 +1,15 @@
-"""Prunes networks of 10^4 to 10^7 weights by every method: CPU seconds and peak memory of each stage, and their floors.
+"""Prunes networks of 10^4 to 10^8 weights by every method: seconds and peak memory of each stage, and their floors.
 
-    python bench/studies/scale.py --data DIR [--networks mlp256 resnet20 ...] [--methods block fishleg ...] [--out FILE]
+    python bench/studies/scale.py --data DIR [--networks mlp256 resnet20 ...] [--methods block fishleg ...]
+        [--device cuda] [--out FILE]
 
-Each method runs in a process of its own, whose peak memory is measured. CPU seconds are of all threads. The floor of a
-stage is its arithmetic, counted below, at the rate of a matrix product of 1,024 x 1,024 in the same process; a stage
-that moves memory more than it computes is further from it. Networks are MLPs of three layers of some width on random
-data (`mlp256`), and those of `cifar10.py`, whose accuracy on the 10,000 test images is measured as well. DIR is that
-of `resnet20.py`, with `models/resnet18_cifar10.pt` (a state dict of `cifar10.ResNet18`).
+Seconds on a CPU are CPU seconds of all threads, and each method runs in a process of its own, whose peak memory is
+measured; on a GPU they are those of a clock, and memory is what PyTorch allocated there. The floor of a stage is its
+arithmetic, counted below, at the rate of a product of square float32 matrices in the same process; a stage that moves
+memory more than it computes is further from it. Networks are MLPs of three layers of some width on random data
+(`mlp256`), ResNet-50 and BERT-base as `transformers` makes them, untrained and on random data, and those of
+`cifar10.py`, whose accuracy on the 10,000 test images is measured as well. DIR is that of `resnet20.py`, with
+`models/resnet18_cifar10.pt` (a state dict of `cifar10.ResNet18`).
 """
 
 import argparse
@@ -19,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -43,9 +47,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "layerwise by block": {"curvature": "layerwise", "allocation": "block"},
     "fishleg": {"curvature": "fishleg"},
 }
-NETWORKS = ("mlp256", "mlp512", "mlp1024", "mlp2048", "resnet20", "resnet18")
+NETWORKS = ("mlp256", "mlp512", "mlp1024", "mlp2048", "resnet20", "resnet18")  # and resnet50, bert_base
 SPARSITIES = (0.9, 0.8, 0.95)
 SHARED = {"layerwise", "kronecker", "fishleg"}  # curvature whose rows share an inverse
+wall = time.perf_counter
 
 
 def network(name: str, folder: Path) -> tuple[nn.Module, list[Any], Callable[[nn.Module], float] | None, Any]:
@@ -57,6 +62,8 @@ def network(name: str, folder: Path) -> tuple[nn.Module, list[Any], Callable[[nn
         layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         data = [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(32)]
         return nn.Sequential(*layers, nn.Linear(width, 10)), data, None, None
+    if name in ("resnet50", "bert_base"):
+        return *untrained(name), None, None
     model = {"resnet20": cifar10.ResNet20, "resnet18": cifar10.ResNet18}[name]()
     state = torch.load(folder / "models" / f"{name}_cifar10.pt", weights_only=True)
     model.load_state_dict(state)
@@ -64,6 +71,31 @@ def network(name: str, folder: Path) -> tuple[nn.Module, list[Any], Callable[[nn
     cifar = cifar10.Cifar10(folder / "cifar10", inputs)
     params = cifar10.WEIGHTS if name == "resnet20" else None
     return model.eval(), cifar.training_batches(0, 2048), cifar.accuracy, params
+
+
+class Logits(nn.Module):
+    """A model of `transformers` as a function of a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Of images or tokens."""
+        return self.model(inputs).logits
+
+
+def untrained(name: str) -> tuple[nn.Module, list[Any]]:
+    """ResNet-50 and images of 224 x 224, or BERT-base and sequences of 128 tokens: 2,048 of them."""
+    import transformers
+
+    if name == "resnet50":
+        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
+        data = [(torch.randn(64, 3, 224, 224), torch.randint(1000, (64,))) for _ in range(32)]
+    else:
+        model = transformers.BertForSequenceClassification(transformers.BertConfig())
+        data = [(torch.randint(30_000, (64, 128)), torch.randint(2, (64,))) for _ in range(32)]
+    return Logits(model).eval(), data
 
 
 def floors(model: nn.Module, pruner: Pruner, data: list[Any], method: str) -> dict[str, float]:
@@ -117,24 +149,36 @@ def _positions(model: nn.Module, data: list[Any]) -> dict[str, int]:
     return found
 
 
-def gemm_rate() -> float:
-    """Operations a CPU second of a product of two float32 matrices."""
-    a, best = torch.randn(1024, 1024), float("inf")
+def gemm_rate(device: str) -> float:
+    """Operations a second, of the CPU or of a clock, of a product of two float32 matrices."""
+    side = 1024 if device == "cpu" else 8192
+    a, best = torch.randn(side, side, device=device), float("inf")
     for _ in range(5):
-        start = time.process_time()
+        start = seconds(device)
         a @ a
-        best = min(best, time.process_time() - start)
-    return 2 * 1024**3 / best
+        best = min(best, seconds(device) - start)
+    return 2 * side**3 / best
 
 
-def run(name: str, method: str, folder: Path, sparsities: list[float]) -> Iterator[dict[str, Any]]:
+def seconds(device: str) -> float:
+    """Of all threads of the CPU, or of a clock once the GPU has done all that it was given."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return wall()
+
+
+def run(name: str, method: str, folder: Path, sparsities: list[float], device: str) -> Iterator[dict[str, Any]]:
     """Prune to each sparsity by one estimate."""
-    time.perf_counter, wall = time.process_time, time.perf_counter  # which the stages are timed with
     warnings.simplefilter("ignore")
-    _warm_up(METHODS[method])
+    _warm_up(METHODS[method], device)
     model, data, accuracy, params = network(name, folder)
+    model, data = model.to(device), [(inputs.to(device), targets.to(device)) for inputs, targets in data]
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    rate, start = gemm_rate(), wall()
+    rate = gemm_rate(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    start = wall()
     pruner = Pruner(model, params=params, progress=False, **METHODS[method])
     pruner.estimate(data, F.cross_entropy)
     estimators, estimating = (pruner.estimator, pruner.allocator), dict(pruner._timed.seconds)
@@ -150,13 +194,13 @@ def run(name: str, method: str, folder: Path, sparsities: list[float]) -> Iterat
             found[key] = costs(self, estimator, solver, group, stage)
         return found[key]
 
-    Round._costs = costs_once  # type: ignore[method-assign]
     for sparsity in sparsities:
         model.load_state_dict(dense)
         pruner = Pruner(model, params=params, progress=False, **METHODS[method])
         pruner.estimator, pruner.allocator = estimators
         start = wall()
-        result = pruner.prune_to(sparsity)
+        with mock.patch.object(Round, "_costs", costs_once):
+            result = pruner.prune_to(sparsity)
         own = result.history[-1]["seconds"]
         once = once or {stage: own[stage] for stage in ("saliency", "allocation") if stage in own}
         stages = estimating | {key: estimating.get(key, 0) + s for key, s in (once | own).items()}
@@ -168,15 +212,15 @@ def run(name: str, method: str, folder: Path, sparsities: list[float]) -> Iterat
             "stages": stages,
             "seconds": estimated + wall() - start if sparsity == sparsities[0] else None,  # all stages, in one go
             "floors": {stage: operations / rate for stage, operations in counted.items()},
-            "peak_mib": peak_memory(),
+            "peak_mib": peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20,
             "accuracy": accuracy(model) if accuracy else None,
         }
 
 
-def _warm_up(options: dict[str, Any]) -> None:
-    """Prune a tiny network, so that modules which torch imports when they are first needed are there."""
-    data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+def _warm_up(options: dict[str, Any], device: str) -> None:
+    """Prune a tiny network, so that modules and libraries which torch loads when they are first needed are there."""
+    data = [(torch.randn(8, 4, device=device), torch.randint(2, (8,), device=device))]
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).to(device)
     pruner = Pruner(model, progress=False, num_grads=8, **options)
     pruner.estimate(data, F.cross_entropy)
     pruner.prune_to(0.5)
@@ -190,36 +234,46 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         torch.set_num_threads(arguments.threads)
-        sparsities = list(arguments.sparsities)
-        for record in run(arguments.networks[0], arguments.methods[0], arguments.data, sparsities):
+        time.perf_counter = time.process_time  # which the stages are timed with
+        for record in run(arguments.networks[0], arguments.methods[0], arguments.data, arguments.sparsities, "cpu"):
             print(json.dumps(record), flush=True)
         return
     records: list[dict[str, Any]] = []
-    for name in arguments.networks:
-        for method in arguments.methods:
-            command = [sys.executable, __file__, "--one", "--data", str(arguments.data), "--networks", name]
-            command += ["--methods", method, "--threads", str(arguments.threads), "--sparsities"]
-            command += [str(s) for s in (arguments.sparsities if name.startswith("resnet") else [0.9])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # as where memory ran out
-                print(f"{name}, {method}: {why[-1]}", file=sys.stderr)
-            records += map(json.loads, done.stdout.splitlines())
-            if arguments.out:
-                arguments.out.write_text(json.dumps({"machine": machine(), "runs": records}, indent=1) + "\n")
+    for name, method in itertools.product(arguments.networks, arguments.methods):
+        sparsities = arguments.sparsities if name in ("resnet20", "resnet18") else [0.9]
+        try:
+            if arguments.device == "cpu":
+                records += in_a_process(name, method, sparsities, arguments)
+            else:
+                records += run(name, method, arguments.data, sparsities, "cuda")
+        except (subprocess.CalledProcessError, RuntimeError) as error:  # as where memory ran out
+            why = getattr(error, "stderr", None) or str(error) or "no reason was given"
+            print(f"{name}, {method}: {why.strip().splitlines()[-1]}", file=sys.stderr)
+        if arguments.out:
+            device = {} if arguments.device == "cpu" else {"device": torch.cuda.get_device_name()}
+            arguments.out.write_text(json.dumps({"machine": machine() | device, "runs": records}, indent=1) + "\n")
     print(tabulate(list(map(row, records)), headers="keys", floatfmt=".3g"))
 
 
+def in_a_process(name: str, method: str, sparsities: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run one method in a process of its own."""
+    command = [sys.executable, __file__, "--one", "--data", str(options.data), "--networks", name, "--methods", method]
+    command += ["--threads", str(options.threads), "--sparsities", *map(str, sparsities)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
 def row(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table: each stage in CPU seconds, and in brackets how many times its floor."""
+    """A line of the table: each stage in seconds, and in brackets how many times its floor."""
     stages = dict(zip(STAGES, stage_cells(record), strict=True))
     keys = ("network", "method", "weights", "sparsity")
-    total = {"CPU seconds": sum(record["stages"].values()), "wall": record["seconds"], "peak MiB": record["peak_mib"]}
+    total = {"seconds": sum(record["stages"].values()), "wall": record["seconds"], "peak MiB": record["peak_mib"]}
     return {key: record[key] for key in keys} | stages | total | {"accuracy": record["accuracy"]}
 
 

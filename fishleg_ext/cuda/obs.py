@@ -11,6 +11,7 @@ from fishleg_ext.cuda import supports_block_size, supports_device
 from fishleg_ext.reference.batches import block_slices
 
 PANEL = 64  # steps between two matrix products
+MOST_LEFT = 0.75  # of the weights, when what is left of their inverses is gathered
 
 
 def supports_obs_eliminate(
@@ -41,26 +42,39 @@ def obs_eliminate(
 ) -> tuple[Tensor, Tensor]:
     """A few warps, or one, for each block of weights that fits into registers; larger ones in panels."""
     dtype = widened(inverse.dtype)
-    rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
-    cost = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if weight.numel() == 0:
-        return rank, cost
     weight, inverse, alive = weight.to(dtype).contiguous(), _inverse(inverse, dtype), alive.contiguous()
-    options = (group, n, m, torch.inf if stop is None else stop, dead_first)
-    if weight.shape[1] <= largest_to_eliminate(dtype, group):
-        torch.ops.fishleg_ext_cuda.obs_eliminate_out(weight, inverse, alive, *options, rank, cost)
-    else:
-        size = weight.shape[1]
-        for part in block_slices(len(weight), size * size * dtype.itemsize, weight.device):
-            block = inverse if len(inverse) == 1 else inverse[part]
-            rank[part], cost[part] = _eliminate_in_panels(weight[part], block, alive[part], *options)
+    options, size = (group, n, m, torch.inf if stop is None else stop), weight.shape[1]
+    if size <= largest_to_eliminate(dtype, group):
+        return _eliminate(weight, inverse, alive, *options, dead_first)
+    rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    cost = torch.empty_like(weight)
+    workspace = round(size * size * dtype.itemsize / (1 - MOST_LEFT**2))  # what is left of it, gathered again and again
+    for part in block_slices(len(weight), workspace, weight.device):
+        block = inverse if len(inverse) == 1 else inverse[part]
+        rank[part], cost[part] = _eliminate(weight[part], block, alive[part], *options, dead_first)
+    return rank, cost
+
+
+def _eliminate(
+    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
+) -> tuple[Tensor, Tensor]:
+    """In registers where a block fits, else in panels."""
+    if weight.shape[1] > largest_to_eliminate(weight.dtype, group):
+        return _eliminate_in_panels(weight, inverse, alive, group, n, m, stop, dead_first)
+    rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    cost = torch.empty_like(weight)
+    if weight.numel():
+        torch.ops.fishleg_ext_cuda.obs_eliminate_out(weight, inverse, alive, group, n, m, stop, dead_first, rank, cost)
     return rank, cost
 
 
 def _eliminate_in_panels(
     weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Take some steps of every block in one launch, then update all inverses in one matrix product."""
+    """Take some steps of every block in one launch, then update all inverses in one matrix product.
+
+    Once a part of the weights has gone, what is left of the inverses is gathered, and all starts again with that.
+    """
     blocks, size = weight.shape
     zero = weight.new_zeros(())
     # The group x group blocks on the diagonal, [K, B, group].
@@ -73,10 +87,25 @@ def _eliminate_in_panels(
     cost = torch.full_like(weight, torch.inf)
     following = torch.zeros(blocks, dtype=torch.int32, device=weight.device)
     columns = weight.new_empty(blocks, PANEL + group - 1, size)  # room for a group that begins within a panel
-    own = False
+    own, subtracted = False, True  # whether `inverse` is our own, and `columns` have been subtracted from it
     for dead in (True, False) if dead_first else (False,):
         steps = int((alive != dead).sum(1).max())
         for done in range(0, steps, PANEL):
+            if not dead and (left := _left(pending, steps - done, group, n, m)) is not None:
+                rest = _gathered(inverse, left)
+                if not subtracted:
+                    few = columns.gather(2, left[:, None].expand(-1, columns.shape[1], -1))
+                    rest.baddbmm_(few.mT, few, alpha=-1)
+                open_, before = pending.gather(1, left), following[:, None]
+                ranks, costs = _eliminate(weight.gather(1, left), rest, open_, group, n, m, stop, False)
+                gone = open_ & (ranks < left.shape[1])
+                rank.scatter_(1, left, torch.where(gone, before + ranks, rank.gather(1, left)))
+                cost.scatter_(1, left, torch.where(gone, costs, cost.gather(1, left)))
+                return rank, cost
+            if not subtracted:
+                out = inverse if own else weight.new_empty(blocks, size, size)
+                inverse = torch.baddbmm(inverse.expand(blocks, -1, -1), columns.mT, columns, alpha=-1, out=out)
+                own = True
             torch.ops.fishleg_ext_cuda.obs_eliminate_panel_out(
                 inverse,
                 alive,
@@ -94,13 +123,39 @@ def _eliminate_in_panels(
                 rank,
                 cost,
             )
+            subtracted = False
             if stop < torch.inf and not dead and bool((following < done + PANEL).all()):
                 break  # nothing is below `stop` any more
-            if done + PANEL < steps or dead:
-                out = inverse if own else weight.new_empty(blocks, size, size)
-                inverse = torch.baddbmm(inverse.expand(blocks, -1, -1), columns.mT, columns, alpha=-1, out=out)
-                own = True
     return rank, cost
+
+
+def _left(pending: Tensor, most: int, group: int, n: int, m: int) -> Tensor | None:
+    """Tell which weights of each block can still go, groups whole.
+
+    Args:
+        pending: [K, B], not gone yet.
+        most: of a block, at least where each step took a weight.
+        group, n, m: as of `obs_eliminate`.
+
+    Returns:
+        indices [K, L] of those of each block, in order, then of others where it has fewer than another block; None
+        where they are so many that to gather them is not worth it.
+    """
+    unit, worth_it = max(group, m, 1), MOST_LEFT * pending.shape[1]
+    if unit == 1 and most > worth_it:
+        return None  # without a look at the GPU
+    going = pending.unflatten(1, (-1, unit)).sum(2) > n  # a group of m that has lost m - n is closed
+    count = int(going.sum(1).max()) * unit
+    if count > worth_it:
+        return None
+    units = going.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count // unit]
+    return (units[..., None] * unit + torch.arange(unit, device=units.device)).flatten(1)
+
+
+def _gathered(inverse: Tensor, index: Tensor) -> Tensor:
+    """Rows and columns `index` [K, L] of inverses [K or 1, B, B] -> [K, L, L]."""
+    block = torch.arange(len(inverse), device=index.device)[:, None, None]
+    return inverse[block, index[:, :, None], index[:, None, :]]
 
 
 @functools.cache
