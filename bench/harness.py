@@ -32,8 +32,8 @@ from fishleg_ext.testing.check import device_of
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, WARMUP_ROUNDS = 20, 3
 ROUND_SECONDS = 0.02  # at least, so that waiting for the GPU does not count
-MOST_SECONDS = 6.0  # for all rounds of a benchmark, once it is warm
-MOST_BASELINE_SECONDS = 3.0  # the same of what we are compared with, which may take seconds a call
+# For all rounds of a benchmark, once it is warm, and of what we are compared with, which may take seconds a call.
+MOST_SECONDS, MOST_BASELINE_SECONDS = (2.0, 1.0) if DEVICE.type == "cuda" else (20.0, 4.0)
 
 
 @dataclass(frozen=True)

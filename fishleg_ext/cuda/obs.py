@@ -154,8 +154,9 @@ def _left(pending: Tensor, most: int, group: int, n: int, m: int) -> Tensor | No
 
 def _gathered(inverse: Tensor, index: Tensor) -> Tensor:
     """Rows and columns `index` [K, L] of inverses [K or 1, B, B] -> [K, L, L]."""
-    block = torch.arange(len(inverse), device=index.device)[:, None, None]
-    return inverse[block, index[:, :, None], index[:, None, :]]
+    (blocks, count), size = index.shape, inverse.shape[1]
+    rows = inverse.expand(blocks, -1, -1).gather(1, index[:, :, None].expand(-1, -1, size))
+    return rows.gather(2, index[:, None].expand(-1, count, -1))
 
 
 @functools.cache

@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fishleg_ext.common.dtypes import widened
+
 
 def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
     """Prune what is below the threshold, and of what equals it the first; NaN is above inf."""
@@ -23,7 +25,8 @@ def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
 
 
 def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """A stable sort within each group of m."""
+    """A stable sort within each group of m; CUDA's puts NaN of a negative sign, or in bfloat16 any, before numbers."""
+    score = score.to(widened(score.dtype)).masked_fill(score.isnan(), torch.nan)
     groups = score.movedim(dim, -1).unflatten(-1, (-1, m))
     order = groups.argsort(dim=-1, stable=True)
     keep = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)

@@ -290,6 +290,8 @@ def _nm_mask(new: Inputs) -> Iterator[Case]:
     yield Case("ties", (new.cast(torch.arange(48) % 3).reshape(4, 12), 2, 4))
     odd = new.cast(torch.tensor([torch.nan, torch.inf, 1.0, -torch.inf, torch.nan, torch.nan, 0.0, -0.0]))
     yield Case("NaN and inf", (odd, 2, 4))
+    many = torch.where(torch.arange(256) % 3 == 0, -torch.nan, torch.arange(256.0))
+    yield Case("NaN of negative sign", (new.cast(many), 100, 256))
     yield Case("empty", (new.normal(0, 4), 2, 4))
     yield Case("transposed", (new.normal(8, 12).mT, 2, 4))
 

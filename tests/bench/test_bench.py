@@ -142,6 +142,9 @@ def test_kernels_that_could_not_run_are_named(tmp_path):
     rows = [{"op": "an_op", "impl": "cuda", "cases": cases, "reason": "float64" * (not cases)} for cases in (3, 0)]
     (tmp_path / "check.json").write_text(json.dumps(rows))
     assert gpu.missing(tmp_path / "check.json") is None  # it ran in one dtype
+    rows.append({"op": "obs_score", "impl": "cuda", "cases": 0, "reason": "no such kernel"})
+    (tmp_path / "check.json").write_text(json.dumps(rows))
+    assert gpu.missing(tmp_path / "check.json") is None
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path):
