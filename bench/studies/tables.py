@@ -7,10 +7,13 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from fishleg_ext.bench import report
 
 # What older files call by other words.
 WORDS = {
@@ -26,8 +29,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def runs(name: str) -> list[dict[str, Any]]:
     """The records of a results file."""
-    report = json.loads((RESULTS / f"{name}.json").read_text())
-    return report.get("runs") or report["rows"]
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return found.get("runs") or found["rows"]
 
 
 def markdown(rows: Iterable[list[Any]], headers: list[str]) -> str:
@@ -169,7 +172,7 @@ STAGES = ("observation", "allocation", "saliency", "selection", "compensation")
 
 
 def stage_cells(record: dict[str, Any]) -> list[str]:
-    """CPU seconds of each stage of a run of `scale.py`, and in brackets how many times its floor."""
+    """Seconds of each stage of a run of `scale.py`, and in brackets how many times its floor."""
     cells = []
     for stage in STAGES:
         seconds, floor = record["stages"].get(stage), record["floors"].get(stage)
@@ -183,17 +186,39 @@ def scale_networks(prefix: str) -> list[dict[str, Any]]:
     return [record for record in runs("scale") if record["network"].startswith(prefix)]
 
 
-def scale() -> str:
-    """CPU seconds of each stage of a pruning to 90 %, and its peak memory."""
+def by_stage(records: list[dict[str, Any]], unit: str) -> str:
+    """Seconds of each stage of prunings to 90 %, and their peak memory."""
     rows = []
-    for record in scale_networks(""):
+    for record in records:
         if record["sparsity"] != 0.9:
             continue
         seconds = f"{sum(record['stages'].values()):.1f}"
         rows.append(
             [record["network"], record["method"], *stage_cells(record), seconds, f"{record['peak_mib'] / 1024:.1f}"]
         )
-    return markdown(rows, ["network", "method", *STAGES, "CPU s", "peak GiB"])
+    return markdown(rows, ["network", "method", *STAGES, unit, "peak GiB"])
+
+
+def gpu_kernels() -> str:
+    """Kernels on a GPU beside the fastest of the usual PyTorch code for the same case."""
+    rows = []
+    for (op, case), group in groupby(
+        report.read(sorted(RESULTS.glob("*_nvidia-h200.jsonl"))), lambda line: (line["op"], line["case"])
+    ):
+        members = sorted(group, key=lambda line: line["median_s"])
+        usual = next((line for line in members if not line["implementation"].startswith("fishleg_ext")), None)
+        for ours in members:
+            _, _, how = ours["implementation"].partition("fishleg_ext ")
+            if how not in ("cuda", "triton", "triton, CUDA graph"):
+                continue
+            compared = ["", "", ""]
+            if usual is not None:
+                compared = [usual["implementation"], report.duration(usual["median_s"])]
+                compared.append(f"{usual['median_s'] / ours['median_s']:.1f}")
+            name = f"`{op}`" + ", CUDA graph" * how.endswith("graph")
+            times = [report.duration(ours["median_s"]), f"{ours['median_s'] / ours['floor_s']:.0f}"]
+            rows.append([name, case.replace(", float32", ""), *times, *compared])
+    return markdown(rows, ["op", "case", "fishleg_ext", "times its floor", "fastest PyTorch", "", "times as fast"])
 
 
 def scale_growth() -> str:
@@ -238,7 +263,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fishleg_defaults": lambda: by_sparsity(
         renamed(runs("resnet20_fishleg"), "FishLeg, ", ", held out"), accuracies, "held-out accuracy, %"
     ),
-    "scale": scale,
+    "scale": lambda: by_stage(runs("scale"), "CPU s"),
+    "scale_gpu": lambda: by_stage(runs("scale_nvidia-h200"), "s"),
+    "gpu_kernels": gpu_kernels,
     "scale_growth": scale_growth,
     "scale_accuracy": scale_accuracy,
     "damping": lambda: by_sparsity(
