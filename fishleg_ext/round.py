@@ -90,7 +90,8 @@ class Round:
         for group in allocator.groups:
             costs |= self._costs(allocator, solver, group, "allocation")
         allocator.estimate.forget_kept()
-        return {name: int((~mask).sum()) for name, mask in self._select(costs, counts).items()}
+        pruned = read_by_name({name: (~mask).sum() for name, mask in self._select(costs, counts).items()})
+        return {name: int(count) for name, count in pruned.items()}
 
     def _costs(self, estimator: Estimator, solver: Solver, group: list[str], stage: str) -> dict[str, Costs]:
         """Return the costs of one group; a function of its own, so that no estimate outlives the next one's start."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 
+@functools.cache
 def widened(*dtypes: torch.dtype) -> torch.dtype:
     """The widest of these dtypes, or float32 where all are narrower.
 

@@ -15,6 +15,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import CACHE_BYTES, Blocks, Curvature, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
@@ -115,13 +116,13 @@ class BlockEstimate(Estimate[BlockFisher]):
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
-        total = 0.0
+        terms = []
         for name, dw in step.items():
             gram = self._gram[name]
             rows = self.layouts[name].to_blocks(dw).to(gram.dtype)
             force = (gram @ rows[..., None])[..., 0] / max(1, self._count) + self.recipe.damping * rows
-            total += 0.5 * float((rows * force).sum(dtype=torch.float64))
-        return total
+            terms.append((rows * force).sum(dtype=torch.float64))
+        return 0.5 * sum(read(terms))
 
     def state_dict(self) -> dict[str, Any]:
         """Return Gram matrices and how many gradients went into them."""

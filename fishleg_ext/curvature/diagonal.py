@@ -12,6 +12,7 @@ from fishleg_ext.common.arguments import checked_positive
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.settings import setting
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
@@ -75,7 +76,7 @@ class DiagonalEstimate(Estimate[DiagonalFisher]):
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
-        return sum(float((dw.double().square() / self._inverse(name)).sum()) / 2 for name, dw in step.items())
+        return 0.5 * sum(read((dw.double().square() / self._inverse(name)).sum() for name, dw in step.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums of squares and how many gradients went into them."""

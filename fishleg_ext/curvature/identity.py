@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, Estimate
 from fishleg_ext.observation.types import Observation
 
@@ -67,7 +68,7 @@ class IdentityEstimate(Estimate[Identity]):
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
-        return sum(float(dw.double().square().sum()) / 2 for dw in step.values())
+        return 0.5 * sum(read(dw.double().square().sum() for dw in step.values()))
 
     @override
     def _merge(self, other: "IdentityEstimate") -> None:

@@ -12,6 +12,7 @@ from fishleg_ext import ops
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, Estimate
 
 
@@ -93,15 +94,15 @@ class KroneckerEstimate(Estimate[KroneckerRecipe]):
 
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
         """Return 1/2 dw^T F dw in float64; dw / scale has the Fisher matrix P^-1 (x) M^-1."""
-        total = 0.0
+        terms = []
         for name in [name for name in step if name in self.layouts]:
             row, col, scale = self.factors(name)
             matrix = self._matrix(name, {key: x.double() for key, x in step.items()})
             matrix = Blocks(col[None], scale).scaled(matrix)
             row, col = (self.invert(name, factor.double(), 0.0) for factor in (row, col))
             force = (row[:, None] * matrix if row.dim() == 1 else row @ matrix) @ col
-            total += 0.5 * float((matrix * force).sum())
-        return total
+            terms.append((matrix * force).sum())
+        return 0.5 * sum(read(terms))
 
     def invert(self, name: str, matrix: Tensor, damping: float) -> Tensor:
         """Return (matrix + damping I)^-1, computed in float64; a vector stands for the diagonal matrix.

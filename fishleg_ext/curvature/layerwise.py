@@ -16,6 +16,7 @@ from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
 from fishleg_ext.common.triangular import inverse_factor
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, check_names, curvature_entry
 from fishleg_ext.curvature.kronecker import matrix_shape
 from fishleg_ext.observation.types import Observation
@@ -136,13 +137,13 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     @override
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
-        total = 0.0
+        terms = []
         for name, dw in step.items():
             fisher, damping = self._fisher(name)
             rows = dw.reshape(len(fisher), -1, fisher.shape[1]).to(fisher.dtype)
             force = rows @ fisher + damping[:, None, None] * rows
-            total += 0.5 * float((rows * force).sum(dtype=torch.float64))
-        return total
+            terms.append((rows * force).sum(dtype=torch.float64))
+        return 0.5 * sum(read(terms))
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums of a a^T and over how many samples they are."""

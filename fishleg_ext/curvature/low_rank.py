@@ -15,6 +15,7 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.settings import setting
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, CurvatureError, Estimate, curvature_entry, load_tensors
 from fishleg_ext.observation.types import Observation
 
@@ -121,16 +122,17 @@ class LowRankEstimate(Estimate[LowRankFisher]):
     def step_cost(self, step: Mapping[str, Tensor]) -> float:
         """Return 1/2 (damping |dw|^2 + |G dw|^2 / m), G dw being L W dw."""
         product: Tensor | float = 0.0
-        norm, m = 0.0, 1
+        squares, m = [], 1
         for name, dw in step.items():
             flat = dw.flatten()
-            norm += float(flat.double().square().sum())
+            squares.append(flat.double().square().sum())
             for columns, part in self._columns(name):
                 product, m = product + (part @ flat[columns].to(part.dtype)).double(), len(part)
-        squared = 0.0
+        whitened = torch.zeros(())
         if isinstance(product, Tensor) and self._factor is not None:
-            squared = float((self._factor @ product).square().sum())
-        return 0.5 * (self.recipe.damping * norm + squared / max(1, m))
+            whitened = (self._factor @ product).square().sum()
+        *norms, squared = read([*squares, whitened])
+        return 0.5 * (self.recipe.damping * sum(norms) + squared / max(1, m))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all gradients, [m, n] for each parameter; or W, and the factor it was made with."""

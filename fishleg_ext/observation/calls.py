@@ -116,7 +116,8 @@ class Call:
 def _matrix(x: Tensor, labels: list[str], groups: list[str], rows: list[str], cols: list[str]) -> Tensor:
     """Dimensions by label, to [groups, rows, cols]."""
     size = dict(zip(labels, x.shape, strict=True))
-    x = x.permute([labels.index(label) for label in groups + rows + cols])
+    order = [labels.index(label) for label in groups + rows + cols]
+    x = x if order == sorted(order) else x.permute(order)
     return x.reshape([math.prod(size[label] for label in part) for part in (groups, rows, cols)])
 
 

@@ -47,7 +47,7 @@ class Use:
         """
         product, first, last = self.product, start * group, stop * group
         inputs, gradient, each = product.inputs, self.gradient, self._length
-        if each:
+        if each and last - first < self.samples:
             inputs, gradient = inputs[first * each : last * each], gradient[first * each : last * each]
         samples = last - first if each else self.samples
         x, d = product.input_rows(inputs), product.output_rows(gradient)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext.common.state import state_entry
+from fishleg_ext.common.waiting import read
 from fishleg_ext.estimator import Estimator
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.losses import losses_along, mean_gradient
@@ -43,7 +44,7 @@ class FirstOrderStep:
         """By how much moves from where the step leads raise the loss to first order; name -> move."""
         if not self.slope:
             return 0.0
-        return sum(float((self.slope[name] * move).sum(dtype=torch.float64)) for name, move in moves.items())
+        return sum(read((self.slope[name] * move).sum(dtype=torch.float64) for name, move in moves.items()))
 
     def subtract_from(self, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """Subtract the step; `names` maps a key of `tensors` to the parameter's name where these differ."""
@@ -90,8 +91,8 @@ def first_order_step(
     """
     model, own_biases = estimator.model, estimator.known_biases
     moving = {name: model.get_parameter(name) for name in [*masks, *own_biases.values()]}
-    read: dict[str, Any] = {"num_samples": estimator.samples, "seed": seed, "progress": progress}
-    gradient = mean_gradient(model, data, loss_fn, moving, **read)
+    reading: dict[str, Any] = {"num_samples": estimator.samples, "seed": seed, "progress": progress}
+    gradient = mean_gradient(model, data, loss_fn, moving, **reading)
     gradient |= {name: gradient[name] * mask for name, mask in masks.items()}
     step: dict[str, Tensor] = {}
     for group in estimator.groups:
@@ -110,8 +111,8 @@ def first_order_step(
         del estimate  # before the next group's is made
     if share is None:
         start = {name: parameter.detach() for name, parameter in moving.items()}
-        losses = losses_along(model, data, loss_fn, start, step, SHARES, **read)
+        losses = losses_along(model, data, loss_fn, start, step, SHARES, **reading)
         share = SHARES[int(torch.tensor(losses).nan_to_num(nan=torch.inf).argmin())] / 2
-    slope = sum(float((gradient[name] * step[name]).sum(dtype=torch.float64)) for name in step)
+    slope = sum(read((gradient[name] * step[name]).sum(dtype=torch.float64) for name in step))
     left = {name: (1 - share) * gradient[name] for name in step} if share < 1 else {}
     return FirstOrderStep({name: share * x for name, x in step.items()}, (share - share**2 / 2) * slope, share, left)

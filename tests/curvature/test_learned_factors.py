@@ -32,6 +32,32 @@ def test_moments_are_those_of_the_formula(positions, diagonal, generator):
         torch.testing.assert_close(moment, 1 + 0.5 * (by_row.diagonal() if diagonal else by_row))
 
 
+@pytest.mark.parametrize("size", [65, 200, 1001])
+def test_directions_are_orthogonal_and_as_long_as_they_are_to_be(size):
+    number = learned_factors.num_directions(size)
+    given = lambda seed, dtype=torch.float64: learned_factors.random_directions(size, seed, dtype, torch.device("cpu"))
+    products = given(1).mT @ given(1)
+    torch.testing.assert_close(products, size / number * torch.eye(number, dtype=torch.float64))
+    assert not torch.equal(given(1), given(2))
+    torch.testing.assert_close(given(1, torch.float32), given(1).float(), rtol=0, atol=1e-6)
+
+
+def test_no_vector_is_overlooked_by_random_directions():
+    """Constant, alternating, one entry, smooth: in the mean over draws as long as it is."""
+    size, draws = 90, 600
+    spike = torch.zeros(size, dtype=torch.float64)
+    spike[7] = 1
+    line = torch.linspace(0, 1, size, dtype=torch.float64)
+    vectors = torch.stack([torch.ones_like(spike), torch.cos(torch.pi * torch.arange(size)).double(), spike, line])
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    squares = [
+        (vectors @ learned_factors.random_directions(size, seed, torch.float64, torch.device("cpu"))).square().sum(1)
+        for seed in range(draws)
+    ]
+    found = torch.stack(squares)
+    assert ((found.mean(0) - 1).abs() < 4 * found.std(0) / draws**0.5).all()
+
+
 def test_lengths_along_directions_are_right_in_the_mean(monkeypatch, generator):
     monkeypatch.setattr(learned_factors, "LEAST_DIRECTIONS", 4)
     like = torch.zeros(0, dtype=torch.float64)
