@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -51,23 +52,45 @@ def missing(checked: Path) -> str | None:
     ran = {(row["impl"], row["op"]) for row in rows if row["cases"]}  # in one dtype at least
     idle = {(row["impl"], row["op"]): row["reason"] for row in rows if (row["impl"], row["op"]) not in ran}
     names = [f"{impl} of {op}: {reason}" for (impl, op), reason in idle.items()]
-    return "; ".join(names) if names or not rows else None
+    return "; ".join(names) or (None if rows else f"{checked} has no results of kernels")
 
 
 def write_summary(folder: Path, results: Path) -> tuple[Path, list[list[str]]]:
-    """Write steps, checks and versions as JSON; returns the file and the rows of steps."""
+    """Write steps, checks and versions as JSON, over what an earlier run wrote of the same steps and checks.
+
+    Returns:
+        the file, and name, seconds and result of each step of this run.
+    """
     from fishleg_ext.bench import harness
 
     steps = [line.split("\t") for line in (folder / "steps.txt").read_text().splitlines()]
-    checked = [row for file in sorted(folder.glob("check*.json")) for row in json.loads(file.read_text())]
+    target = results / f"gpu_{harness.device_slug()}.json"
+    before = json.loads(target.read_text()) if target.exists() else {"steps": [], "check": []}
+    commit = {"commit": harness.environment()["commit"]}
+    found = {step["name"]: step for step in before["steps"]}
+    for name, seconds, result in steps:
+        found[name] = {"name": name, "seconds": seconds, "result": result, "said": last_line(folder, name)} | commit
+    checked = {_key(row): row for row in before["check"]}
+    for file in sorted(folder.glob("check*.json")):
+        checked |= {_key(row): row | commit for row in json.loads(file.read_text())}
     summary = {
-        "steps": [dict(zip(("name", "seconds", "result"), step, strict=True)) for step in steps],
-        "check": checked or None,
+        "steps": list(found.values()),
+        "check": list(checked.values()),
         "environment": harness.environment(),
     }
-    target = results / f"gpu_{harness.device_slug()}.json"
     target.write_text(json.dumps(summary, indent=1) + "\n")
     return target, steps
+
+
+def last_line(folder: Path, step: str) -> str:
+    """Return the last line that a step printed, such as how many tests passed."""
+    log = folder / f"{step}.log"
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["op"], row["impl"], row["dtype"]
 
 
 def main() -> int:

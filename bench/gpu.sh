@@ -18,6 +18,7 @@ WORKERS=${WORKERS:-4}     # processes of pytest
 PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH:/usr/local/cuda/bin
 mkdir -p "$FOLDER"
 : >"$FOLDER/steps.txt"
+rm -f "$FOLDER"/check*.json # of an earlier run
 # WITHOUT_GPU=1 goes on where torch sees no GPU, to try this script.
 [ -n "${WITHOUT_GPU:-}" ] || "$PYTHON" bench/gpu.py --seen || exit 1
 

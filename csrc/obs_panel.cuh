@@ -4,11 +4,12 @@
 // layer is whose inverse all rows share. One thread block for each block of weights goes on for as
 // many steps as there is room for columns v = u / sqrt(u_q), and what is left of the inverse is
 // H - columns^T columns, of which only row q and what is on the diagonal are formed. The caller
-// subtracts the columns, one matrix product for all blocks, before it calls again. With panels of P
-// columns an elimination to the end moves 8 B^2 / P bytes a weight for the products (in float32), 2
-// B P for the columns, which stay in cache, and 4 B for the rows; keeping all columns and never
-// subtracting them would move 2 B^2. The products are 2 B^2 FLOP a weight. A shared inverse is read
-// as it is until the first panel is full.
+// subtracts the columns, one matrix product for all blocks, before it calls again, of all weights
+// or of those alone that are pending, whose rows and columns it has gathered. Without gathering,
+// panels of P columns move 8 B^2 / P bytes a weight for the products (in float32), 2 B P for the
+// columns, which stay in cache, and 4 B for the rows; keeping all columns and never subtracting
+// them would move 2 B^2. The products are 2 B^2 FLOP a weight. A shared inverse is read as it is
+// until the first panel is full.
 #pragma once
 
 #include <cstdint>

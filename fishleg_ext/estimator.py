@@ -22,9 +22,14 @@ from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 
 class Stopwatch:
-    """Seconds that each stage took, all its times added up; what a GPU was given in a stage counts there."""
+    """Seconds that each stage took, all its times added up; what a GPU was given in a stage counts there.
 
-    def __init__(self) -> None:
+    Args:
+        device: what is waited for, if it is a GPU, before a time is taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -33,8 +38,8 @@ class Stopwatch:
         start = time.perf_counter()
         try:
             yield
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 

@@ -142,7 +142,7 @@ class Pruner:
 
         self.solver = self.config.solver_of(recipe)
         self.history: list[dict[str, Any]] = []
-        self._timed = Stopwatch()
+        self._timed = Stopwatch(next(iter(self.weights.values())).device)
         self.estimator = self._estimator(recipe, "observation", 1 if allocation is None else 2)
         self.allocator = None if allocation is None else self._estimator(allocation, "allocation", 2)
         matrices = self.estimator.oriented(self.estimator.weights(self.weights))

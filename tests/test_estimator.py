@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fishleg_ext
 from fishleg_ext.curvature import BlockFisher, Estimate
 from fishleg_ext.curvature.block import BlockEstimate
+from fishleg_ext.estimator import Stopwatch
 from fishleg_ext.observation.observe import observe
 
 
@@ -251,3 +252,14 @@ def test_an_estimate_that_will_not_fit_is_told_before_the_data_is_read(curvature
         message = str(told[0].message)
         assert "of 8,192 weights from 64 gradients takes 0.0 GiB on cpu, of which 0.0 GiB are free" in message
         assert way in message
+
+
+def test_a_stage_lasts_until_the_gpu_has_done_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(dict(timed.seconds)))
+    timed = Stopwatch(torch.device("cuda:1"))
+    with timed("one"):
+        pass
+    with timed("two"):
+        pass
+    assert [list(seconds) for seconds in waited] == [[], ["one"]]  # before each time was taken

@@ -81,7 +81,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Of images or tokens."""
+        """Return the logits of images or tokens."""
         return self.model(inputs).logits
 
 
@@ -161,7 +161,7 @@ def gemm_rate(device: str) -> float:
 
 
 def seconds(device: str) -> float:
-    """Of all threads of the CPU, or of a clock once the GPU has done all that it was given."""
+    """Return seconds of all threads of the CPU, or of a clock once the GPU has done all that it was given."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -247,26 +247,28 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for name, method in itertools.product(arguments.networks, arguments.methods):
         sparsities = arguments.sparsities if name in ("resnet20", "resnet18") else [0.9]
+        here = run(name, method, arguments.data, sparsities, "cuda")
+        found = in_a_process(name, method, sparsities, arguments) if arguments.device == "cpu" else here
         try:
-            if arguments.device == "cpu":
-                records += in_a_process(name, method, sparsities, arguments)
-            else:
-                records += run(name, method, arguments.data, sparsities, "cuda")
-        except (subprocess.CalledProcessError, RuntimeError) as error:  # as where memory ran out
-            why = getattr(error, "stderr", None) or str(error) or "no reason was given"
-            print(f"{name}, {method}: {why.strip().splitlines()[-1]}", file=sys.stderr)
+            records.extend(found)
+        except (RuntimeError, ValueError) as error:  # as where memory ran out
+            print(f"{name}, {method}: {error}", file=sys.stderr)
         if arguments.out:
             device = {} if arguments.device == "cpu" else {"device": torch.cuda.get_device_name()}
             arguments.out.write_text(json.dumps({"machine": machine() | device, "runs": records}, indent=1) + "\n")
     print(tabulate(list(map(row, records)), headers="keys", floatfmt=".3g"))
 
 
-def in_a_process(name: str, method: str, sparsities: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run one method in a process of its own."""
+def in_a_process(
+    name: str, method: str, sparsities: list[float], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Run one method in a process of its own; RuntimeError where it fails, after what it has found by then."""
     command = [sys.executable, __file__, "--one", "--data", str(options.data), "--networks", name, "--methods", method]
     command += ["--threads", str(options.threads), "--sparsities", *map(str, sparsities)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return list(map(json.loads, done.stdout.splitlines()))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    yield from map(json.loads, done.stdout.splitlines())
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fishleg_ext.cuda import supports_block_size, supports_device
 from fishleg_ext.reference.batches import block_slices
 
 PANEL = 64  # steps between two matrix products
-MOST_LEFT = 0.75  # of the weights, when what is left of their inverses is gathered
+MOST_LEFT = 0.75  # the share of weights that are pending when these are gathered
 
 
 def supports_obs_eliminate(
@@ -45,22 +45,24 @@ def obs_eliminate(
     weight, inverse, alive = weight.to(dtype).contiguous(), _inverse(inverse, dtype), alive.contiguous()
     options, size = (group, n, m, torch.inf if stop is None else stop), weight.shape[1]
     if size <= largest_to_eliminate(dtype, group):
-        return _eliminate(weight, inverse, alive, *options, dead_first)
+        return _eliminate(weight, inverse, alive, *options, dead_first, own=False)
     rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     cost = torch.empty_like(weight)
-    workspace = round(size * size * dtype.itemsize / (1 - MOST_LEFT**2))  # what is left of it, gathered again and again
+    workspace = round(
+        size * size * dtype.itemsize / (1 - MOST_LEFT**2)
+    )  # and what is pending, gathered again and again
     for part in block_slices(len(weight), workspace, weight.device):
         block = inverse if len(inverse) == 1 else inverse[part]
-        rank[part], cost[part] = _eliminate(weight[part], block, alive[part], *options, dead_first)
+        rank[part], cost[part] = _eliminate(weight[part], block, alive[part], *options, dead_first, own=False)
     return rank, cost
 
 
 def _eliminate(
-    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
+    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool, own: bool
 ) -> tuple[Tensor, Tensor]:
-    """In registers where a block fits, else in panels."""
+    """Eliminate in registers where a block fits, else in panels; with `own` the inverses may be written."""
     if weight.shape[1] > largest_to_eliminate(weight.dtype, group):
-        return _eliminate_in_panels(weight, inverse, alive, group, n, m, stop, dead_first)
+        return _eliminate_in_panels(weight, inverse, alive, group, n, m, stop, dead_first, own)
     rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     cost = torch.empty_like(weight)
     if weight.numel():
@@ -69,11 +71,12 @@ def _eliminate(
 
 
 def _eliminate_in_panels(
-    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool
+    weight: Tensor, inverse: Tensor, alive: Tensor, group: int, n: int, m: int, stop: float, dead_first: bool, own: bool
 ) -> tuple[Tensor, Tensor]:
     """Take some steps of every block in one launch, then update all inverses in one matrix product.
 
-    Once a part of the weights has gone, what is left of the inverses is gathered, and all starts again with that.
+    Once a quarter of the weights is eliminated, rows and columns of those that are pending are gathered from the
+    inverses, and all starts again with these.
     """
     blocks, size = weight.shape
     zero = weight.new_zeros(())
@@ -87,20 +90,22 @@ def _eliminate_in_panels(
     cost = torch.full_like(weight, torch.inf)
     following = torch.zeros(blocks, dtype=torch.int32, device=weight.device)
     columns = weight.new_empty(blocks, PANEL + group - 1, size)  # room for a group that begins within a panel
-    own, subtracted = False, True  # whether `inverse` is our own, and `columns` have been subtracted from it
+    subtracted = True  # whether `columns` have been subtracted from `inverse`
     for dead in (True, False) if dead_first else (False,):
         steps = int((alive != dead).sum(1).max())
         for done in range(0, steps, PANEL):
-            if not dead and (left := _left(pending, steps - done, group, n, m)) is not None:
-                rest = _gathered(inverse, left)
+            if not dead and (index := _pending_indices(pending, steps - done, group, n, m)) is not None:
+                rest = _gathered(inverse, index)
                 if not subtracted:
-                    few = columns.gather(2, left[:, None].expand(-1, columns.shape[1], -1))
-                    rest.baddbmm_(few.mT, few, alpha=-1)
-                open_, before = pending.gather(1, left), following[:, None]
-                ranks, costs = _eliminate(weight.gather(1, left), rest, open_, group, n, m, stop, False)
-                gone = open_ & (ranks < left.shape[1])
-                rank.scatter_(1, left, torch.where(gone, before + ranks, rank.gather(1, left)))
-                cost.scatter_(1, left, torch.where(gone, costs, cost.gather(1, left)))
+                    part = columns.gather(2, index[:, None].expand(-1, columns.shape[1], -1))
+                    rest.baddbmm_(part.mT, part, alpha=-1)
+                waiting, before = pending.gather(1, index), following[:, None]
+                ranks, costs = _eliminate(
+                    weight.gather(1, index), rest, waiting, group, n, m, stop, dead_first=False, own=True
+                )
+                eliminated = waiting & (ranks < index.shape[1])
+                rank.scatter_(1, index, torch.where(eliminated, before + ranks, rank.gather(1, index)))
+                cost.scatter_(1, index, torch.where(eliminated, costs, cost.gather(1, index)))
                 return rank, cost
             if not subtracted:
                 out = inverse if own else weight.new_empty(blocks, size, size)
@@ -129,12 +134,12 @@ def _eliminate_in_panels(
     return rank, cost
 
 
-def _left(pending: Tensor, most: int, group: int, n: int, m: int) -> Tensor | None:
-    """Tell which weights of each block can still go, groups whole.
+def _pending_indices(pending: Tensor, expected: int, group: int, n: int, m: int) -> Tensor | None:
+    """Find the weights of each block that may yet be eliminated, in whole groups.
 
     Args:
-        pending: [K, B], not gone yet.
-        most: of a block, at least where each step took a weight.
+        pending: [K, B], whether a weight is not eliminated yet.
+        expected: how many of a block are pending if each step so far has eliminated a weight, else there are more.
         group, n, m: as of `obs_eliminate`.
 
     Returns:
@@ -142,13 +147,13 @@ def _left(pending: Tensor, most: int, group: int, n: int, m: int) -> Tensor | No
         where they are so many that to gather them is not worth it.
     """
     unit, worth_it = max(group, m, 1), MOST_LEFT * pending.shape[1]
-    if unit == 1 and most > worth_it:
-        return None  # without a look at the GPU
-    going = pending.unflatten(1, (-1, unit)).sum(2) > n  # a group of m that has lost m - n is closed
-    count = int(going.sum(1).max()) * unit
+    if unit == 1 and expected > worth_it:
+        return None  # without reading from the GPU
+    eligible = pending.unflatten(1, (-1, unit)).sum(2) > n  # a group of m that has lost m - n is closed
+    count = int(eligible.sum(1).max()) * unit
     if count > worth_it:
         return None
-    units = going.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count // unit]
+    units = eligible.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count // unit]
     return (units[..., None] * unit + torch.arange(unit, device=units.device)).flatten(1)
 
 

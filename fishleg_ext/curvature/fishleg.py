@@ -30,6 +30,7 @@ from fishleg_ext.curvature.kronecker import (
 from fishleg_ext.curvature.learned_factors import (
     LEARNED_TENSORS,
     DenseGradients,
+    Directions,
     FactoredGradients,
     Gradients,
     LearnedFactors,
@@ -229,6 +230,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         self._descended: dict[str, AdamFactors] = {}  # of those that are warmed up
         self._others: dict[str, Estimate[Any]] = {}  # of the parameters that are not Kronecker-factored
         self._waiting: dict[str, list[Gradients]] = {}  # gradients that do not make up a batch yet
+        directions = Directions()
         for name, weight in weights.items():
             if (other := recipe.other(name, weight)) is not None:
                 self._others[name] = other.start({name: weight})
@@ -236,6 +238,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
                 continue
             diagonal_rows = recipe.structure_of(name, weight) == "rows"
             fresh = LearnedFactors.start(recipe.damping, diagonal_rows, self._like[name], *self._shape(name))
+            fresh.directions = directions
             last = before.get(name)
             if last is not None and (last.row.shape, last.col.shape) == (fresh.row.shape, fresh.col.shape):
                 fresh.warm_start(last, recipe.prior_weight)

@@ -1,9 +1,9 @@
 """Learns the two factors of one parameter's inverse, as FishLeg has it."""
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ def num_directions(cols: int) -> int:
     return min(cols, max(LEAST_DIRECTIONS, cols // DIRECTIONS))
 
 
-@functools.lru_cache(maxsize=2)  # layers of one size, which follow each other, have the same
 def random_directions(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return orthogonal directions [size, number] with E |v directions|^2 = |v|^2, where they are fewer than `size`.
+    """Return orthogonal directions [size, `num_directions`] with E |v directions|^2 = |v|^2, for size > their number.
 
-    They are columns of a cosine transform, drawn among all but the constant one, whose rows have random signs: as good
-    as any random rotation of so many columns, made by a lookup in the time that a QR factorisation has for a start.
+    They are columns of a cosine transform, drawn among all but the constant one, whose rows have random signs. Lengths
+    along them vary as little as along those of a random rotation, which takes a QR factorisation, and a lookup is all
+    that they take.
     """
     number = num_directions(size)
     generator = torch.Generator().manual_seed(seed)
@@ -121,6 +121,22 @@ class FactoredGradients:
 Gradients = DenseGradients | FactoredGradients
 
 
+class Directions:
+    """Random directions for the layers of one estimate: those of one size, which follow each other, have the same."""
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[Any, ...], Tensor] = {}
+
+    def like(self, col: Tensor, seed: int) -> Tensor:
+        """Return `random_directions` for a factor [i, i]."""
+        key = len(col), seed, col.dtype, col.device
+        if key not in self._latest:
+            if len(self._latest) > 1:
+                del self._latest[next(iter(self._latest))]
+            self._latest[key] = random_directions(*key)
+        return self._latest[key]
+
+
 @dataclass
 class LearnedFactors:
     """Q = P (x) M of one parameter [o, i], learned from batches of gradients G by alternating closed-form updates.
@@ -133,7 +149,8 @@ class LearnedFactors:
     With the other factor divided by its trace, the trace of the new one is that of Q; the expectations, whose scale
     then depends on G alone, are means over all batches so far, later ones weighing more as their Q is better: the t-th
     as t. A mean over many batches changes little by one more: where the inversion for M takes more than the rest, it is
-    left out until the gradients have become `GROWTH` times as many, or all are there. Nothing here waits for a GPU.
+    left out until the gradients have become `GROWTH` times as many, or all are there. Nothing is read from a GPU but by
+    the first batch after a warm start.
 
     Attributes:
         damping: gamma.
@@ -143,6 +160,7 @@ class LearnedFactors:
         seen: gradients so far.
         carried: the prior weight of an earlier estimate, among these.
         inverted: gradients that `col` is of.
+        directions: where random directions are kept, for this and other parameters.
         failed: not 0, or NaN, where a moment could not be inverted.
         raised: True where more than the damping was added, as much as the rounding of the moments.
     """
@@ -156,6 +174,7 @@ class LearnedFactors:
     seen: int = 0
     carried: int = 0
     inverted: int = 0
+    directions: Directions = field(default_factory=Directions)
     failed: Tensor | int = 0
     raised: Tensor | bool = False
 
@@ -215,7 +234,7 @@ class LearnedFactors:
         """Return P and M as of all gradients so far."""
         if self.inverted < self.seen:
             self._invert_col()
-        self.failed = self.failed + 0 * self.row.sum()  # NaN where it is not finite
+        self.failed = self.failed + 0 * (self.row.sum() + self.col.sum())  # NaN where they are not finite
         return Factors(self.row * self.trace, self.col)
 
     def _along_directions(self) -> Tensor:
@@ -223,7 +242,7 @@ class LearnedFactors:
         size = len(self.col)
         if num_directions(size) == size:
             return self.col
-        return self.col @ random_directions(size, self.seen, self.col.dtype, self.col.device)
+        return self.col @ self.directions.like(self.col, self.seen)
 
     def _invert_col(self) -> None:
         best = self._inverse(self.col_moment, self.row.square().sum())
@@ -247,7 +266,7 @@ class LearnedFactors:
             factor, failed = torch.linalg.cholesky_ex(wide)
             inverse = torch.cholesky_inverse(factor)
             inverse = ((inverse + inverse.mT) / 2).contiguous()
-        self.failed = self.failed + torch.add(failed, inverse.sum(), alpha=0)  # NaN where it is not finite
+        self.failed = self.failed + failed
         return inverse.to(moment.dtype)
 
     def _loss(self, moment: Tensor, rescale: bool) -> Tensor:

@@ -109,7 +109,7 @@ class LabelSampler:
         return drawn, ((samples if self.summed else terms) / count) ** 0.5
 
     def _ignored(self, drawn: Tensor, targets: Any) -> Tensor | None:
-        """Where the data's targets are left out by the loss; None where nowhere."""
+        """Where the data's targets are left out by the loss; None where it leaves out none."""
         assert isinstance(self.likelihood, NamedLikelihood)
         if not isinstance(targets, Tensor):
             return None
@@ -118,8 +118,7 @@ class LabelSampler:
             raise ValueError(_unlike(drawn, targets))
         if self.likelihood.class_dim is None or probabilities:
             return None
-        ignored = targets == self.ignore_index
-        return ignored if bool(ignored.any()) else None
+        return targets == self.ignore_index
 
     def _drawn_by_function(self, targets: Any, samples: int) -> Any:
         for leaf in pytree.tree_leaves(targets):

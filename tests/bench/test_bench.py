@@ -124,21 +124,46 @@ def test_small_calls_run_the_kernels():
 
 
 def test_the_summary_has_steps_checks_and_versions(tmp_path):
-    (tmp_path / "check.json").write_text('[{"op": "an_op", "impl": "cuda", "cases": 0, "reason": "no GPU"}]')
+    (tmp_path / "check.json").write_text(
+        '[{"op": "an_op", "impl": "cuda", "dtype": "", "cases": 0, "reason": "no GPU"}]'
+    )
     (tmp_path / "steps.txt").write_text("build\t31\tok\ncheck\t2\tFAILED with status 1\n")
     target, steps = gpu.write_summary(tmp_path, tmp_path)
     summary = json.loads(target.read_text())
-    assert summary["steps"][0] == {"name": "build", "seconds": "31", "result": "ok"}
+    assert summary["steps"][0] == {
+        "name": "build",
+        "seconds": "31",
+        "result": "ok",
+        "said": "",
+        "commit": harness.environment()["commit"],
+    }
     assert steps[1] == ["check", "2", "FAILED with status 1"]
     assert summary["check"][0]["reason"] == "no GPU"
     assert target.name == f"gpu_{harness.device_slug()}.json"
     assert summary["environment"]["torch"] == torch.__version__
 
 
+def test_a_run_of_some_steps_leaves_what_others_said(tmp_path):
+    row = {"op": "an_op", "impl": "cuda", "dtype": "float32", "cases": 3, "error": 1.0}
+    (tmp_path / "check.json").write_text(json.dumps([row, row | {"dtype": "float64"}]))
+    (tmp_path / "tests.log").write_text("...\n77 passed in 50 s\n\n")
+    (tmp_path / "steps.txt").write_text("build\t31\tok\ntests\t50\tok\n")
+    gpu.write_summary(tmp_path, tmp_path)
+    (tmp_path / "check.json").write_text(json.dumps([row | {"error": 2.0}]))
+    (tmp_path / "steps.txt").write_text("build\t40\tok\n")
+    target, steps = gpu.write_summary(tmp_path, tmp_path)
+    summary = json.loads(target.read_text())
+    assert [step["name"] for step in summary["steps"]] == ["build", "tests"]
+    assert [step["seconds"] for step in summary["steps"]] == ["40", "50"]
+    assert summary["steps"][1]["said"] == "77 passed in 50 s"
+    assert {(r["dtype"], r["error"]) for r in summary["check"]} == {("float32", 2.0), ("float64", 1.0)}
+    assert steps == [["build", "40", "ok"]]
+
+
 def test_kernels_that_could_not_run_are_named(tmp_path):
     (tmp_path / "check.json").write_text('[{"op": "an_op", "impl": "cuda", "cases": 0, "reason": "no GPU"}]')
     assert gpu.missing(tmp_path / "check.json") == "cuda of an_op: no GPU"
-    assert gpu.missing(tmp_path / "none.json") is not None
+    assert "none.json has no results of kernels" in gpu.missing(tmp_path / "none.json")
     rows = [{"op": "an_op", "impl": "cuda", "cases": cases, "reason": "float64" * (not cases)} for cases in (3, 0)]
     (tmp_path / "check.json").write_text(json.dumps(rows))
     assert gpu.missing(tmp_path / "check.json") is None  # it ran in one dtype

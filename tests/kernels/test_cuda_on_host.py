@@ -40,7 +40,8 @@ def supported(monkeypatch):
         in_panels = driver.stem == "obs_eliminate_panel_out"
         if in_panels:  # they are for large blocks, and tried on small ones
             in_registers = module.largest_to_eliminate
-            monkeypatch.setattr(module, "largest_to_eliminate", lambda *of: min(1, in_registers(*of)))
+            # Half a weight: what is left after gathering goes in panels, too, until nothing is.
+            monkeypatch.setattr(module, "largest_to_eliminate", lambda *of: min(0.5, in_registers(*of)))
             monkeypatch.setattr(module, "PANEL", 16)
         for case in cases.CASES[op.name](cases.Inputs(dtype, torch.device("cpu"), 0)):
             if in_panels and case.numel > MOST_IN_PANELS:
@@ -117,6 +118,8 @@ def reports_of(driver, program, folder, problems):
             if case.numel <= SMALL and case.condition <= 1e3:
                 try:
                     op.launcher("cuda")(*case.args, **case.kwargs)
+                except NotImplementedError:  # a kernel that the driver is not for
+                    raise
                 except RuntimeError:
                     yield printed[-1]
         assert len(printed) > 2

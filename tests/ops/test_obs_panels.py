@@ -102,10 +102,22 @@ def test_what_is_left_is_gathered_and_goes_on(options, density, shared, kernels,
     expected = reference.obs_eliminate(weight, inverse, alive, **options)
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1])
+    assert len(set(kernels["panels"])) > 1
     if not ({"stop", "m"} & set(options)):
         assert len(set(kernels["panels"])) >= 4
     if not options:
         assert kernels["registers"]
+
+
+def test_of_equal_costs_the_first_is_eliminated_first(kernels):
+    """Also among weights that were gathered."""
+    inverse = torch.eye(40, dtype=torch.float64)[None]
+    weight, alive = torch.ones(2, 40, dtype=torch.float64), torch.ones(2, 40, dtype=torch.bool)
+    alive[1, ::3] = False
+    rank, _ = launcher.obs_eliminate(weight, inverse, alive)
+    assert torch.equal(rank[0], torch.arange(40, dtype=torch.int32))
+    assert rank[1][alive[1]].tolist() == list(range(int(alive[1].sum())))
+    assert len(kernels["panels"]) > 3
 
 
 def test_weights_that_nothing_compensates_crowd_out_no_others(kernels, fisher, generator):
