@@ -48,9 +48,8 @@ def obs_eliminate(
         return _eliminate(weight, inverse, alive, *options, dead_first, own=False)
     rank = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     cost = torch.empty_like(weight)
-    workspace = round(
-        size * size * dtype.itemsize / (1 - MOST_LEFT**2)
-    )  # and what is pending, gathered again and again
+    # Of the inverse, and of what is gathered from it, again and again.
+    workspace = round(size * size * dtype.itemsize / (1 - MOST_LEFT**2))
     for part in block_slices(len(weight), workspace, weight.device):
         block = inverse if len(inverse) == 1 else inverse[part]
         rank[part], cost[part] = _eliminate(weight[part], block, alive[part], *options, dead_first, own=False)

@@ -122,3 +122,14 @@ def test_the_column_factor_is_of_all_gradients_in_the_end(monkeypatch, generator
     inverse = torch.linalg.inv(damped)
     torch.testing.assert_close(col, inverse / inverse.trace())
     torch.testing.assert_close(row.sum(), inverse.trace())
+
+
+@pytest.mark.parametrize("part", ["row", "col"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_have_failed(part, value):
+    learned = LearnedFactors.start(1e-3, True, torch.zeros(0, dtype=torch.float64), 3, 5)
+    learned.factors()
+    assert learned.failed == 0
+    getattr(learned, part).view(-1)[1] = value
+    learned.factors()
+    assert learned.failed != 0
