@@ -103,7 +103,7 @@ def bench_kron_mul(measure, network, rows, implementation):
 
     work = harness.Work(12 * numel + 4 * read, sum(2 * o * i * (i if row_diagonal else o + i) for o, i in shapes))
     case = f"{network}, {numel} weights in {len(shapes)} layers, rows {rows}, float32"
-    measure("kron_mul", case, implementation, [lambda b=b: run(*b) for b in buffers], work, gate)
+    measure("foreach_kron_mul", case, implementation, [lambda b=b: run(*b) for b in buffers], work, gate)
 
 
 def score(weight, row, col, scale):

@@ -107,18 +107,18 @@ class Estimator:
 
     @property
     def carries_over(self) -> bool:
-        """Whether the next estimate starts from this one: where parameters are split, none is there when it ends."""
+        """Tell whether the next estimate starts from this one; where parameters are split, none is there at its end."""
         return self.recipe.prior_weight > 0 and len(self.groups) == 1
 
     @property
     def samples(self) -> int:
-        """How many samples the last estimate was to be made from."""
+        """Count the samples that the last estimate was to be made from."""
         num_grads = self.num_grads if self._source is None else self._source.num_grads
         return num_grads * self.grad_batch_size
 
     @property
     def ready(self) -> bool:
-        """Whether there is curvature, or data to estimate it on."""
+        """Tell whether there is curvature, or data to estimate it on."""
         return bool(self._source or self.held)
 
     def begin(
@@ -186,7 +186,7 @@ class Estimator:
         return {name: p.detach() for name, p in self._bias_parameters(names).items()}
 
     def is_conditioned_on(self, masks: Mapping[str, Tensor]) -> bool:
-        """Whether the inverse is that of the sub-matrix of the weights kept by these masks."""
+        """Tell whether the inverse is that of the sub-matrix of the weights kept by these masks."""
         if not self.recipe.conditions_on_masks:
             return not any(read((~mask).any() for mask in masks.values()))
         pairs = ((mask, masks[name]) for name, mask in self._masks.items())
@@ -227,7 +227,7 @@ class Estimator:
         return self.recipe.start(weights, self.known_biases, previous=previous, progress=self.progress)
 
     def _labels(self, loss_fn: LossFunction | None) -> str:
-        """Where targets come from: for a loss of the model's own, from the data unless told otherwise."""
+        """Tell where targets come from: for a loss of the model's own, from the data unless told otherwise."""
         return self.recipe.labels or ("data" if loss_fn is None else self.recipe.default_labels)
 
     def _observe(self, names: list[str], source: DataSource) -> None:

@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
 NETWORKS = ("mlp256", "mlp512", "mlp1024", "mlp2048", "resnet20", "resnet18")  # and resnet50, bert_base
 SPARSITIES = (0.9, 0.8, 0.95)
 SHARED = {"layerwise", "kronecker", "fishleg"}  # curvature whose rows share an inverse
-wall = time.perf_counter
+wall = time.perf_counter  # also where the stages are timed by another clock
 
 
 def network(name: str, folder: Path) -> tuple[nn.Module, list[Any], Callable[[nn.Module], float] | None, Any]:
@@ -247,10 +247,11 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for name, method in itertools.product(arguments.networks, arguments.methods):
         sparsities = arguments.sparsities if name in ("resnet20", "resnet18") else [0.9]
-        here = run(name, method, arguments.data, sparsities, "cuda")
-        found = in_a_process(name, method, sparsities, arguments) if arguments.device == "cpu" else here
         try:
-            records.extend(found)
+            if arguments.device == "cpu":
+                records.extend(in_a_process(name, method, sparsities, arguments))
+            else:
+                records.extend(run(name, method, arguments.data, sparsities, "cuda"))
         except (RuntimeError, ValueError) as error:  # as where memory ran out
             print(f"{name}, {method}: {error}", file=sys.stderr)
         if arguments.out:

@@ -215,12 +215,10 @@ def gpu_kernels() -> str:
             if usual is not None:
                 compared = [usual["implementation"], report.duration(usual["median_s"])]
                 compared.append(f"{usual['median_s'] / ours['median_s']:.1f}")
-            each = how == "triton, layer by layer"
-            name = f"`{'foreach_' * (op == 'kron_mul' and not each)}{op}`" + ", a call for each layer" * each
-            name += ", CUDA graph" * how.endswith("graph")
             times = [report.duration(ours["median_s"]), f"{ours['median_s'] / ours['floor_s']:.0f}"]
-            rows.append([name, case.replace(", float32", ""), *times, *compared])
-    return markdown(rows, ["op", "case", "fishleg_ext", "times its floor", "fastest PyTorch", "", "times as fast"])
+            rows.append([f"`{op}`", case.replace(", float32", ""), how, *times, *compared])
+    headers = ["op", "case", "fishleg_ext", "", "times its floor", "fastest PyTorch", "", "times as fast"]
+    return markdown(rows, headers)
 
 
 def scale_growth() -> str:

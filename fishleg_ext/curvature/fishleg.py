@@ -363,8 +363,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
                 if self._has_bias(name):
                     x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
                 for part in self._cut(name, len(x)):
-                    whole = part == slice(0, len(x))
-                    yield FactoredGradients(x, d) if whole else FactoredGradients(x[part], d[part])
+                    yield FactoredGradients(x[part], d[part])
                 return
         grads = self._matrix(name, observation.gradients)
         for part in self._cut(name, len(grads)):

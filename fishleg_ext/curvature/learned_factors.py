@@ -37,9 +37,8 @@ def num_directions(cols: int) -> int:
 def random_directions(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return orthogonal directions [size, `num_directions`] with E |v directions|^2 = |v|^2, for size > their number.
 
-    They are columns of a cosine transform, drawn among all but the constant one, whose rows have random signs. Lengths
-    along them vary as little as along those of a random rotation, which takes a QR factorisation, and a lookup is all
-    that they take.
+    They are columns of a cosine transform, drawn among all but the constant one, whose rows have random signs. Unlike
+    those of a random rotation they need no factorisation, but a lookup.
     """
     number = num_directions(size)
     generator = torch.Generator().manual_seed(seed)
@@ -238,7 +237,7 @@ class LearnedFactors:
         return Factors(self.row * self.trace, self.col)
 
     def _along_directions(self) -> Tensor:
-        """Return M times random directions, along which g M is as long as it is; M where it is small."""
+        """Return M times random directions, along which g M is in the mean as long as it is; M where it is small."""
         size = len(self.col)
         if num_directions(size) == size:
             return self.col

@@ -1,1 +1,1 @@
-"""What a network says of itself: per-sample gradients, layer inputs and output gradients, read from data."""
+"""Observes what a network does with data: per-sample gradients, layer inputs and output gradients."""

@@ -25,7 +25,7 @@ def keep_mask(scores: list[Tensor], num_pruned: int) -> list[Tensor]:
 
 
 def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """A stable sort within each group of m; CUDA's puts NaN of a negative sign, or in bfloat16 any, before numbers."""
+    """A stable sort within each group of m, NaN made alike and wide before: CUDA's may put it before numbers."""
     score = score.to(widened(score.dtype)).masked_fill(score.isnan(), torch.nan)
     groups = score.movedim(dim, -1).unflatten(-1, (-1, m))
     order = groups.argsort(dim=-1, stable=True)

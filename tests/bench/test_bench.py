@@ -161,10 +161,10 @@ def test_a_run_of_some_steps_leaves_what_others_said(tmp_path):
 
 
 def test_kernels_that_could_not_run_are_named(tmp_path):
-    (tmp_path / "check.json").write_text('[{"op": "an_op", "impl": "cuda", "cases": 0, "reason": "no GPU"}]')
-    assert gpu.missing(tmp_path / "check.json") == "cuda of an_op: no GPU"
+    (tmp_path / "check.json").write_text('[{"op": "keep_mask", "impl": "cuda", "cases": 0, "reason": "no GPU"}]')
+    assert gpu.missing(tmp_path / "check.json") == "cuda of keep_mask: no GPU"
     assert "none.json has no results of kernels" in gpu.missing(tmp_path / "none.json")
-    rows = [{"op": "an_op", "impl": "cuda", "cases": cases, "reason": "float64" * (not cases)} for cases in (3, 0)]
+    rows = [{"op": "keep_mask", "impl": "cuda", "cases": cases, "reason": "float64" * (not cases)} for cases in (3, 0)]
     (tmp_path / "check.json").write_text(json.dumps(rows))
     assert gpu.missing(tmp_path / "check.json") is None  # it ran in one dtype
     rows.append({"op": "obs_score", "impl": "cuda", "cases": 0, "reason": "no such kernel"})
