@@ -61,7 +61,7 @@ def unpack_mask(packed: Tensor, shape: list[int], *, impl: str = "auto") -> Tens
         >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), [3])
         tensor([ True, False,  True])
     """
-    _check_packed("packed", packed, shape)
+    check_packed("packed", packed, shape)
 
 
 @op(reference=reference.apply_masks_, mutates=("tensors",), kernels=("triton",))
@@ -92,11 +92,12 @@ def apply_masks_(tensors: list[Tensor], packed_masks: list[Tensor], *, impl: str
         name, packed_name = f"tensors[{index}]", f"packed_masks[{index}]"
         checks.dense_floating(**{name: tensor})
         checks.writable(name, tensor)
-        _check_packed(packed_name, packed, list(tensor.shape))
+        check_packed(packed_name, packed, list(tensor.shape))
         checks.same_device(**{name: tensor, packed_name: packed})
 
 
-def _check_packed(name: str, packed: Tensor, shape: list[int]) -> None:
+def check_packed(name: str, packed: Tensor, shape: list[int]) -> None:
+    """Check that it is the packed mask of a tensor of this shape."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"expected {name} of dtype torch.uint8, got {packed.dtype}")
     size = _packed_size(math.prod(shape))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.reference.masks import pack_mask
+from fishleg_ext.reference.quantize import chunk_ranks, offsets_of
 
 CONDITIONS = (1e3, 1e5, 1e7)
 # Blocks of one weight, around a warp, those of the literature, around what kernels hold, larger than that.
@@ -328,6 +329,78 @@ def _apply_masks_(new: Inputs) -> Iterator[Case]:
     yield Case("nothing", ([], []), exact=True)
 
 
+def _layouts(new: Inputs) -> Iterator[tuple[str, Tensor, Tensor, int, int, int, tuple[Tensor, Tensor] | tuple[()]]]:
+    """Name, bits, offsets, bytes, weights, group size, and mask and ranks, of tensors cut into groups of codes."""
+    sizes = [(1, 1), (7, 3), (64, 64), (65, 64), (1000, 25), (5000, 5000), (4097, 1500), (300, 1), (0, 4), (2048, 1024)]
+    for numel, group_size in sizes:
+        groups = -(-numel // group_size)
+        for density in (None, 0.3) if numel else (None,):
+            bits = torch.randint(0, 9, (groups,), generator=new.generator).to(new.device, torch.uint8)
+            mask = None if density is None else new.mask(numel, density=density)
+            offsets, num_bytes = offsets_of(bits, numel, group_size, mask)
+            masks = () if mask is None else (pack_mask(mask), chunk_ranks(mask, group_size))
+            name = f"n={numel} group_size={group_size}" + ("" if mask is None else f" density={density}")
+            yield name, bits, offsets, num_bytes, numel, group_size, masks
+    for width in range(9):
+        bits = torch.full((3,), width, dtype=torch.uint8, device=new.device)
+        yield f"{width} bits", bits, *offsets_of(bits, 100, 37), 100, 37, ()
+    bits = torch.tensor([3, 5], dtype=torch.uint8, device=new.device)
+    for density in (-1.0, 1.1):
+        mask = new.mask(3001, density=density)
+        layout = offsets_of(bits, 3001, 2000, mask)
+        yield f"density={density:g}", bits, *layout, 3001, 2000, (pack_mask(mask), chunk_ranks(mask, 2000))
+
+
+def _bytes(new: Inputs, count: int) -> Tensor:
+    return torch.randint(0, 256, (count,), generator=new.generator).to(new.device, torch.uint8)
+
+
+def _pack_codes(new: Inputs) -> Iterator[Case]:
+    for name, bits, offsets, num_bytes, numel, group_size, masks in _layouts(new):
+        yield Case(name, (_bytes(new, numel), bits, offsets, num_bytes, group_size, *masks))
+
+
+def _unpack_codes(new: Inputs) -> Iterator[Case]:
+    for name, bits, offsets, num_bytes, numel, group_size, masks in _layouts(new):
+        yield Case(name, (_bytes(new, num_bytes), bits, offsets, numel, group_size, *masks))
+
+
+def _dequantize_fixed_point(new: Inputs) -> Iterator[Case]:
+    for name, bits, offsets, num_bytes, numel, group_size, masks in _layouts(new):
+        for half in (False, True):
+            args = _bytes(new, num_bytes), bits, offsets, new.normal(len(bits)), half, [numel], group_size, *masks
+            yield Case(f"{name} half={half}", args)
+    bits = torch.tensor([2, 3, 4], dtype=torch.uint8, device=new.device)
+    scale = new.cast(torch.tensor([torch.nan, torch.inf, 1.0]))
+    layout = offsets_of(bits, 24, 8)
+    yield Case("NaN and inf", (_bytes(new, layout[1]), bits, layout[0], scale, True, [4, 6], 8))
+
+
+def _dequantize_codebook(new: Inputs) -> Iterator[Case]:
+    for name, bits, offsets, num_bytes, numel, group_size, masks in _layouts(new):
+        sizes = 1 << bits.long()
+        starts = sizes.cumsum(0) - sizes
+        codebook = new.normal(int(sizes.sum()))
+        args = _bytes(new, num_bytes), bits, offsets, codebook, starts, [numel], group_size, *masks
+        yield Case(name, args, exact=True)
+        if len(bits) > 1:  # a codebook of all groups, of whose end some codes are beyond
+            args = *args[:3], new.normal(16), torch.zeros_like(starts), *args[5:]
+            yield Case(f"{name} shared", args, exact=True)
+
+
+def _assign_codes(new: Inputs) -> Iterator[Case]:
+    for groups, size, codes in [(1, 1, 2), (3, 100, 4), (2, 5000, 16), (5, 33, 1), (1, 2049, 256), (2, 40, 17), (0, 4, 4)]:
+        boundaries = new.normal(groups, codes - 1).sort(1).values
+        args = new.normal(groups, size), new.positive(groups, size), boundaries
+        yield Case(f"G={groups} N={size} C={codes}", args, {}, 1.0 + size**0.5)
+    padded = new.cast(torch.tensor([[-1.0, 0.0, torch.inf], [0.0, 1.0, 1.0]]))
+    values = new.cast(torch.tensor([[-1.0, 0.0, 3.0, torch.inf, 0.5], [1.0, 2.0, 0.0, -1.0, -torch.inf]]))
+    yield Case("ties, inf", (values, new.cast(torch.ones(2, 5)), padded))
+    yield Case("NaN", (new.cast(torch.tensor([[torch.nan, 1.0]])), new.cast(torch.ones(1, 2)), padded[:1]))
+    yield Case("nothing in a row", (new.normal(3, 0), new.normal(3, 0), new.normal(3, 3).sort(1).values))
+    yield Case("transposed", (new.normal(6, 4).mT, new.positive(6, 4).mT, new.normal(4, 3).sort(1).values), {}, 4.0)
+
+
 CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "block_gram_": _block_gram_,
     "block_inverse": _block_inverse,
@@ -344,4 +417,9 @@ CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "pack_mask": _pack_mask,
     "unpack_mask": _unpack_mask,
     "apply_masks_": _apply_masks_,
+    "pack_codes": _pack_codes,
+    "unpack_codes": _unpack_codes,
+    "dequantize_fixed_point": _dequantize_fixed_point,
+    "dequantize_codebook": _dequantize_codebook,
+    "assign_codes": _assign_codes,
 }

@@ -32,7 +32,7 @@ from fishleg_ext.reference.obs import eliminate_, group_costs
 from fishleg_ext.testing.cases import CASES, Case, Inputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WITHOUT_DTYPE = ("pack_mask", "unpack_mask")
+WITHOUT_DTYPE = ("pack_mask", "unpack_mask", "pack_codes", "unpack_codes")
 
 
 @dataclass
