@@ -25,8 +25,8 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.kernels import launch_on, wrong_device
 from fishleg_ext.reference.quantize import CHUNK
 
-TILE = 1024  # weights of a program
-ASSIGN_BLOCK, ASSIGN_BLOCKS, ASSIGN_CODES = 256, 8, 16
+TILE = 512  # weights of a program, where groups are small
+ASSIGN_BLOCK, ASSIGN_BLOCKS, ASSIGN_CODES = 128, 16, 8
 
 
 @triton.jit

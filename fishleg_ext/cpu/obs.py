@@ -14,8 +14,10 @@ from fishleg_ext.common.dtypes import widened
 from fishleg_ext.cpu.block_fisher import is_faster_in_cpp, swept
 from fishleg_ext.reference import obs as reference
 from fishleg_ext.reference.batches import block_slices
+from fishleg_ext.reference.block_fisher import damped_cholesky
 
 PANEL = 16
+COLUMNS = 128  # that are quantized in a given order before the rest follows
 INVERSION = 5  # operations that the inversion of [B, B] is worth, over B^3
 MOST_GROUP = 64  # weights that csrc/cpu_obs.cpp eliminates together
 
@@ -117,6 +119,36 @@ class _Elimination:
         cost = torch.full_like(rank, torch.inf, dtype=self.weight.dtype).scatter_(1, pivot, torch.cat(costs, 1))
         return rank[:, : self.size], cost[:, : self.size]
 
+    def quantize(self, codes: reference.Codes, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Set the cheapest weight of every block to its code, again and again; code, cost and weight.
+
+        Args:
+            codes: that weights go to.
+            free: bool [k, B], alive weights that have no codes.
+        """
+        coded = self.alive & ~free
+        pending = coded.clone()
+        code = torch.zeros(coded.shape, dtype=torch.uint8, device=coded.device)
+        cost = torch.where(pending, torch.inf, 0).to(self.weight.dtype)
+        result = torch.zeros_like(cost)
+        steps = pending.sum(1)
+        for _ in range(int(steps.max()) if len(steps) else 0):
+            nearest, value, beyond = codes.nearest(self.weight)
+            variance, move = self.diagonal[..., 0, 0], self.weight - value
+            pivot = reference.next_to_code(move, variance, pending, beyond)[:, None]
+            own = variance.gather(1, pivot)
+            valid = pending.gather(1, pivot) & (own > 0)
+            aim = value.gather(1, pivot)
+            spent = move.gather(1, pivot).square() / (2 * own)
+            for out, now in ((code, nearest.gather(1, pivot).to(torch.uint8)), (cost, spent), (result, aim)):
+                out.scatter_(1, pivot, torch.where(valid, now, out.gather(1, pivot)))
+            pending.scatter_(1, pivot, pending.gather(1, pivot) & ~valid)
+            self._eliminate(pivot, valid, aim)
+        nearest, value, _ = codes.nearest(self.weight)  # what nothing compensates
+        code = torch.where(pending, nearest.to(torch.uint8), code)
+        result = torch.where(pending, value, result)
+        return code, cost, torch.where(free, self.weight, result)
+
     def _cheapest_group(self, pending: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         """Return joint cost and index, both [k, 1], of the open group that is cheapest; infinite if none is open."""
         if m:  # a group of m that has lost m - n is closed
@@ -133,8 +165,8 @@ class _Elimination:
         cost = torch.where(usable & (cost < torch.inf), cost, torch.inf)  # NaN is never the cheapest
         return torch.min(cost, dim=1, keepdim=True)  # of ties the first
 
-    def _eliminate(self, pivot: Tensor, valid: Tensor) -> None:
-        """Remove weight `pivot` [k, 1] from the blocks in which `valid` [k, 1]."""
+    def _eliminate(self, pivot: Tensor, valid: Tensor, target: Tensor | float = 0.0) -> None:
+        """Set weight `pivot` [k, 1] to `target` [k, 1], and for good, in the blocks in which `valid` [k, 1]."""
         if self.num_columns == PANEL:
             self._subtract_columns()
         column = self.inverse[self.blocks, pivot[:, 0]]  # symmetric: the row is the column
@@ -149,7 +181,7 @@ class _Elimination:
         self.columns[:, self.num_columns] = column
         self.num_columns += 1
         # Masked twice: an invalid pivot may be dead, and hold anything.
-        self.weight -= column * torch.where(valid, self.weight.gather(1, pivot) / root, 0)
+        self.weight -= column * torch.where(valid, (self.weight.gather(1, pivot) - target) / root, 0)
         tiles = column.unflatten(1, (-1, self.group))
         self.diagonal -= tiles[..., None] * tiles[..., None, :]
 
@@ -160,6 +192,75 @@ class _Elimination:
         self.inverse = torch.baddbmm(inverse, self.columns.mT, self.columns, alpha=-1, out=out)
         self.blocks = torch.arange(len(out), device=out.device)
         self.own, self.num_columns = True, 0
+
+
+def supports_obs_quantize(*arguments: Any, **options: Any) -> tuple[bool, str]:
+    """Every argument is taken, on any device."""
+    return True, ""
+
+
+def obs_quantize(
+    weight: Tensor,
+    inverse: Tensor,
+    alive: Tensor,
+    codebook: Tensor,
+    *,
+    order: str = "cheapest",
+    num_free: int = 0,
+    dead_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Work on some blocks at a time, in panels of columns; see `ops.obs_quantize`."""
+    num_blocks, size = weight.shape
+    dtype = widened(inverse.dtype)
+    found = []
+    free = torch.arange(size, device=weight.device) >= size - num_free
+    for part in block_slices(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
+        block = (inverse if len(inverse) == 1 else inverse[part]).to(dtype)
+        codes = reference.Codes(codebook if len(codebook) == 1 else codebook[part], dtype, num_free)
+        if order == "given":
+            found.append(_in_order(weight[part].to(dtype), block, alive[part], codes))
+            continue
+        elimination = _Elimination(weight[part], block, alive[part] | free, 1)
+        if dead_first:
+            elimination.condition_on_dead()
+        found.append(elimination.quantize(codes, free.expand(len(elimination.weight), -1)))
+    if not found:
+        cost = weight.new_empty(weight.shape, dtype=dtype)
+        return weight.new_empty(weight.shape, dtype=torch.uint8), cost, torch.empty_like(cost)
+    code, cost, result = map(torch.cat, zip(*found, strict=True))
+    return code, cost, result
+
+
+def _in_order(
+    weight: Tensor, inverse: Tensor, alive: Tensor, codes: reference.Codes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize column after column by H = U^T U: row j of U is what is left of row j of H, over the root of H_jj.
+
+    One factorisation serves all blocks that share H. A panel of columns at a time, whose rest is updated by one matrix
+    product.
+    """
+    size = weight.shape[1]
+    last = size - codes.num_free
+    factor, info = damped_cholesky(inverse, 0.0)
+    factor = torch.where(info[:, None, None] < 0, torch.nan, factor).mT  # [k or 1, B, B]
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    code = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    cost, weight = torch.zeros_like(weight), weight.clone()
+    for start in range(0, last, COLUMNS):
+        part = slice(start, min(start + COLUMNS, last))
+        errors = weight.new_empty(len(weight), part.stop - start)
+        for j in range(start, part.stop):
+            nearest, value = codes.nearest_of_column(weight[:, j], j, size)
+            target = torch.where(alive[:, j], value, 0)
+            error = (weight[:, j] - target) / diagonal[:, j]
+            code[:, j] = torch.where(alive[:, j], nearest, 0)
+            cost[:, j] = error.square() / 2
+            weight[:, j : part.stop] -= error[:, None] * factor[:, j, j : part.stop]
+            weight[:, j] = torch.where(error.isnan(), torch.nan, target)
+            errors[:, j - start] = error
+        rest = factor[:, part, part.stop :]
+        weight[:, part.stop :] -= errors @ rest[0] if len(rest) == 1 else (errors[:, None] @ rest)[:, 0]
+    return code, cost, weight
 
 
 def supports_obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> tuple[bool, str]:

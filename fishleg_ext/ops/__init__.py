@@ -5,7 +5,7 @@ from fishleg_ext.ops.diag_fisher import fisher_diag_update_
 from fishleg_ext.ops.dispatch import use_impl
 from fishleg_ext.ops.kron import foreach_kron_mul, kron_diag, kron_mul
 from fishleg_ext.ops.masks import apply_masks_, pack_mask, unpack_mask
-from fishleg_ext.ops.obs import obs_compensate, obs_eliminate, obs_score
+from fishleg_ext.ops.obs import obs_compensate, obs_eliminate, obs_quantize, obs_score
 from fishleg_ext.ops.quantize import (
     assign_codes,
     dequantize_codebook,
@@ -30,6 +30,7 @@ __all__ = [
     "nm_mask",
     "obs_compensate",
     "obs_eliminate",
+    "obs_quantize",
     "obs_score",
     "pack_codes",
     "pack_mask",

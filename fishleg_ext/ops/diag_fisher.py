@@ -7,7 +7,7 @@ from fishleg_ext.ops.dispatch import op
 from fishleg_ext.reference import diag_fisher as reference
 
 
-@op(reference=reference.fisher_diag_update_, mutates=("fisher",))
+@op(reference=reference.fisher_diag_update_, mutates=("fisher",), kernels=("triton",))
 def fisher_diag_update_(fisher: list[Tensor], grads: list[Tensor], beta: float, *, impl: str = "auto") -> None:
     """Move a running mean of squared gradients: f = beta f + (1 - beta) g^2, for every pair of tensors.
 

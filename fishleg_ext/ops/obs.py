@@ -133,3 +133,69 @@ def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor, *, impl: str
         ValueError: shapes or devices do not fit.
     """
     _check_blocks(weight, inverse, "pruned", pruned)
+
+
+def _fake_obs_quantize(weight: Tensor, inverse: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    code = weight.new_empty(weight.shape, dtype=torch.uint8)
+    cost = weight.new_empty(weight.shape, dtype=widened(inverse.dtype))
+    return code, cost, torch.empty_like(cost)
+
+
+@op(reference=reference.obs_quantize, fake=_fake_obs_quantize, kernels=("cpu",))
+def obs_quantize(
+    weight: Tensor,
+    inverse: Tensor,
+    alive: Tensor,
+    codebook: Tensor,
+    *,
+    order: str = "cheapest",
+    num_free: int = 0,
+    dead_first: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set the weights of each block to their nearest codes one by one, each time compensated by those left.
+
+    Until nothing is alive: a weight q goes to its code c, at the cost (w_q - c)^2 / (2 H_qq), the others follow,
+    w -= H[:, q] (w_q - c) / H_qq, and H -= H[:, q] H[q, :] / H_qq. Frantar and Alistarh, OBQ, arXiv 2208.11580,
+    algorithm 3; in a given order Frantar et al., GPTQ, arXiv 2210.17323.
+
+    Args:
+        weight: [K, B], floating point; not changed.
+        inverse: [K, B, B], or [1, B, B] shared by all blocks; symmetric positive definite, in the units of 1 / Fisher.
+        alive: bool [K, B]; the others are zero in the result.
+        codebook: [K or 1, S, C], C <= 256: the values of the codes, ascending; segment s of a block, the s-th part of
+            S equal ones of its B - num_free weights, has the codes codebook[:, s]. Codes there are fewer of are filled
+            up with +inf.
+        order: "cheapest": the weight of least cost is next, but first any that lies beyond the first or last code by
+            more than half the step there, before others move it further. Of what is not alive nothing is read, and the
+            inverse must be that of the alive sub-block. "given": from the first to the last; a weight that is not alive
+            goes to zero when its turn comes, and until then it compensates as any other.
+        num_free: so many weights at the end of each block, such as a bias, compensate and have no codes.
+        dead_first: with order="cheapest", the inverse is that of the whole block: condition it on the dead first.
+
+    Returns:
+        code uint8 [K, B], 0 where not alive or free; cost [K, B] in inverse's dtype (at least float32), of each weight
+        when it was its turn, 0 where free or not alive; their sum is the exact cost of the whole move. And weight
+        [K, B] in the dtype of cost: the codes' values, 0 where not alive, and what has become of the free ones. A
+        weight whose inverse diagonal is not positive goes to its code at the end and moves no other, at cost +inf.
+
+    Raises:
+        TypeError: a tensor is not dense and floating point, or alive not bool.
+        ValueError: shapes or devices do not fit, or the order is neither.
+    """
+    _check_blocks(weight, inverse, "alive", alive)
+    checks.dense_floating(weight=weight, codebook=codebook)
+    checks.dims("codebook", codebook, "[K or 1, S, C]")
+    blocks, size = weight.shape
+    if codebook.shape[0] not in (1, blocks):
+        raise ValueError(f"expected codebook of shape [K or 1, S, C] with K = {blocks}, got {list(codebook.shape)}")
+    if not 0 <= num_free <= size:
+        raise ValueError(f"expected num_free from 0 to the block size {size}, got {num_free}")
+    if codebook.shape[1] < 1 or (size - num_free) % codebook.shape[1]:
+        raise ValueError(
+            f"expected codebook with S segments that divide {size - num_free} weights, got {list(codebook.shape)}"
+        )
+    if not 1 <= codebook.shape[2] <= 256:
+        raise ValueError(f"expected codebook of 1 to 256 codes, got {list(codebook.shape)}")
+    if order not in ("cheapest", "given"):
+        raise ValueError(f"expected order to be 'cheapest' or 'given', got {order!r}")

@@ -56,10 +56,12 @@ def obs_eliminate(
     return rank, cost
 
 
-def eliminate_(weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor) -> None:
-    """Eliminate weight q = `index` [K] from blocks, in place: w -= H[:, q] w_q / H_qq, H -= H[:, q] H[q, :] / H_qq.
+def eliminate_(
+    weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor, target: Tensor | float = 0.0
+) -> None:
+    """Eliminate weight q = `index` [K] from blocks, in place: w -= H[:, q] (w_q - t) / H_qq, H -= H[:, q] H[q, :] / H_qq.
 
-    Only where `valid` [K]; a weight whose H_qq is not positive moves no other.
+    Only where `valid` [K]; a weight whose H_qq is not positive moves no other. Its target t [K] is zero in pruning.
     """
     blocks = torch.arange(len(index), device=index.device)
     column = inverse[blocks, :, index]  # [K, B]
@@ -67,7 +69,7 @@ def eliminate_(weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor) ->
     valid = valid & (variance > 0)
     variance = torch.where(valid, variance, 1)
     column = torch.where(valid[:, None], column, 0)  # what is not valid may hold anything
-    weight -= column * (torch.where(valid, weight[blocks, index], 0) / variance)[:, None]
+    weight -= column * (torch.where(valid, weight[blocks, index] - target, 0) / variance)[:, None]
     inverse -= column[:, :, None] * column[:, None, :] / variance[:, None, None]
 
 
@@ -122,3 +124,125 @@ def obs_compensate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
         moved = weight[part] - (block @ multiplier)[..., 0]  # in the wider of the two dtypes
         result[part] = torch.where(pruned[part], 0, moved).to(weight.dtype)
     return result
+
+
+def obs_quantize(
+    weight: Tensor,
+    inverse: Tensor,
+    alive: Tensor,
+    codebook: Tensor,
+    *,
+    order: str = "cheapest",
+    num_free: int = 0,
+    dead_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set one weight of every block to its code, again and again; weights and inverses H of what is left follow."""
+    dtype, (num_blocks, size) = widened(inverse.dtype), weight.shape
+    code = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    cost = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    result = torch.zeros_like(cost)
+    free = torch.arange(size, device=weight.device) >= size - num_free
+    for part in block_slices(num_blocks, 2 * size * size * dtype.itemsize, weight.device):
+        codes = Codes(codebook if len(codebook) == 1 else codebook[part], dtype, num_free)
+        coded, in_order = alive[part] & ~free, order == "given"
+        moving = torch.ones_like(coded) if in_order else coded | free  # what compensates
+        h = (inverse if len(inverse) == 1 else inverse[part]).to(dtype).expand(len(coded), -1, -1).clone()
+        w = torch.where(moving, weight[part].to(dtype), 0)
+        for q in range(size) if dead_first and not in_order else ():
+            eliminate_(torch.zeros_like(w), h, torch.full_like(code[part, 0], q, dtype=torch.int64), ~moving[:, q])
+        h.masked_fill_(~(moving[:, :, None] & moving[:, None, :]), 0)
+        pending = moving & ~free
+        cost[part] = torch.where(pending, torch.inf, 0)
+        blocks = torch.arange(len(w), device=w.device)
+        for step in range(size - num_free):
+            nearest, value, beyond = codes.nearest(w)
+            target = torch.where(coded, value, 0)
+            if in_order:
+                index = torch.full_like(blocks, step)
+            else:
+                index = next_to_code(w - target, h.diagonal(dim1=1, dim2=2), pending, beyond)
+            variance = h[blocks, index, index]
+            valid = pending[blocks, index] & (variance > 0)
+            if not valid.any():
+                continue
+            aim = target[blocks, index]
+            spent = (w[blocks, index] - aim).square() / (2 * variance)
+            cost[part] = _put(cost[part], index, valid, spent)
+            code[part] = _put(code[part], index, valid & coded[blocks, index], nearest[blocks, index])
+            eliminate_(w, h, index, valid, aim)
+            result[part] = _put(result[part], index, valid, aim)
+            pending = _put(pending, index, valid, torch.zeros_like(valid))
+        nearest, value, _ = codes.nearest(w)  # what nothing compensates
+        code[part] = torch.where(pending & coded, nearest, code[part])
+        result[part] = torch.where(free, w, torch.where(pending & coded, value, result[part]))
+    return code, cost, result
+
+
+def next_to_code(move: Tensor, variance: Tensor, pending: Tensor, beyond: Tensor) -> Tensor:
+    """Return the index [K] of the cheapest weight, but of those beyond the codes where there are any; of ties the first.
+
+    Args:
+        move: what each weight is off its code, [K, B].
+        variance: the diagonal of H, [K, B].
+        pending: bool [K, B].
+        beyond: bool [K, B].
+    """
+    cost = torch.where(pending & (variance > 0), move.square() / (2 * variance), torch.inf)
+    cost = torch.where(cost < torch.inf, cost, torch.inf)  # NaN is never the cheapest
+    first = torch.where(beyond, cost, torch.inf)
+    return torch.where((first < torch.inf).any(1), first.argmin(1), cost.argmin(1))
+
+
+def _put(tensor: Tensor, index: Tensor, where: Tensor, values: Tensor) -> Tensor:
+    """Replace one entry of each row of [K, B], in the rows `where` [K]."""
+    here = torch.arange(tensor.shape[1], device=tensor.device) == index[:, None]
+    return torch.where(here & where[:, None], values[:, None].to(tensor.dtype), tensor)
+
+
+class Codes:
+    """Looks up the nearest codes of blocks of weights.
+
+    Args:
+        codebook: [K or 1, S, C]; see `ops.obs_quantize`.
+        dtype: of the weights.
+        num_free: weights without codes at the end of each block.
+    """
+
+    def __init__(self, codebook: Tensor, dtype: torch.dtype, num_free: int) -> None:
+        self.values, self.num_free = codebook.to(dtype), num_free
+        self.shared = codebook.shape[0] == codebook.shape[1] == 1
+        lower, upper = self.values[..., :-1], self.values[..., 1:]
+        self.boundaries = ((lower + upper) / 2).contiguous()  # [K or 1, S, C - 1]; inf where there are fewer codes
+        # Beyond the outermost codes by half the step there.
+        count = self.values.isfinite().sum(2, keepdim=True)
+        last = (count - 1).clamp(min=0)
+        steps = torch.nn.functional.pad(upper - lower, (0, 1), value=torch.inf)
+        self.lowest = self.values[..., :1] - torch.where(count > 1, steps[..., :1], torch.inf) / 2
+        before = steps.gather(2, (last - 1).clamp(min=0))
+        self.highest = self.values.gather(2, last) + torch.where(count > 1, before, torch.inf) / 2
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return code (int64), value and whether it lies beyond all codes, each [K, B]; of ties the lower code.
+
+        0 where there are no codes, and for NaN the first.
+        """
+        coded = weight[:, : weight.shape[1] - self.num_free].unflatten(1, (self.values.shape[1], -1))  # [K, S, n]
+        if self.shared:
+            code = torch.searchsorted(self.boundaries[0, 0], coded.contiguous())
+            code = torch.where(coded.isnan(), 0, code)
+            value = self.values[0, 0][code]
+        else:
+            boundaries = self.boundaries.expand(len(weight), -1, -1).contiguous()
+            code = torch.where(coded.isnan(), 0, torch.searchsorted(boundaries, coded.contiguous()))
+            value = self.values.expand(len(weight), -1, -1).gather(2, code)
+        beyond = (coded < self.lowest) | (coded > self.highest)
+        pad = lambda x: torch.nn.functional.pad(x.flatten(1), (0, self.num_free))
+        return pad(code), pad(value), pad(beyond)
+
+    def nearest_of_column(self, weight: Tensor, column: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return code and value of one weight of each block, [K], column `column` of `size`."""
+        segment = column // max(1, (size - self.num_free) // self.values.shape[1])
+        boundaries = self.boundaries[:, segment].expand(len(weight), -1).contiguous()
+        code = torch.searchsorted(boundaries, weight[:, None].contiguous())
+        code = torch.where(weight[:, None].isnan(), 0, code)
+        return code[:, 0], self.values[:, segment].expand(len(weight), -1).gather(1, code)[:, 0]

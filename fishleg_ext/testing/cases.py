@@ -136,6 +136,12 @@ def _fisher_diag_update_(new: Inputs) -> Iterator[Case]:
         for beta in (0.0, 0.9, 1.0):
             yield Case(f"{len(shapes)} tensors, beta={beta:g}", (fisher, [new.normal(*s) for s in shapes], beta))
     yield Case("transposed", ([new.wide(new.positive(5, 3)).mT], [new.normal(5, 3).mT], 0.5))
+    mixed = [new.normal(33).float(), new.normal(5000).half(), new.normal(17).bfloat16()]
+    yield Case("several dtypes of gradients", ([new.wide(new.positive(len(g))) for g in mixed], mixed, 0.25))
+    inside = new.wide(new.positive(5000))[3:4900]
+    yield Case("inside of a larger tensor", ([inside], [new.normal(len(inside))], 0.75))
+    odd = new.cast(torch.tensor([torch.nan, torch.inf, 0.0, 1.0]))
+    yield Case("NaN and inf", ([new.wide(torch.ones(4))], [odd], 0.5))
 
 
 def _obs_score(new: Inputs) -> Iterator[Case]:
@@ -217,6 +223,49 @@ def _obs_compensate(new: Inputs) -> Iterator[Case]:
     yield Case("a variance of zero", (weight, partly, new.mask(4, 12)), {}, 1e3)
     yield Case("transposed views", (new.normal(12, 4).mT, inverse.mT, new.mask(12, 4).mT), {}, 1e3)
     yield Case("no blocks", (new.normal(0, 4), new.spd(0, 4, 1.0), new.mask(0, 4)))
+
+
+def _obs_quantize(new: Inputs) -> Iterator[Case]:
+    def codebook(blocks: int, segments: int, codes: int) -> Tensor:
+        return new.cast(1.5 * new.normal(blocks, segments, codes).double()).sort(2).values
+
+    for k, b, condition in [(1, 1, 1e3), (3, 7, 1e3), (2, 16, 1e5), (3, 33, 1e3), (2, 64, 1e5), (1, 200, 1e3)]:
+        for order in ("cheapest", "given"):
+            args = new.normal(k, b), new.spd(k, b, condition), new.mask(k, b, density=1.1), codebook(1, 1, 4)
+            yield Case(f"K={k} B={b} condition={condition:g} {order}", args, {"order": order}, condition)
+    weight, inverse, alive = new.normal(5, 24), new.spd(5, 24, 1e3), new.mask(5, 24, density=0.7)
+    for name, codes in (("rows", codebook(5, 1, 3)), ("segments", codebook(1, 4, 2)), ("both", codebook(5, 6, 5))):
+        for order in ("cheapest", "given"):
+            yield Case(f"{name} {order}", (weight, inverse, alive, codes), {"order": order}, 1e3)
+    padded = codebook(5, 2, 4)
+    padded[1, 0, 2:], padded[3, 1, 1:] = torch.inf, torch.inf
+    for options in (
+        {},
+        {"dead_first": True},
+        {"order": "given"},
+        {"num_free": 2, "dead_first": True},
+        {"num_free": 2, "order": "given"},
+        {"num_free": 4},
+    ):
+        name = " ".join(f"{option}={value}" for option, value in options.items())
+        yield Case(f"fewer codes {name}", (weight, inverse, alive, padded), options, 1e3)
+    dirty = inverse.clone()
+    dirty.masked_fill_(~(alive[:, :, None] & alive[:, None, :]), torch.nan)
+    yield Case("NaN where dead", (weight.masked_fill(~alive, torch.nan), dirty, alive, padded), {}, 1e3)
+    shared = inverse[:1].expand(5, 24, 24)
+    yield Case("inverse expanded", (weight, shared, alive, codebook(1, 1, 4)), {"dead_first": True}, 1e3)
+    args = new.normal(24, 5).mT, inverse.mT, new.mask(24, 5).mT, codebook(1, 1, 4)
+    yield Case("transposed views", args, {}, 1e3)
+    yield Case("no blocks", (new.normal(0, 4), new.spd(0, 4, 1.0), new.mask(0, 4), codebook(1, 1, 2)))
+    yield Case("nothing alive", (weight, inverse, new.mask(5, 24, density=-1.0), codebook(1, 1, 2)), exact=True)
+    eye = new.wide(torch.eye(8))[None]
+    steps = new.cast(torch.arange(8) - 4.0).expand(3, 8) / 2
+    whole = new.cast(torch.tensor([-1.0, 0.0, 1.0, torch.inf]))[None, None]
+    for order in ("cheapest", "given"):
+        yield Case(f"ties {order}", (steps, eye, new.mask(3, 8, density=1.1), whole), {"order": order}, exact=True)
+    odd = new.cast(torch.tensor([[1.0, 0.375, 2.0, -1.0, 0.5, 0.25]]))
+    variances = new.wide(torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, -1.0, 2.0])))[None]
+    yield Case("variances not positive", (odd, variances, new.mask(1, 6, density=1.1), whole), exact=True)
 
 
 def _kron_mul(new: Inputs) -> Iterator[Case]:
@@ -409,6 +458,7 @@ CASES: dict[str, Callable[[Inputs], Iterator[Case]]] = {
     "obs_score": _obs_score,
     "obs_eliminate": _obs_eliminate,
     "obs_compensate": _obs_compensate,
+    "obs_quantize": _obs_quantize,
     "kron_mul": _kron_mul,
     "foreach_kron_mul": _foreach_kron_mul,
     "kron_diag": _kron_diag,

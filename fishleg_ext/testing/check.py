@@ -12,6 +12,8 @@ they are and to the reference in float64 on the CPU. So only what the implementa
 - Booleans and integers, and all of a case marked exact: bitwise. A kernel called twice must give the same bits.
 - obs_eliminate: where two costs are close, any order is right that is as cheap. So the order returned is replayed in
   float64 (`_elimination_error`): the costs must be those reported, and none may have been cheaper.
+- obs_quantize: where two codes are as near, either is right, and what follows is another. So the costs reported must be
+  those of the move that was made, by the Fisher matrix in float64, and in all not much above those of the reference.
 
 While an implementation runs, new memory is filled with NaN, so that what it leaves unwritten shows.
 """
@@ -140,6 +142,9 @@ def compare_to_float64(op: Op, launcher: Callable[..., Any] | None, case: Case) 
     error_of: Callable[[list[Tensor]], float]
     if op.name == "obs_eliminate" and not case.exact:
         error_of = functools.partial(_elimination_error, case)
+    elif op.name == "obs_quantize" and not case.exact:
+        expected = run_case(op, op.reference, _double(case.args), case.kwargs)
+        error_of = functools.partial(_quantization_error, case, expected[1].sum())
     else:
         error_of = functools.partial(_error, run_case(op, op.reference, _double(case.args), case.kwargs))
     got = run_case(op, launcher or op.reference, case.args, case.kwargs)
@@ -289,6 +294,46 @@ def _elimination_error(case: Case, got: list[Tensor]) -> float:
             eliminate_(weight, inverse, index, valid)
             pending[blocks[valid], index[valid]] = False
         replayed += members.sum(1)
+
+
+# By how much the costs of all blocks of a case may exceed the reference's where other codes were as near.
+DETOUR = 0.05
+
+
+def _quantization_error(case: Case, reference_cost: Tensor, got: list[Tensor]) -> float:
+    """Compare costs with those of the move, 1/2 dw^T F dw, in float64; inf where a weight has not the value of its code.
+
+    The error is the largest of |costs reported - cost of the move| of a block, over (that + 1/1000 of the most
+    expensive block), or what all cost more than the reference in float64, beyond DETOUR.
+    """
+    code, cost, moved = (result.cpu() for result in got)
+    weight, inverse, alive, codebook = (_double(arg) for arg in case.args)
+    k, size = weight.shape
+    if k == 0:
+        return 0.0
+    num_free, in_order = case.kwargs.get("num_free", 0), case.kwargs.get("order") == "given"
+    free = torch.arange(size) >= size - num_free
+    coded = alive & ~free
+    values = codebook.expand(k, -1, -1).repeat_interleave((size - num_free) // codebook.shape[1], dim=1)
+    values = torch.nn.functional.pad(values, (0, 0, 0, num_free))
+    values = values.to(moved.dtype).gather(2, code.long()[..., None])[..., 0]
+    expected = torch.where(coded, values, torch.where(free, moved, 0))
+    if not (torch.equal(moved, expected) and not code[~coded].any() and not cost[free.expand(k, -1)].any()):
+        return torch.inf
+    moving = torch.ones_like(coded) if in_order else coded | free
+    both = moving[:, :, None] & moving[:, None, :]
+    inverse = inverse.expand(k, size, size)
+    if case.kwargs.get("dead_first"):
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+        precision = torch.where(both, precision, 0)
+    else:
+        block = torch.where(both, inverse, torch.eye(size, dtype=torch.float64))
+        precision = torch.where(both, torch.cholesky_inverse(torch.linalg.cholesky(block)), 0)
+    step = torch.where(moving, moved.double() - weight, 0)
+    true = (step[:, None] @ precision @ step[..., None])[:, 0, 0] / 2
+    mistake = (cost.double().sum(1) - true).abs() / (true + 1e-3 * true.max()).clamp(min=1e-300)
+    detour = float(true.sum() / reference_cost.clamp(min=1e-300)) - 1 - DETOUR
+    return max(float(mistake.nan_to_num(torch.inf).max()), detour)
 
 
 def _numbered(rank: Tensor, reached: Tensor) -> bool:

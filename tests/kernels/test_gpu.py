@@ -50,9 +50,9 @@ def test_a_graph_of_apply_masks_replays(impl, masked):
 
 
 def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked, monkeypatch):
-    from fishleg_ext.kernels import masks as triton_masks
+    from fishleg_ext.kernels import tables
 
-    monkeypatch.setattr(triton_masks, "_tables", {})  # others may have lain at the same addresses
+    monkeypatch.setattr(tables, "_tables", {})  # others may have lain at the same addresses
     tensors, masks, packed = masked
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -21,6 +21,9 @@ IMPLEMENTATIONS = [
 IMPLEMENTATIONS.append(pytest.param("obs_eliminate", "cpu", marks=pytest.mark.slow))
 
 
+IN_FLOAT32 = ("kron_mul", "foreach_kron_mul", "fisher_diag_update_", "dequantize_fixed_point", "assign_codes")
+
+
 def test_every_op_has_cases():
     assert set(cases.CASES) == set(OPS)
     assert set(check.WITHOUT_DTYPE) <= set(OPS)
@@ -30,8 +33,8 @@ def test_every_op_has_cases():
 @pytest.mark.parametrize("name, impl", IMPLEMENTATIONS)
 def test_implementations_keep_their_budgets(name, impl, dtype):
     row = check.check_dtype(OPS[name], impl, dtype)
-    if impl == "triton" and dtype is torch.float64 and row.op.endswith("kron_mul"):
-        assert row.reason == "its Triton kernel computes in float32"
+    if impl == "triton" and dtype is torch.float64 and row.op in IN_FLOAT32:
+        assert row.reason.startswith("its Triton kernel computes in float32")
     else:
         assert row.cases > 3, row.reason
     assert not row.failures
