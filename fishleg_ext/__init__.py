@@ -1,7 +1,7 @@
-"""Second-order pruning of neural networks: curvature models, fused ops, and one call that prunes.
+"""Second-order pruning and quantization of neural networks: curvature models, fused ops, and one call for each.
 
-`prune` prunes a model, `Pruner` does it over a training run, along a `schedule`; `ops` holds the ops for code of your
-own. Importing this initialises no CUDA.
+`prune` prunes a model, `quantize` gives its weights codes, `Pruner` prunes over a training run, along a `schedule`;
+`ops` holds the ops for code of your own. Importing this initialises no CUDA.
 """
 
 from fishleg_ext import checkpoint, curvature, ops, schedule
@@ -10,6 +10,8 @@ from fishleg_ext.curvature import CurvatureError
 from fishleg_ext.oneshot import prune
 from fishleg_ext.ops import use_impl
 from fishleg_ext.pruner import Pruner
+from fishleg_ext.quantized import QuantizedTensor, QuantizeResult, load_quantized
+from fishleg_ext.quantizer import quantize
 from fishleg_ext.result import PruneResult
 
 __version__ = "0.1.0"
@@ -19,10 +21,14 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "Pruner",
+    "QuantizeResult",
+    "QuantizedTensor",
     "checkpoint",
     "curvature",
+    "load_quantized",
     "ops",
     "prune",
+    "quantize",
     "schedule",
     "use_impl",
 ]

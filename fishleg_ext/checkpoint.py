@@ -43,7 +43,7 @@ def save(content: Any, path: str | Path) -> None:
             "run is nested; it is a file of torch.save, such as run.pt"
         )
     plain = _plain(content, "")
-    _replace(path, lambda partial: torch.save(plain, partial))
+    replace_file(path, lambda partial: torch.save(plain, partial))
 
 
 def load(path: str | Path) -> Any:
@@ -57,7 +57,7 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path)
         return _decoded(json.loads(metadata[STRUCTURE]), tensors) if STRUCTURE in metadata else tensors
     with path.open("rb") as file:
         try:
@@ -101,7 +101,7 @@ def export_pruned(
         "notes": dict(notes or {}),
     }
     text = json.dumps(report, indent=1) + "\n"
-    _replace(folder / "pruning.json", lambda partial: partial.write_text(text))
+    replace_file(folder / "pruning.json", lambda partial: partial.write_text(text))
 
 
 def import_pruned(model: nn.Module, folder: str | Path) -> PruneResult:
@@ -115,8 +115,8 @@ def import_pruned(model: nn.Module, folder: str | Path) -> PruneResult:
         OSError: a file is missing.
     """
     folder = Path(folder)
-    state, of_model = _read_safetensors(folder / "model.safetensors")
-    masks, of_masks = _read_safetensors(folder / "masks.safetensors")
+    state, of_model = read_safetensors(folder / "model.safetensors")
+    masks, of_masks = read_safetensors(folder / "masks.safetensors")
     try:
         report = json.loads((folder / "pruning.json").read_text())
         export = report["export"]
@@ -149,7 +149,7 @@ def _check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], of: s
             raise ValueError(f"expected zeros where {name} of {of} is pruned; call finalize() or apply_masks() first")
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside `path` and put it in its place once it is on the disk."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder of {path} does not exist")
@@ -181,10 +181,11 @@ def require_safetensors() -> Any:
 
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     package = require_safetensors()
-    _replace(path, lambda partial: package.torch.save_file(dict(tensors), partial, dict(metadata) or None))
+    replace_file(path, lambda partial: package.torch.save_file(dict(tensors), partial, dict(metadata) or None))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file by name, and its metadata; ValueError where it is none."""
     package = require_safetensors()
     try:
         with package.safe_open(path, framework="pt") as file:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_count, checked_function, checked_type
 from fishleg_ext.common.grad_mode import outside_inference_mode
+from fishleg_ext.common.optimizers import after_each_step
 from fishleg_ext.common.state import Restorer, of_today, state_entry
 from fishleg_ext.config import PruneConfig, config_of, documented, with_settings
 from fishleg_ext.curvature import Curvature, Estimate
@@ -366,28 +367,12 @@ class Pruner:
             ValueError: it is an optimizer of none of the pruned parameters.
             TypeError: it is no optimizer.
         """
-        checked_type("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(weight) in owned for weight in self.weights.values()):
-            raise ValueError(
-                "expected an optimizer of the pruned parameters, got one of none of them; was the model copied, or its "
-                "parameters replaced, after the optimizer or the Pruner was made?"
-            )
-
-        while not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            # A wrapper that is no optimizer of PyTorch but in name, such as accelerate's: it steps the one inside.
-            inner = getattr(optimizer, "optimizer", None)
-            if not isinstance(inner, torch.optim.Optimizer):
-                raise TypeError(
-                    f"expected an optimizer with hooks, got {type(optimizer).__name__}; attach to the one it wraps"
-                )
-            optimizer = inner
 
         def keep_zeros(stepped: torch.optim.Optimizer, *_: Any) -> None:
             with self._implementation(), torch.no_grad():
                 self._masks.apply(stepped.state)
 
-        handle = optimizer.register_step_post_hook(keep_zeros)
+        handle = after_each_step(optimizer, self.weights.values(), keep_zeros)
         self._handles.append(handle)
         return handle
 

@@ -21,6 +21,7 @@ from fishleg_ext.kernels.tables import BLOCK, Key, is_kept, table_of
 
 ZEROS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # by the bytes of a weight
 
+
 @triton.jit
 def apply_masks_kernel(table_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Zero the pruned weights of one tile."""

@@ -44,7 +44,7 @@ def _tile(
     BLOCK: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Of the weights of a tile: group, width and bytes of its codes, [GROUPS, 1]; index, kept, first bit [.., BLOCK]."""
+    """Of a tile: group, width and first byte of its codes, [GROUPS, 1]; index, kept, first bit of a weight's code."""
     program = tl.program_id(0).to(tl.int64)
     group = (program // chunks) * GROUPS + tl.arange(0, GROUPS)[:, None]
     chunk = program % chunks

@@ -231,9 +231,7 @@ def obs_quantize(
     return code, cost, result
 
 
-def _in_order(
-    weight: Tensor, inverse: Tensor, alive: Tensor, codes: reference.Codes
-) -> tuple[Tensor, Tensor, Tensor]:
+def _in_order(weight: Tensor, inverse: Tensor, alive: Tensor, codes: reference.Codes) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize column after column by H = U^T U: row j of U is what is left of row j of H, over the root of H_jj.
 
     One factorisation serves all blocks that share H. A panel of columns at a time, whose rest is updated by one matrix

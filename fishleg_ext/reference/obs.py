@@ -56,12 +56,11 @@ def obs_eliminate(
     return rank, cost
 
 
-def eliminate_(
-    weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor, target: Tensor | float = 0.0
-) -> None:
-    """Eliminate weight q = `index` [K] from blocks, in place: w -= H[:, q] (w_q - t) / H_qq, H -= H[:, q] H[q, :] / H_qq.
+def eliminate_(weight: Tensor, inverse: Tensor, index: Tensor, valid: Tensor, target: Tensor | float = 0.0) -> None:
+    """Set weight q = `index` [K] of blocks to its target t [K], in place, and eliminate it.
 
-    Only where `valid` [K]; a weight whose H_qq is not positive moves no other. Its target t [K] is zero in pruning.
+    w -= H[:, q] (w_q - t) / H_qq, H -= H[:, q] H[q, :] / H_qq, only where `valid` [K]; a weight whose H_qq is not
+    positive moves no other. Pruning has the target zero.
     """
     blocks = torch.arange(len(index), device=index.device)
     column = inverse[blocks, :, index]  # [K, B]
@@ -179,7 +178,7 @@ def obs_quantize(
 
 
 def next_to_code(move: Tensor, variance: Tensor, pending: Tensor, beyond: Tensor) -> Tensor:
-    """Return the index [K] of the cheapest weight, but of those beyond the codes where there are any; of ties the first.
+    """Return the index [K] of the cheapest weight, of those beyond the codes where there are any; of ties the first.
 
     Args:
         move: what each weight is off its code, [K, B].

@@ -106,7 +106,7 @@ def unpack_codes(
 def _parts(
     numel: int, bits: Tensor, offsets: Tensor, group_size: int, packed_mask: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield, for some weights at a time, which they are, and of each its width, its first bit and whether it is kept."""
+    """Yield for some weights at a time which they are, and of each its width, first bit and whether it is kept."""
     mask = None if packed_mask is None else unpack_mask(packed_mask, [numel])
     before = torch.zeros((), dtype=torch.int64, device=bits.device)  # kept weights before this part
     first = None if mask is None else _kept_before_groups(mask, group_size)

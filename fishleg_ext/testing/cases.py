@@ -438,7 +438,15 @@ def _dequantize_codebook(new: Inputs) -> Iterator[Case]:
 
 
 def _assign_codes(new: Inputs) -> Iterator[Case]:
-    for groups, size, codes in [(1, 1, 2), (3, 100, 4), (2, 5000, 16), (5, 33, 1), (1, 2049, 256), (2, 40, 17), (0, 4, 4)]:
+    for groups, size, codes in [
+        (1, 1, 2),
+        (3, 100, 4),
+        (2, 5000, 16),
+        (5, 33, 1),
+        (1, 2049, 256),
+        (2, 40, 17),
+        (0, 4, 4),
+    ]:
         boundaries = new.normal(groups, codes - 1).sort(1).values
         args = new.normal(groups, size), new.positive(groups, size), boundaries
         yield Case(f"G={groups} N={size} C={codes}", args, {}, 1.0 + size**0.5)

@@ -301,7 +301,7 @@ DETOUR = 0.05
 
 
 def _quantization_error(case: Case, reference_cost: Tensor, got: list[Tensor]) -> float:
-    """Compare costs with those of the move, 1/2 dw^T F dw, in float64; inf where a weight has not the value of its code.
+    """Compare costs with those of the move, 1/2 dw^T F dw, in float64; inf where a weight is not what its code says.
 
     The error is the largest of |costs reported - cost of the move| of a block, over (that + 1/1000 of the most
     expensive block), or what all cost more than the reference in float64, beyond DETOUR.

@@ -1,0 +1,154 @@
+"""Entropy coding: a uniform grid whose codes have few bits on average, and Huffman's code as zlib has it.
+
+For codes of fixed length k-means is best; where their frequencies count it is a uniform grid with the weighted mean of
+each interval as its value (Choi et al., ICLR 2017, arXiv 1612.01543). Steps of two tensors of mean importance h are
+best where h step^2 is the same in both: finer where there is more information.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import ops
+
+LEVELS = 255  # of a grid, odd, so that there is one in the middle
+BISECTIONS = 40
+ESCAPE = 255  # so many pruned weights, and another number to come
+
+
+def entropy(codes: Tensor) -> float:
+    """Return the entropy of the frequencies of codes, in bits for each.
+
+    Examples:
+        >>> entropy(torch.tensor([0, 0, 1, 2]))
+        1.5
+    """
+    counts = torch.bincount(codes.reshape(-1).long()).double()
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * share.log2()).sum()) if len(share) else 0.0
+
+
+def uniform_codebooks(
+    weights: Mapping[str, Tensor], importances: Mapping[str, Tensor], bits: float
+) -> dict[str, Tensor]:
+    """Return a codebook for each tensor, so that the entropy of all codes is as near below `bits` as it can be.
+
+    Args:
+        weights: name -> the weights that have codes, [n].
+        importances: name -> [n].
+        bits: of a code, on average over all tensors.
+
+    Returns:
+        name -> values float32 [C], ascending: the weighted mean of each interval that has weights.
+    """
+    mean = {name: float(h.double().mean().clamp(min=1e-300)) for name, h in importances.items() if h.numel()}
+    total = sum(weights[name].numel() for name in mean)
+    largest = {name: float(weights[name].abs().max()) for name in mean}
+
+    def books(step: float) -> dict[str, Tensor]:
+        return {n: _means_on_grid(weights[n], importances[n], step / mean[n] ** 0.5) for n in mean}
+
+    def rate(values: Mapping[str, Tensor]) -> float:
+        codes = {n: torch.bucketize(weights[n].float(), (v[1:] + v[:-1]) / 2) for n, v in values.items()}
+        return sum(entropy(codes[n]) * codes[n].numel() for n in codes) / max(1, total)
+
+    high = 4 * max([*(largest[name] * mean[name] ** 0.5 for name in mean), 1e-150])  # one code is left of each tensor
+    low, best = 1e-9 * high, books(high)
+    for _ in range(BISECTIONS):
+        step = (low * high) ** 0.5
+        tried = books(step)
+        if rate(tried) <= bits:
+            high, best = step, tried
+        else:
+            low = step
+    return {name: best.get(name, torch.zeros(1, device=weight.device)) for name, weight in weights.items()}
+
+
+def _means_on_grid(weight: Tensor, importance: Tensor, step: float) -> Tensor:
+    """Return the weighted means of the intervals about whole multiples of a step, of those that have weights."""
+    middle = LEVELS // 2
+    interval = (weight.double() / step).round().clamp(-middle, middle).long() + middle
+    h = importance.double()
+    h = h + 1e-9 * h.mean() + 1e-300  # a mean even where nothing matters
+    mass = h.new_zeros(LEVELS).index_add_(0, interval, h)
+    sums = h.new_zeros(LEVELS).index_add_(0, interval, h * weight.double())
+    return (sums / mass)[mass > 0].float().unique()
+
+
+def huffman(codes: Tensor) -> bytes:
+    """Return codes uint8 [n] in zlib's Huffman code, without looking for repetitions."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(codes.cpu().contiguous().numpy().tobytes()) + packer.flush()
+
+
+def from_huffman(content: bytes, count: int) -> Tensor:
+    """Return the `count` codes, uint8.
+
+    Raises:
+        ValueError: there are others than so many.
+    """
+    reader = zlib.decompressobj(-15)
+    try:
+        found = reader.decompress(content, count + 1)
+    except zlib.error as error:
+        raise ValueError(f"codes cannot be read: {error}") from error
+    if len(found) != count:
+        raise ValueError(f"expected {count} codes, got {'more' if len(found) > count else len(found)}")
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)
+
+
+def gaps_of(mask: Tensor, escape: int = ESCAPE) -> Tensor:
+    """Return how many pruned weights lie before each kept one, uint8; `escape` stands for as many and more to come.
+
+    Examples:
+        >>> gaps_of(torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 1]).bool(), 3)
+        tensor([2, 0, 3, 1], dtype=torch.uint8)
+    """
+    place = mask.reshape(-1).nonzero()[:, 0]
+    gaps = torch.diff(place, prepend=place.new_full((1,), -1)) - 1
+    repeats = gaps // escape + 1
+    gaps_out = torch.full((int(repeats.sum()),), escape, dtype=torch.uint8, device=mask.device)
+    gaps_out[repeats.cumsum(0) - 1] = (gaps % escape).to(torch.uint8)
+    return gaps_out
+
+
+def from_gaps(gaps: Tensor, numel: int, escape: int = ESCAPE) -> Tensor:
+    """Return the mask, bool [numel].
+
+    Raises:
+        ValueError: they go beyond the end.
+    """
+    is_last = gaps != escape
+    place = (gaps.long() + is_last).cumsum(0)[is_last] - 1
+    if len(place) and int(place[-1]) >= numel:
+        raise ValueError(f"the mask goes beyond the {numel} weights there are")
+    mask = torch.zeros(numel, dtype=torch.bool, device=gaps.device)
+    mask[place] = True
+    return mask
+
+
+def best_escape(mask: Tensor, widths: Sequence[int] = range(2, 9)) -> tuple[int, Tensor]:
+    """Return the width in bits at which the gaps of a mask, each of this width, are shortest, and these gaps."""
+    found = {width: gaps_of(mask, (1 << width) - 1) for width in widths}
+    width = min(found, key=lambda width: width * len(found[width]))
+    return width, found[width]
+
+
+def pack_uniform(codes: Tensor, width: int) -> Tensor:
+    """Pack codes uint8 [n] of one width."""
+    bits = torch.full((min(1, len(codes)),), width, dtype=torch.uint8, device=codes.device)
+    offsets, num_bytes = _layout(bits, len(codes))
+    return ops.pack_codes(codes, bits, offsets, num_bytes, max(1, len(codes)))
+
+
+def unpack_uniform(packed: Tensor, width: int, count: int) -> Tensor:
+    """Return the `count` codes that `pack_uniform` packed."""
+    bits = torch.full((min(1, count),), width, dtype=torch.uint8, device=packed.device)
+    return ops.unpack_codes(packed, bits, _layout(bits, count)[0], count, max(1, count))
+
+
+def _layout(bits: Tensor, count: int) -> tuple[Tensor, int]:
+    """Return offsets and bytes of one group."""
+    return ops.quantize.offsets_of(bits, count, max(1, count))

@@ -1,0 +1,96 @@
+"""Retraining of quantized weights by a straight-through gradient.
+
+The model computes with quantized weights. Each has a real-valued weight behind it, which takes the step that the
+optimizer makes with the gradient at the quantized one, and after each step its code is chosen anew. Codebooks and
+scales follow the weights: they are the best for the codes of now.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext import ops
+from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.quantization import fixed_point
+from fishleg_ext.quantization.fitting import Grid, Groups
+from fishleg_ext.quantization.kmeans import boundaries_of
+from fishleg_ext.quantization.packed import QuantizedTensor
+
+
+@dataclass
+class Trained:
+    """One parameter that is retrained.
+
+    Attributes:
+        parameter: of the model, which holds quantized weights.
+        orientation: how it is seen as a matrix.
+        groups: the real-valued weights behind it, in groups.
+        grid: what they may become.
+        written: what the parameter was set to last.
+    """
+
+    parameter: nn.Parameter
+    orientation: Orientation
+    groups: Groups
+    grid: Grid
+    written: Tensor
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, tensor: QuantizedTensor, importance: Tensor) -> "Trained":
+        """Begin where the quantized weights are.
+
+        Args:
+            parameter: of the model.
+            tensor: its codes.
+            importance: [G, N], of the weights in groups.
+        """
+        tensor = tensor.to(parameter.device)
+        matrix = tensor.orientation.to_matrix(parameter.detach())
+        mask = tensor.mask()
+        shaped = None if mask is None else mask.view(matrix.shape)
+        groups = Groups.of(matrix, torch.ones_like(matrix), shaped, tensor.group_size)
+        # Where nothing is known to matter, all weights count alike.
+        known = importance.to(parameter.device)
+        groups = replace(groups, importance=torch.where(groups.kept, known.clamp(min=float(known.mean()) * 1e-6), 0))
+        return cls(parameter, tensor.orientation, groups, Grid.of_tensor(tensor), parameter.detach().clone())
+
+    def step(self, refit: bool) -> None:
+        """Move the real-valued weights by the step of the optimizer, and quantize them again."""
+        groups, layout = self.groups, self.groups.layout
+        step = self.orientation.to_matrix(self.parameter.detach() - self.written)
+        moved = torch.where(groups.kept, groups.weight + layout.to_blocks(step), 0)
+        self.groups = groups = replace(groups, weight=moved)
+        codes = self.grid.nearest(moved)
+        if refit:
+            self.grid = self._refitted(codes)
+        weight = torch.where(groups.kept, self.grid.weights(codes), 0)
+        matrix = layout.from_blocks(weight)
+        self.parameter.copy_(self.orientation.to_parameter(matrix).to(self.parameter.dtype))
+        self.written.copy_(self.parameter)
+
+    def packed(self) -> QuantizedTensor:
+        """Return the codes of now."""
+        codes = self.grid.nearest(self.groups.weight)
+        return self.grid.quantized(codes, self.groups, self.orientation, self.parameter.dtype)
+
+    def _refitted(self, codes: Tensor) -> Grid:
+        """Return the grid of least distortion for these codes; a code that no weight has stays where it is."""
+        weight, h, grid = self.groups.weight, self.groups.importance, self.grid
+        if grid.values is not None:
+            _, sums = ops.assign_codes(weight, h, boundaries_of(grid.values))
+            means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], grid.values)
+            means = torch.where((grid.values == 0) & torch.tensor(not self.groups.masked), 0, means)
+            return replace(grid, values=means.to(grid.values.dtype).sort(1).values)
+        assert grid.scale is not None
+        level = fixed_point.values_of(codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
+        squares, products = (h * level.square()).sum(1), (h * level * weight).sum(1)
+        return replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
+
+
+def retrained(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, QuantizedTensor], importances: Mapping[str, Tensor]
+) -> dict[str, Trained]:
+    """Begin to retrain some parameters."""
+    return {name: Trained.of(parameters[name], tensor, importances[name]) for name, tensor in tensors.items()}

@@ -1,0 +1,207 @@
+"""What a quantization returns, and how it is read back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fishleg_ext.common.arguments import checked_flag, checked_type
+from fishleg_ext.common.optimizers import after_each_step
+from fishleg_ext.quantization import files
+from fishleg_ext.quantization.entropy import entropy
+from fishleg_ext.quantization.packed import QuantizedTensor
+from fishleg_ext.quantization.retraining import Trained, retrained
+
+
+class QuantizeResult:
+    """The outcome of a quantization: packed tensors, what they cost, and a file of them.
+
+    Attributes:
+        model: the model, whose weights are the values of the codes.
+        distortion: what the quantization costs by the curvature: 1/2 sum h (w - q)^2, or for "obq" 1/2 dw^T F dw of
+            the whole move, that of weights which it pruned among it.
+        coding: of the saved file, "fixed" or "entropy".
+        settings: of the quantization, JSON-able.
+        dense: name -> why it was not quantized, of the other parameters of two dimensions and more.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tensors: Mapping[str, QuantizedTensor],
+        importances: Mapping[str, Tensor],
+        distortion: float,
+        coding: str,
+        settings: Mapping[str, Any],
+        dense: Mapping[str, str],
+    ) -> None:
+        self.model, self.distortion, self.coding = model, distortion, coding
+        self.settings, self.dense = dict(settings), dict(dense)
+        self._tensors, self._importances = dict(tensors), dict(importances)
+        self._trained: dict[str, Trained] = {}
+
+    def __repr__(self) -> str:
+        """Say how many parameters there are, their bits and the size."""
+        return (
+            f"QuantizeResult({len(self._tensors)} parameters, {self.mean_bits:.2f} bits, {self.size} bytes, "
+            f"distortion={self.distortion:.3g})"
+        )
+
+    @property
+    def tensors(self) -> dict[str, QuantizedTensor]:
+        """Name -> packed codes, as they are now where weights are retrained."""
+        for name, trained in self._trained.items():
+            self._tensors[name] = trained.packed()
+        return dict(self._tensors)
+
+    @property
+    def bits(self) -> dict[str, Tensor]:
+        """Name -> bits of the codes of each group, uint8 [G]."""
+        return {name: tensor.bits for name, tensor in self._tensors.items()}
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, on average over all weights that have one; with coding="entropy" their entropy."""
+        spent, count = 0.0, 0
+        for tensor in self.tensors.values():
+            codes, mask = tensor.codes(), tensor.mask()
+            codes = codes if mask is None else codes[mask]
+            if self.coding == "entropy":
+                spent += entropy(codes) * len(codes)
+            else:
+                group = torch.arange(tensor.numel, device=codes.device) // tensor.group_size
+                widths = tensor.bits.long()[group]
+                spent += float((widths if mask is None else widths[mask]).sum())
+            count += len(codes)
+        return spent / max(1, count)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that `save` writes."""
+        return files.num_bytes(*self._contents())
+
+    @property
+    def dense_size(self) -> int:
+        """Bytes of the model's state dict, tied tensors counted once, as its dtypes have them."""
+        seen = {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file by what they are: codes, codebooks, scales, bits, masks, other tensors, header."""
+        content, metadata = self._contents()
+        kinds = {"codes": 0, "codebook": 0, "scale": 0, "bits": 0, "mask": 0, "other tensors": 0}
+        for name, tensor in content.items():
+            owner, _, stream = name.rpartition(".")
+            kind = stream if owner in self._tensors and stream in kinds else "other tensors"
+            kinds[kind] += tensor.numel() * tensor.element_size()
+        return kinds | {"header": files.num_bytes(content, metadata) - sum(kinds.values())}
+
+    def table(self) -> str:
+        """Return a table of the parameters: shape, codes, bits, entropy, why it is dense."""
+        rows = []
+        for name, tensor in self.tensors.items():
+            codes, mask = tensor.codes(), tensor.mask()
+            codes = codes if mask is None else codes[mask]
+            bits = tensor.bits.float()
+            width = f"{int(bits[0])}" if len(bits) == 1 else f"{int(bits.min())} to {int(bits.max())}"
+            rows.append([name, str(list(tensor.shape)), len(codes), width, f"{entropy(codes):.2f}", ""])
+        rows += [[name, "", "", "", "", why] for name, why in self.dense.items()]
+        headers = ["parameter", "shape", "codes", "bits", "entropy", "why it is not quantized"]
+        return tabulate(rows, headers, tablefmt="plain", colalign=("left", "left", "right", "right", "right", "left"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed model, in place of an older file if there is one: whole, or not at all.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: the path has another suffix than .safetensors.
+            OSError: it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"expected a path that ends in .safetensors, got {path}")
+        files.write(*self._contents(), path)
+
+    def attach(self, optimizer: torch.optim.Optimizer, *, refit: bool = True) -> RemovableHandle:
+        """From now on let the optimizer train the weights behind the codes: a straight-through gradient.
+
+        After each of its steps the real-valued weights, which begin as the quantized ones, move by what the optimizer
+        did, and the model's are set to the nearest values. Pruned weights stay zero. Real-valued weights are held until
+        `remove`, one for each weight, and one more of what was written last.
+
+        Args:
+            optimizer: of some of the quantized parameters at least.
+            refit: move the codebooks and scales, too, to those that are best for the codes of now.
+
+        Returns:
+            a handle; its `remove()` ends this.
+
+        Raises:
+            ValueError: it is an optimizer of none of the quantized parameters.
+            TypeError: it is no optimizer.
+        """
+        checked_flag("refit", refit)
+        parameters = {name: self.model.get_parameter(name) for name in self._tensors}
+
+        def requantize(*_: Any) -> None:
+            with torch.no_grad():
+                for trained in self._trained.values():
+                    trained.step(refit)
+
+        handle = after_each_step(optimizer, parameters.values(), requantize)
+        if not self._trained:
+            with torch.no_grad():
+                self._trained = retrained(parameters, self._tensors, self._importances)
+        return handle
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = self.tensors
+        own = {id(self.model.get_parameter(name)) for name in tensors}
+        aliases = {n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in own}
+        others = {name: x for name, x in self.model.state_dict().items() if name not in aliases}
+        return files.contents_of(tensors, others, self.coding)
+
+
+def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
+    """Read what `QuantizeResult.save` wrote. Runs no code that the file may hold.
+
+    Args:
+        path: of the file.
+        model: of the same architecture, whose parameters and buffers are set to those of the file: its weights are
+            those of the quantized model to the bit. If anything is raised it is as before. None reads the packed
+            tensors alone.
+
+    Returns:
+        the model, or without one name -> `QuantizedTensor`, whose `unpack` gives weights, or the tensor itself of what
+        was not quantized.
+
+    Raises:
+        ValueError: the file is truncated, altered or of another kind, or of another model.
+        ImportError: safetensors is not installed.
+        OSError: it cannot be opened.
+    """
+    tensors, others = files.read(Path(path))
+    if model is None:
+        return {**tensors, **others}
+    checked_type("model", model, nn.Module, "an nn.Module")
+    state = {**others, **{name: tensor.unpack() for name, tensor in tensors.items()}}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in known.items():  # tied parameters are in the file once
+        if name not in state and names[id(parameter)] in state:
+            state[name] = state[names[id(parameter)]]
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: list(tensor.shape) for name, tensor in state.items()}
+    if unlike := [n for n in {**own, **given} if own.get(n) != given.get(n)]:
+        listed = ", ".join(f"{n} is {own.get(n, 'missing')}, not {given.get(n, 'there')}" for n in unlike[:5])
+        raise ValueError(f"expected a model with the tensors of {path}: {listed}")
+    model.load_state_dict(state)
+    return model
+
+
+__all__ = ["QuantizeResult", "QuantizedTensor", "load_quantized"]
