@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_flag, checked_type
 from fishleg_ext.common.optimizers import after_each_step
+from fishleg_ext.ops.quantize import kept_counts
 from fishleg_ext.quantization import files
 from fishleg_ext.quantization.entropy import entropy
-from fishleg_ext.quantization.packed import QuantizedTensor
+from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
 from fishleg_ext.quantization.retraining import Trained, retrained
 
 
@@ -67,18 +68,12 @@ class QuantizeResult:
     @property
     def mean_bits(self) -> float:
         """Bits of a code, on average over all weights that have one; with coding="entropy" their entropy."""
-        spent, count = 0.0, 0
-        for tensor in self.tensors.values():
-            codes, mask = tensor.codes(), tensor.mask()
-            codes = codes if mask is None else codes[mask]
-            if self.coding == "entropy":
-                spent += entropy(codes) * len(codes)
-            else:
-                group = torch.arange(tensor.numel, device=codes.device) // tensor.group_size
-                widths = tensor.bits.long()[group]
-                spent += float((widths if mask is None else widths[mask]).sum())
-            count += len(codes)
-        return spent / max(1, count)
+        tensors = self.tensors.values()
+        if self.coding == "entropy":
+            return mean_entropy(tensors)
+        counts = [kept_counts(t.numel, t.group_size, t.mask(), t.bits.device) for t in tensors]
+        spent = sum(int((count * t.bits.long()).sum()) for count, t in zip(counts, tensors, strict=True))
+        return spent / max(1, sum(int(count.sum()) for count in counts))
 
     @property
     def size(self) -> int:
@@ -105,8 +100,7 @@ class QuantizeResult:
         """Return a table of the parameters: shape, codes, bits, entropy, why it is dense."""
         rows = []
         for name, tensor in self.tensors.items():
-            codes, mask = tensor.codes(), tensor.mask()
-            codes = codes if mask is None else codes[mask]
+            codes = tensor.kept_codes()
             bits = tensor.bits.float()
             width = f"{int(bits[0])}" if len(bits) == 1 else f"{int(bits.min())} to {int(bits.max())}"
             rows.append([name, str(list(tensor.shape)), len(codes), width, f"{entropy(codes):.2f}", ""])

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,16 +18,18 @@ from fishleg_ext.observation.batches import BatchFunction, checked_source, requi
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.quantize import MAX_BITS
-from fishleg_ext.quantization.allocation import allocate_bits
+from fishleg_ext.quantization.allocation import allocate_bits, least_bits
 from fishleg_ext.quantization.elimination import eliminate_to_codes, tables_of_blocks
 from fishleg_ext.quantization.entropy import uniform_codebooks
 from fishleg_ext.quantization.fitting import Grid, Groups
-from fishleg_ext.quantization.packed import QuantizedTensor
+from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
 from fishleg_ext.quantized import QuantizeResult
 from fishleg_ext.sparsity.masks import Masks
 from fishleg_ext.sparsity.parameters import ParameterChoice, choose_parameters, orientations_of, own_names, why_dense
 
+DAMPING = 1e-8  # of the diagonal Fisher matrix: it is not inverted, and what no gradient reaches needs few bits
 METHODS = ("codebook", "fixed_point", "obq")
+MOST_PASSES = 5  # of elimination, until its codes have no more entropy than they may
 WIDER = 3  # bits beyond the mean up to which the distortion of a group is measured
 
 
@@ -81,10 +83,13 @@ def quantize(
             with "obq" weights that are pruned by the mask but not yet zero are eliminated in the same pass. Without
             masks weights that are zero stay zero under "codebook" and "fixed_point", where zero is a code then.
         params: as in `prune`; None is the parameters of `masks`, or what `prune` would choose.
-        num_grads, labels, likelihood, damping, batch_fn, max_memory, impl, seed, progress: as in `prune`.
+        num_grads, labels, likelihood, damping, batch_fn, max_memory, impl, seed, progress: as in `prune`; but labels
+            and damping of "diagonal" are by default "model", where the likelihood is known, and 1e-8.
         coding: of the codes in the saved file, and of masks: "fixed" is as many bits as their group has, "entropy"
             Huffman's code.
-        allocate: give more bits to groups in which they save more of the loss. Else all have the same, a whole number.
+        allocate: give more bits to groups in which they save more of the loss, and to none fewer than the next whole
+            number below the mean. Else all have the same, a whole number. Under layerwise curvature, whose errors
+            cannot be compared from layer to layer, groups of one parameter share its own budget.
         grid: what the codes of "obq" stand for, "codebook" or "fixed_point"; None is "codebook".
         order: of "obq": "cheapest" (OBQ) or "given" (GPTQ: column after column); None is "cheapest".
 
@@ -124,6 +129,10 @@ def quantize(
         kept.set({name: masks[name] for name in masks})
     orientations = orientations_of(model, chosen)
     group_sizes = {name: _group_size(group, orientation) for name, orientation in orientations.items()}
+    if curvature == "diagonal":
+        damping = DAMPING if damping is None else damping
+        if labels is None and (loss_fn is nn.functional.cross_entropy or likelihood is not None):
+            labels = "model"
     recipe = make_curvature(curvature, num_grads=num_grads, labels=labels, likelihood=likelihood, damping=damping)
     if method == "obq":
         recipe = recipe.with_saliency("exact" if order == "cheapest" else "fixed_order")
@@ -147,19 +156,24 @@ def quantize(
     with implementation, torch.no_grad(), Restorer()(chosen.values()):
         estimator.begin(data, loss_fn, kept, seed=seed)
         groups = _grouped(estimator, kept, masks is not None, group_sizes, nonzero_alone=method != "obq")
-        grids = _grids(groups, bits, grid, coding=coding, allocate=allocate, progress=progress)
         before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+        # Errors of layers' outputs cannot be compared from layer to layer: each has the same budget.
+        options: dict[str, Any] = {"alone": recipe.default_scope == "layer", "allocate": allocate, "progress": progress}
         tensors: dict[str, QuantizedTensor] = {}
 
-        def write(name: str, codes: Tensor) -> None:
-            tensors[name] = grids[name].quantized(codes, groups[name], orientations[name], chosen[name].dtype)
+        def write(grid: Grid, name: str, codes: Tensor) -> None:
+            tensors[name] = grid.quantized(codes, groups[name], orientations[name], chosen[name].dtype)
             chosen[name].copy_(tensors[name].unpack())
 
-        if method == "obq":
-            _eliminated(estimator, groups, grids, kept, write, order, progress)
-        else:
-            for name, group_of in groups.items():
-                write(name, grids[name].nearest(group_of.weight))
+        if method != "obq":
+            for name, own in _grids(groups, bits, grid, **options).items():
+                write(own, name, own.nearest(groups[name].weight))
+        for target in _targets(bits, tensors) if method == "obq" else ():
+            for name, parameter in chosen.items():
+                parameter.copy_(before[name])
+            _eliminated(estimator, groups, _grids(groups, target, grid, **options), kept, write, order, progress)
+            if grid != "uniform":
+                break
         moves = {name: parameter.detach() - before[name] for name, parameter in chosen.items()}
         distortion = _distortion(estimator, groups, moves, method)
     return QuantizeResult(
@@ -251,22 +265,32 @@ def _grouped(
 
 
 def _grids(
-    groups: Mapping[str, Groups], bits: float, grid: str, *, coding: str, allocate: bool, progress: bool
+    groups: Mapping[str, Groups],
+    bits: float,
+    grid: str,
+    *,
+    alone: bool,
+    allocate: bool,
+    progress: bool,
 ) -> dict[str, Grid]:
-    """Fit what the weights of each parameter may become, under a budget for all."""
+    """Fit what the weights of each parameter may become, under a budget for all, or where `alone` for each."""
+    together = [[name] for name in groups] if alone else [list(groups)]
     if grid == "uniform":
         flat = {name: (g.weight[g.kept], g.importance[g.kept]) for name, g in groups.items()}
-        books = uniform_codebooks({n: w for n, (w, _) in flat.items()}, {n: h for n, (_, h) in flat.items()}, bits)
+        books: dict[str, Tensor] = {}
+        for names in together:
+            books |= uniform_codebooks({n: flat[n][0] for n in names}, {n: flat[n][1] for n in names}, bits)
         return {name: Grid.of_values(values) for name, values in books.items()}
+    chosen = {n: torch.full((len(g.weight),), int(bits), dtype=torch.uint8) for n, g in groups.items()}
     if allocate:
         most = min(MAX_BITS, math.ceil(bits) + WIDER)
         measured = progress_bar(groups.items(), what="bits", show=progress)
-        distortions = [group.distortions(grid, most) for _, group in measured]
-        counts = [group.counts for group in groups.values()]
-        budget = math.floor(bits * sum(int(count.sum()) for count in counts))
-        chosen = dict(zip(groups, allocate_bits(distortions, counts, budget), strict=True))
-    else:
-        chosen = {n: torch.full((len(g.weight),), int(bits), dtype=torch.uint8) for n, g in groups.items()}
+        distortions = {name: group.distortions(grid, most) for name, group in measured}
+        for names in together:
+            counts = [groups[name].counts for name in names]
+            budget = math.floor(bits * sum(int(count.sum()) for count in counts))
+            found = allocate_bits([distortions[name] for name in names], counts, budget, least_bits(bits))
+            chosen |= dict(zip(names, found, strict=True))
     fitted = progress_bar(groups.items(), what="codes", show=progress)
     return {name: Grid.fitted(group, grid, chosen[name].to(group.weight.device)) for name, group in fitted}
 
@@ -276,7 +300,7 @@ def _eliminated(
     groups: Mapping[str, Groups],
     grids: Mapping[str, Grid],
     masks: Mapping[str, Tensor],
-    write: Callable[[str, Tensor], None],
+    write: Callable[[Grid, str, Tensor], None],
     order: str,
     progress: bool,
 ) -> None:
@@ -301,7 +325,18 @@ def _eliminated(
                 del blocks  # before the next are computed
             index = layout.from_blocks(torch.cat(found)).reshape(-1)
             group_of = torch.arange(layout.numel, device=index.device) // group.layout.block_size
-            write(name, grids[name].of_table(index, group_of))
+            write(grids[name], name, grids[name].of_table(index, group_of))
+
+
+def _targets(bits: float, tensors: Mapping[str, QuantizedTensor]) -> Iterator[float]:
+    """Yield the entropy that grids are fitted to until the codes that elimination made of them have at most `bits`."""
+    target = bits
+    for _ in range(MOST_PASSES):
+        yield target
+        if (reached := mean_entropy(tensors.values())) <= bits:
+            return
+        target *= 0.995 * bits / reached
+    raise ValueError(f"expected codes of at most {bits} bits of entropy; elimination left {reached:.3f}")
 
 
 def _distortion(estimator: Estimator, groups: Mapping[str, Groups], moves: Mapping[str, Tensor], method: str) -> float:

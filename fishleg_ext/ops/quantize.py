@@ -16,7 +16,7 @@ from fishleg_ext.ops import checks
 from fishleg_ext.ops.dispatch import op
 from fishleg_ext.ops.masks import check_packed
 from fishleg_ext.reference import quantize as reference
-from fishleg_ext.reference.quantize import CHUNK, MAX_BITS, chunk_ranks, offsets_of
+from fishleg_ext.reference.quantize import CHUNK, MAX_BITS, chunk_ranks, kept_counts, offsets_of
 
 __all__ = [
     "CHUNK",
@@ -25,6 +25,7 @@ __all__ = [
     "chunk_ranks",
     "dequantize_codebook",
     "dequantize_fixed_point",
+    "kept_counts",
     "offsets_of",
     "pack_codes",
     "unpack_codes",

@@ -7,16 +7,27 @@ a group falls by 4 with each, D_g(b) = F_g var_g 4^-b up to a constant, and the 
 
 the mean over all weights, b_g = 0 where that is negative and the mean taken again over the others: reverse
 water-filling. With few bits D_g falls otherwise, and bits are whole. So D_g is *measured* for every b, and bits go, one
-after the other, to the group in which the next one saves most for each of its weights.
+after the other, to the group in which the next one saves most for each of its weights. What is far below the mean is
+not left to the quadratic model: with so few bits the loss is many times what it says (`least_bits`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budget: int) -> list[Tensor]:
+def least_bits(mean: float) -> int:
+    """Return how few bits a group may have where the mean is this: the largest whole number below it.
+
+    Measured on layers of ResNet-20: with 3 and 4 bits in one of them the divergence of the outputs is what the diagonal
+    Fisher matrix says to a factor of seven, with 2 bits up to 12 times as much, with 1 bit 2 to 86 times.
+    """
+    return max(0, math.ceil(mean) - 1)
+
+
+def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budget: int, least: int = 0) -> list[Tensor]:
     """Choose the bits of each group so that their distortion is low and all codes together take at most the budget.
 
     Exact where distortions are convex in the bits and the budget is used up; otherwise by their convex hull.
@@ -25,9 +36,13 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
         distortions: of each parameter [G, W], of its groups with 0 to W - 1 bits.
         counts: of each parameter int64 [G], how many weights have codes in each group.
         budget: bits of all codes together.
+        least: bits of each group, at least.
 
     Returns:
         bits uint8 [G] of each parameter.
+
+    Raises:
+        ValueError: the budget is less than the least.
 
     Examples:
         >>> falling = 4.0 ** -torch.arange(5)
@@ -37,7 +52,9 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
     sizes = [len(count) for count in counts]
     table = torch.cat([d.double().cpu() for d in distortions])  # [all groups, W]
     count = torch.cat([c.cpu() for c in counts])
-    hull = _lower_hull(table)
+    if (left := budget - least * int(count.sum())) < 0:
+        raise ValueError(f"expected a budget of at least {budget - left} bits, {least} for each code, got {budget}")
+    hull = _lower_hull(table[:, least:])
     gain = (hull[:, :-1] - hull[:, 1:]) / count.clamp(min=1)[:, None]
     gain = torch.where(count[:, None] > 0, gain, -torch.inf)
     # Of equal gains the lower bit comes first, so that each group has the first of its bits.
@@ -45,19 +62,19 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
     order = order[gain.T.reshape(-1)[order] > 0]
     group = order % len(count)
     spent = count[group].cumsum(0)
-    fits = int(torch.searchsorted(spent, budget, right=True))
+    fits = int(torch.searchsorted(spent, left, right=True))
     bits = torch.bincount(group[:fits], minlength=len(count))
-    left = budget - (int(spent[fits - 1]) if fits else 0)
+    left -= int(spent[fits - 1]) if fits else 0
     # What is left may do for smaller groups.
     steps, rest = (order // len(count))[fits:].tolist(), group[fits:].tolist()
-    least = int(count[count > 0].min()) if (count > 0).any() else budget + 1
+    smallest = int(count[count > 0].min()) if (count > 0).any() else budget + 1
     for step, index in zip(steps, rest, strict=True):
-        if left < least:
+        if left < smallest:
             break
         if bits[index] == step and int(count[index]) <= left:
             bits[index] += 1
             left -= int(count[index])
-    return list(bits.to(torch.uint8).split(sizes))
+    return list((bits + least).to(torch.uint8).split(sizes))
 
 
 def _lower_hull(table: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.ops.quantize import chunk_ranks, offsets_of
+from fishleg_ext.quantization.entropy import entropy
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,11 @@ class QuantizedTensor:
         offsets, masks = self._layout
         return ops.unpack_codes(self.packed, self.bits, offsets, self.numel, self.group_size, *masks)
 
+    def kept_codes(self) -> Tensor:
+        """Return the codes of the weights that have one, uint8."""
+        codes, mask = self.codes(), self.mask()
+        return codes if mask is None else codes[mask]
+
     def unpack(self) -> Tensor:
         """Return the weights, in the shape and dtype of the parameter."""
         offsets, masks = self._layout
@@ -107,3 +114,13 @@ class QuantizedTensor:
             n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor) and not n.startswith("_")
         }
         return replace(self, **moved)
+
+
+def mean_entropy(tensors: Iterable[QuantizedTensor]) -> float:
+    """Return the entropy of a code in bits, each parameter by its own frequencies, on average over all codes."""
+    spent, count = 0.0, 0
+    for tensor in tensors:
+        codes = tensor.kept_codes()
+        spent += entropy(codes) * len(codes)
+        count += len(codes)
+    return spent / max(1, count)
