@@ -18,6 +18,7 @@ from fishleg_ext.observation.batches import require_rereadable
 from fishleg_ext.observation.gradients import gradient_bytes
 from fishleg_ext.observation.likelihoods import LossFunction, label_sampler
 from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.types import Observation
 from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 
@@ -242,6 +243,10 @@ class Estimator:
             self.estimate = self._start(names, previous)
             self.estimate.keep_bytes = 0 if self.max_memory is not None else self._chunk_bytes(names)
             del previous
+            if recorded := self.recipe.recorded(names):
+                masks = self._masks if self.recipe.conditions_on_masks else {}
+                kept = {name: x * masks[name] if name in masks else x for name, x in recorded.items()}
+                self.estimate.update(Observation(1, self.oriented({name: x[None] for name, x in kept.items()})))
             for number in range(self.recipe.num_passes if self.recipe.observes else 0):
                 self.used_grads = observe(
                     self.model,

@@ -118,6 +118,10 @@ class Curvature(Settings, ABC):
                 what = "layer inputs alone" if self.observes else "nothing"
                 raise ValueError(f"{type(self).__name__} takes no {name}: it observes {what}")
 
+    def recorded(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return what stands for a gradient of each parameter and needs no data, in its shape; empty of most models."""
+        return {}
+
     @property
     def sequential(self) -> bool:
         """Tell whether parameters are estimated and pruned one after the other."""

@@ -1,14 +1,14 @@
 """The diagonal of the empirical Fisher matrix."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from fishleg_ext.common.arguments import checked_positive
+from fishleg_ext.common.arguments import checked_count, checked_positive, checked_type
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.settings import setting
@@ -40,9 +40,117 @@ class DiagonalFisher(Curvature):
     ) -> "DiagonalEstimate":
         return DiagonalEstimate(self, weights, biases, **options)
 
+    @staticmethod
+    def from_optimizer(
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None = None,
+        *,
+        batch_size: int = 1,
+        root: bool = False,
+        damping: float = 1e-12,
+    ) -> "OptimizerFisher":
+        """Read the diagonal off the second moment of Adam or AdamW, without a pass over the data.
+
+        Tu et al. 2016, arXiv 1605.04859. The moment v / (1 - beta2^t) is a running mean of squared gradients of the
+        mean loss of a *batch*: about F / batch_size + mean^2 where samples are independent, along the path of the last
+        1 / (1 - beta2) steps. So its relative sizes tell what those of F do, and `batch_size` gives it the units of F.
+        It is copied now.
+
+        Args:
+            optimizer: Adam, AdamW or another with `exp_avg_sq`, that has taken steps; or what wraps one.
+            model: whose parameters it has; may be None where the optimizer was made of `model.named_parameters()`.
+            batch_size: samples in each gradient.
+            root: take the square root of the moment, as Choi et al. 2017 (arXiv 1612.01543) try: a flatter diagonal.
+            damping: added to each entry, > 0.
+
+        Returns:
+            a recipe for `curvature=` of `prune`, `Pruner` and `quantize`, which then need no data.
+
+        Raises:
+            ValueError: it has no second moments, as SGD, or not yet; or parameters without names.
+            TypeError: it is no optimizer.
+
+        Examples:
+            >>> layer = nn.Linear(2, 1, bias=False)
+            >>> adam = torch.optim.Adam(layer.named_parameters())
+            >>> layer(torch.tensor([1.0, 2.0])).backward()
+            >>> adam.step()
+            >>> recipe = DiagonalFisher.from_optimizer(adam)
+            >>> recipe.recorded(["weight"])["weight"].square()
+            tensor([[1., 4.]])
+        """
+        squares = second_moments(optimizer, model)
+        if root:
+            squares = {name: v.sqrt() for name, v in squares.items()}
+        count = checked_count("batch_size", batch_size)
+        return OptimizerFisher(damping=damping, squares=Recorded({name: count * v for name, v in squares.items()}))
+
     def state_bytes(self, name: str, weight: Tensor, num_grads: int, has_bias: bool = False) -> int:
         """Count one number a weight."""
         return weight.numel() * widened(weight.dtype).itemsize
+
+
+class Recorded(dict[str, Tensor]):
+    """Tensors by name, which are equal to themselves alone, so that a recipe that holds them can be compared."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+    def __repr__(self) -> str:
+        """Name the parameters, without their values."""
+        return f"<of {', '.join(self)}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFisher(DiagonalFisher):
+    """The diagonal Fisher matrix that `DiagonalFisher.from_optimizer` read off an optimizer.
+
+    Args:
+        squares: name -> mean squared gradient, of the parameter's shape.
+    """
+
+    squares: Recorded = setting(None)
+
+    name: ClassVar[str] = ""
+    observes: ClassVar[frozenset[str]] = frozenset()
+
+    def recorded(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the roots of mean squares, which stand for one gradient."""
+        if missing := [name for name in names if name not in self.squares]:
+            raise ValueError(f"the optimizer had no second moment of {missing[0]}, has those of {list(self.squares)}")
+        return {name: self.squares[name].sqrt() for name in names}
+
+
+def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return the bias-corrected second moments of Adam or AdamW by parameter name; see `from_optimizer`."""
+    inner: Any = optimizer
+    while not isinstance(getattr(inner, "state", None), Mapping) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    checked_type("optimizer", inner, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    names: dict[int, str] = {}
+    if model is not None:
+        checked_type("model", model, nn.Module, "an nn.Module")
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in inner.param_groups if model is None else ():
+        names |= {id(p): name for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}
+    kind, found = type(inner).__name__, {}
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state.get(parameter, {})
+            if "exp_avg_sq" not in state:
+                continue
+            if id(parameter) not in names:
+                raise ValueError(
+                    "expected names of the optimizer's parameters: make it of model.named_parameters(), or give model="
+                )
+            beta = float(group["betas"][1])
+            moment = state["exp_avg_sq"].detach()
+            found[names[id(parameter)]] = moment.to(widened(moment.dtype)) / (1 - beta ** float(state["step"]))
+    if not found:
+        has_moments = all("betas" in group for group in inner.param_groups)
+        why = "has taken no step" if has_moments and not inner.state else "keeps no second moments (exp_avg_sq)"
+        raise ValueError(f"expected Adam or AdamW after some steps, got {kind} that {why}")
+    return found
 
 
 class DiagonalEstimate(Estimate[DiagonalFisher]):

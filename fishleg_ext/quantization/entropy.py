@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
+from fishleg_ext.ops.quantize import MAX_BITS, offsets_of
 
 LEVELS = 255  # of a grid, odd, so that there is one in the middle
 BISECTIONS = 40
@@ -48,7 +49,9 @@ def uniform_codebooks(
     largest = {name: float(weights[name].abs().max()) for name in mean}
 
     def books(step: float) -> dict[str, Tensor]:
-        return {n: _means_on_grid(weights[n], importances[n], step / mean[n] ** 0.5) for n in mean}
+        # No finer than LEVELS reach.
+        steps = {n: max(step / mean[n] ** 0.5, largest[n] / (LEVELS // 2), 1e-300) for n in mean}
+        return {n: _means_on_grid(weights[n], importances[n], steps[n]) for n in mean}
 
     def rate(values: Mapping[str, Tensor]) -> float:
         codes = {n: torch.bucketize(weights[n].float(), (v[1:] + v[:-1]) / 2) for n, v in values.items()}
@@ -144,11 +147,13 @@ def pack_uniform(codes: Tensor, width: int) -> Tensor:
 
 
 def unpack_uniform(packed: Tensor, width: int, count: int) -> Tensor:
-    """Return the `count` codes that `pack_uniform` packed."""
+    """Return the `count` codes that `pack_uniform` packed; ValueError if there are others than so many."""
+    if not 0 <= width <= MAX_BITS or packed.numel() != (width * count + 7) // 8:
+        raise ValueError(f"expected {count} codes of {width} bits, got {packed.numel()} bytes")
     bits = torch.full((min(1, count),), width, dtype=torch.uint8, device=packed.device)
     return ops.unpack_codes(packed, bits, _layout(bits, count)[0], count, max(1, count))
 
 
 def _layout(bits: Tensor, count: int) -> tuple[Tensor, int]:
     """Return offsets and bytes of one group."""
-    return ops.quantize.offsets_of(bits, count, max(1, count))
+    return offsets_of(bits, count, max(1, count))

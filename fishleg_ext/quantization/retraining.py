@@ -28,6 +28,7 @@ class Trained:
         orientation: how it is seen as a matrix.
         groups: the real-valued weights behind it, in groups.
         grid: what they may become.
+        codes: uint8 [G, N], of now.
         written: what the parameter was set to last.
     """
 
@@ -35,6 +36,7 @@ class Trained:
     orientation: Orientation
     groups: Groups
     grid: Grid
+    codes: Tensor
     written: Tensor
 
     @classmethod
@@ -54,7 +56,8 @@ class Trained:
         # Where nothing is known to matter, all weights count alike.
         known = importance.to(parameter.device)
         groups = replace(groups, importance=torch.where(groups.kept, known.clamp(min=float(known.mean()) * 1e-6), 0))
-        return cls(parameter, tensor.orientation, groups, Grid.of_tensor(tensor), parameter.detach().clone())
+        codes = groups.layout.to_blocks(tensor.codes().view(groups.layout.shape))
+        return cls(parameter, tensor.orientation, groups, Grid.of_tensor(tensor), codes, parameter.detach().clone())
 
     def step(self, refit: bool) -> None:
         """Move the real-valued weights by the step of the optimizer, and quantize them again."""
@@ -62,29 +65,30 @@ class Trained:
         step = self.orientation.to_matrix(self.parameter.detach() - self.written)
         moved = torch.where(groups.kept, groups.weight + layout.to_blocks(step), 0)
         self.groups = groups = replace(groups, weight=moved)
-        codes = self.grid.nearest(moved)
+        self.codes = self.grid.nearest(moved)
         if refit:
-            self.grid = self._refitted(codes)
-        weight = torch.where(groups.kept, self.grid.weights(codes), 0)
+            self.grid = self._refitted()
+        weight = torch.where(groups.kept, self.grid.weights(self.codes), 0)
         matrix = layout.from_blocks(weight)
         self.parameter.copy_(self.orientation.to_parameter(matrix).to(self.parameter.dtype))
         self.written.copy_(self.parameter)
 
     def packed(self) -> QuantizedTensor:
         """Return the codes of now."""
-        codes = self.grid.nearest(self.groups.weight)
-        return self.grid.quantized(codes, self.groups, self.orientation, self.parameter.dtype)
+        return self.grid.quantized(self.codes, self.groups, self.orientation, self.parameter.dtype)
 
-    def _refitted(self, codes: Tensor) -> Grid:
+    def _refitted(self) -> Grid:
         """Return the grid of least distortion for these codes; a code that no weight has stays where it is."""
         weight, h, grid = self.groups.weight, self.groups.importance, self.grid
         if grid.values is not None:
             _, sums = ops.assign_codes(weight, h, boundaries_of(grid.values))
             means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], grid.values)
-            means = torch.where((grid.values == 0) & torch.tensor(not self.groups.masked), 0, means)
-            return replace(grid, values=means.to(grid.values.dtype).sort(1).values)
+            if not self.groups.masked:  # where zero is a code it stays one
+                means = torch.where(grid.values == 0, 0, means)
+            # Means of intervals are in their order.
+            return replace(grid, values=means.to(grid.values.dtype))
         assert grid.scale is not None
-        level = fixed_point.values_of(codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
+        level = fixed_point.values_of(self.codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
         squares, products = (h * level.square()).sum(1), (h * level * weight).sum(1)
         return replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
 

@@ -19,6 +19,10 @@ from fishleg_ext.ops.dispatch import OPS
 GRAM = torch.eye(4).repeat(3, 1, 1) + 0.1
 MASK = torch.arange(12).reshape(3, 4) % 3 != 0
 WEIGHT = torch.linspace(-1, 1, 12).reshape(3, 4)
+CODES = torch.tensor([[[-0.5, 0.5], [-1.0, 1.0]]])  # of two segments
+BYTES = torch.arange(8, dtype=torch.uint8) * 37
+BITS, OFFSETS = torch.tensor([3, 6], dtype=torch.uint8), torch.tensor([0, 2])  # of two groups of four
+PACKED_MASK, RANKS = torch.tensor([0b10110111], dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int32)
 
 # For every op, calls that cover its arguments.
 CALLS = {
@@ -59,6 +63,25 @@ CALLS = {
         ((torch.eye(4), torch.eye(3), WEIGHT.mT), {}),
         ((torch.ones(3), torch.eye(4)), {}),
     ],
+    "obs_quantize": [
+        ((WEIGHT, GRAM, MASK, CODES), {}),
+        ((WEIGHT, GRAM[:1], MASK, CODES.expand(3, 2, 2)), {"dead_first": True}),
+        ((WEIGHT, GRAM, MASK, CODES[:, :1]), {"order": "given", "num_free": 1}),
+    ],
+    "pack_codes": [
+        ((BYTES, BITS, OFFSETS, 5, 4), {}),
+        ((BYTES, BITS, OFFSETS, 5, 4, PACKED_MASK, RANKS), {}),
+    ],
+    "unpack_codes": [((BYTES, BITS, OFFSETS, 8, 4), {}), ((BYTES, BITS, OFFSETS, 8, 4, PACKED_MASK, RANKS), {})],
+    "dequantize_fixed_point": [
+        ((BYTES, BITS, OFFSETS, torch.ones(2), True, [2, 4], 4), {}),
+        ((BYTES, BITS, OFFSETS, torch.ones(2), False, [2, 4], 4, PACKED_MASK, RANKS), {}),
+    ],
+    "dequantize_codebook": [
+        ((BYTES, BITS, OFFSETS, torch.arange(72.0), torch.tensor([0, 8]), [2, 4], 4), {}),
+        ((BYTES, BITS, OFFSETS, torch.arange(72.0), torch.tensor([0, 8]), [2, 4], 4, PACKED_MASK, RANKS), {}),
+    ],
+    "assign_codes": [((WEIGHT, WEIGHT.abs(), torch.tensor([[-0.5, 0.5]]).expand(3, 2)), {})],
     "keep_mask": [(([WEIGHT, torch.ones(5)], 7), {}), (([], 0), {})],
     "nm_mask": [((WEIGHT, 2, 4), {}), ((WEIGHT, 1, 3, 0), {}), ((WEIGHT.mT, 2, 4, 0), {})],
     "pack_mask": [((MASK,), {}), ((MASK.mT,), {})],
