@@ -14,6 +14,7 @@ from fishleg_ext.common.optimizers import after_each_step
 from fishleg_ext.ops.quantize import kept_counts
 from fishleg_ext.quantization import files
 from fishleg_ext.quantization.entropy import entropy
+from fishleg_ext.quantization.export import export_compressed_tensors
 from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
 from fishleg_ext.quantization.retraining import Trained, retrained
 
@@ -153,12 +154,33 @@ class QuantizeResult:
                 self._trained = retrained(parameters, self._tensors, self._importances)
         return handle
 
-    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors = self.tensors
-        own = {id(self.model.get_parameter(name)) for name in tensors}
+    def export_compressed_tensors(self, folder: str | Path) -> dict[str, str]:
+        """Write the model as compressed-tensors lays it out ("pack-quantized"), which transformers and vLLM load.
+
+        For linear layers of method="fixed_point" (or "obq" with grid="fixed_point"), allocate=False and no masks; what
+        was quantized otherwise is written dense. Scales are in the dtype of the weights: those of narrower ones than
+        float32 are rounded to it.
+
+        Args:
+            folder: model.safetensors and config.json are written there, with the model's own config, if it has one.
+
+        Returns:
+            name -> why it was written dense.
+
+        Raises:
+            ValueError: the layout can hold none of the parameters.
+            ImportError: safetensors is not installed.
+        """
+        return export_compressed_tensors(self.model, self.tensors, self._others(), Path(folder))
+
+    def _others(self) -> dict[str, Tensor]:
+        """Tensors of the state dict that are not quantized; those tied to quantized ones are left out."""
+        own = {id(self.model.get_parameter(name)) for name in self._tensors}
         aliases = {n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in own}
-        others = {name: x for name, x in self.model.state_dict().items() if name not in aliases}
-        return files.contents_of(tensors, others, self.coding)
+        return {name: x for name, x in self.model.state_dict().items() if name not in aliases}
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return files.contents_of(self.tensors, self._others(), self.coding)
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:

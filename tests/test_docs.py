@@ -73,7 +73,7 @@ def test_examples_run_one_after_the_other(page, names, tmp_path, monkeypatch):
     for number, example in enumerate(examples):
         exec(compile(example, f"{page.name}, example {number}", "exec"), names)
     if page.name == "README.md":
-        assert len(examples) == 4
+        assert len(examples) == 5
         assert names["result"].sparsity == pytest.approx(0.95, abs=0.01)
         assert (names["rank"] < 2).sum() == (names["weight"] == 0).sum() == 4
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+EXCHANGES = 16  # of bits of small groups for one of a large group
+
 
 def least_bits(mean: float) -> int:
     """Return how few bits a group may have where the mean is this: the largest whole number below it.
@@ -56,25 +58,53 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
         raise ValueError(f"expected a budget of at least {budget - left} bits, {least} for each code, got {budget}")
     hull = _lower_hull(table[:, least:])
     gain = (hull[:, :-1] - hull[:, 1:]) / count.clamp(min=1)[:, None]
-    gain = torch.where(count[:, None] > 0, gain, -torch.inf)
+    gain = torch.where(count[:, None] > 0, gain, -torch.inf).T.reshape(-1)
     # Of equal gains the lower bit comes first, so that each group has the first of its bits.
-    order = gain.T.reshape(-1).argsort(descending=True, stable=True)
-    order = order[gain.T.reshape(-1)[order] > 0]
-    group = order % len(count)
-    spent = count[group].cumsum(0)
-    fits = int(torch.searchsorted(spent, left, right=True))
-    bits = torch.bincount(group[:fits], minlength=len(count))
-    left -= int(spent[fits - 1]) if fits else 0
+    order = gain.argsort(descending=True, stable=True)
+    order = order[gain[order] > 0]
+    step, group = order // len(count) + least, order % len(count)
+    total = lambda bits: float(table.gather(1, bits[:, None]).sum())
+    start = torch.full_like(count, least)
+    bits, missed = _greedy(start, step, group, count, budget)
+    for _ in range(EXCHANGES):
+        # A large group may find no room, and what is left of the budget no use: give it its bit before the others.
+        if missed is None:
+            break
+        start[missed] = bits[missed] + 1
+        if int((start * count).sum()) > budget:
+            break
+        tried, missed = _greedy(start, step, group, count, budget)
+        if total(tried) >= total(bits):
+            break
+        bits = tried
+    return list(bits.to(torch.uint8).split(sizes))
+
+
+def _greedy(start: Tensor, step: Tensor, group: Tensor, count: Tensor, budget: int) -> tuple[Tensor, int | None]:
+    """Give bits in order, as long as they fit; bits [G], and the first group for whose next one there was no room.
+
+    Args:
+        start: bits that each group has, [G].
+        step, group: the bits to give in order: from so many to one more, and to whom.
+        count: weights of each group, [G].
+        budget: bits of all codes.
+    """
+    further = step >= start[group]
+    step, group = step[further], group[further]
+    left = budget - int((start * count).sum())
+    fits = int(torch.searchsorted(count[group].cumsum(0), left, right=True))
+    bits = start + torch.bincount(group[:fits], minlength=len(count))
+    left -= int(count[group[:fits]].sum())
+    missed = int(group[fits]) if fits < len(group) else None
     # What is left may do for smaller groups.
-    steps, rest = (order // len(count))[fits:].tolist(), group[fits:].tolist()
     smallest = int(count[count > 0].min()) if (count > 0).any() else budget + 1
-    for step, index in zip(steps, rest, strict=True):
+    for at, index in zip(step[fits:].tolist(), group[fits:].tolist(), strict=True):
         if left < smallest:
             break
-        if bits[index] == step and int(count[index]) <= left:
+        if bits[index] == at and int(count[index]) <= left:
             bits[index] += 1
             left -= int(count[index])
-    return list((bits + least).to(torch.uint8).split(sizes))
+    return bits, missed
 
 
 def _lower_hull(table: Tensor) -> Tensor:

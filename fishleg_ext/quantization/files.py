@@ -147,7 +147,7 @@ def tensor_of(name: str, streams: Mapping[str, Tensor], entry: Mapping[str, Any]
         tensor = QuantizedTensor(bits=bits, packed=streams["codes"], packed_mask=packed_mask, **fields)
         tensor.codes()  # as many as there should be
         return tensor
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"{name} cannot be unpacked: {error!r}") from error
 
 

@@ -53,6 +53,16 @@ def test_with_many_bits_it_is_reverse_water_filling():
     assert bits.sum() == 20
 
 
+def test_a_large_group_has_its_bit_before_what_is_left_is_wasted():
+    falling = 4.0 ** -torch.arange(9)
+    table = torch.stack([100 * falling, 90 * falling])
+    # One by one the small group would have all its bits first, and the large one none of the 90 that are left.
+    bits = allocate_bits([table], [torch.tensor([100, 10])], 200, 1)
+    assert bits[0].tolist() == [1, 8]
+    bits = allocate_bits([table], [torch.tensor([100, 10])], 220, 1)
+    assert bits[0].tolist() == [2, 2]
+
+
 def test_groups_without_weights_have_the_least(generator):
     bits = allocate_bits([torch.rand(2, 5, generator=generator)], [torch.tensor([0, 10])], 40)
     assert bits[0].tolist()[0] == 0
