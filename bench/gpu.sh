@@ -67,7 +67,7 @@ step sanitizer-memcheck 150 $sanitizer memcheck --report-api-errors no "$PYTHON"
 step sanitizer-racecheck 150 $sanitizer racecheck "$PYTHON" bench/gpu.py --small-calls &
 wait
 step missing 10 "$PYTHON" bench/gpu.py --missing "$FOLDER/check.json"
-for family in obs select masks kron block_fisher; do
+for family in obs select masks kron block_fisher quantize diag_fisher; do
   step "bench-$family" 120 "$PYTHON" $cli bench "$family"
 done
 "$PYTHON" bench/gpu.py --summary "$FOLDER" ${WITHOUT_GPU:+--results "$FOLDER"}

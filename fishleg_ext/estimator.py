@@ -177,6 +177,10 @@ class Estimator:
         known = self._orientations
         return {name: known[name].to_matrix(x) if name in known else x for name, x in tensors.items()}
 
+    def orientation(self, name: str) -> Orientation:
+        """Return how a parameter is seen as a matrix."""
+        return self._orientations[name]
+
     def as_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `oriented`."""
         known = self._orientations

@@ -16,7 +16,7 @@ from fishleg_ext.quantization import files
 from fishleg_ext.quantization.entropy import entropy
 from fishleg_ext.quantization.export import export_compressed_tensors
 from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
-from fishleg_ext.quantization.retraining import Trained, retrained
+from fishleg_ext.quantization.retraining import Trained
 
 
 class QuantizeResult:
@@ -24,8 +24,9 @@ class QuantizeResult:
 
     Attributes:
         model: the model, whose weights are the values of the codes.
-        distortion: what the quantization costs by the curvature: 1/2 sum h (w - q)^2, or for "obq" 1/2 dw^T F dw of
-            the whole move, that of weights which it pruned among it.
+        distortion: what the quantization costs by the curvature: 1/2 sum h (w - q)^2 over the weights that have codes,
+            h = 1 / diag(F^-1), or for "obq" 1/2 dw^T F dw of the whole move, that of weights which it pruned among it.
+            The two are of one kind under the diagonal Fisher matrix alone.
         coding: of the saved file, "fixed" or "entropy".
         settings: of the quantization, JSON-able.
         dense: name -> why it was not quantized, of the other parameters of two dimensions and more.
@@ -48,11 +49,9 @@ class QuantizeResult:
         self._trained: dict[str, Trained] = {}
 
     def __repr__(self) -> str:
-        """Say how many parameters there are, their bits and the size."""
-        return (
-            f"QuantizeResult({len(self._tensors)} parameters, {self.mean_bits:.2f} bits, {self.size} bytes, "
-            f"distortion={self.distortion:.3g})"
-        )
+        """Say how many parameters there are and their bits."""
+        what = f"{len(self._tensors)} parameters, {self.mean_bits:.2f} bits, distortion={self.distortion:.3g}"
+        return f"QuantizeResult({what})"
 
     @property
     def tensors(self) -> dict[str, QuantizedTensor]:
@@ -114,30 +113,34 @@ class QuantizeResult:
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: the path has another suffix than .safetensors.
+            ValueError: the path has another suffix than .safetensors; weights changed since they were quantized, as by
+                training without `attach`.
             OSError: it cannot be written.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"expected a path that ends in .safetensors, got {path}")
+        self._check_weights()
         files.write(*self._contents(), path)
 
-    def attach(self, optimizer: torch.optim.Optimizer, *, refit: bool = True) -> RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer, *, refit: bool = True) -> "Attachment":
         """From now on let the optimizer train the weights behind the codes: a straight-through gradient.
 
         After each of its steps the real-valued weights, which begin as the quantized ones, move by what the optimizer
-        did, and the model's are set to the nearest values. Pruned weights stay zero. Real-valued weights are held until
-        `remove`, one for each weight, and one more of what was written last.
+        did, and the model's are set to the values of their codes. Pruned weights stay zero; without masks, weights that
+        were zero may get another code. With coding="entropy" the entropy of the codes may grow. Real-valued weights are
+        held until `remove`, one for each weight, and one more of what was written last.
 
         Args:
-            optimizer: of some of the quantized parameters at least.
+            optimizer: of some of the quantized parameters at least; those that it does not have stay as they are.
             refit: move the codebooks and scales, too, to those that are best for the codes of now.
 
         Returns:
             a handle; its `remove()` ends this.
 
         Raises:
-            ValueError: it is an optimizer of none of the quantized parameters.
+            ValueError: it is an optimizer of none of the quantized parameters; another one is attached to some of them,
+                or weights changed since they were quantized.
             TypeError: it is no optimizer.
         """
         checked_flag("refit", refit)
@@ -145,14 +148,41 @@ class QuantizeResult:
 
         def requantize(*_: Any) -> None:
             with torch.no_grad():
-                for trained in self._trained.values():
+                for trained in attachment.trained.values():
                     trained.step(refit)
 
         handle = after_each_step(optimizer, parameters.values(), requantize)
-        if not self._trained:
+        attachment = Attachment(self, handle)
+        try:
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            names = [name for name, parameter in parameters.items() if id(parameter) in owned]
+            if twice := [name for name in names if name in self._trained]:
+                raise ValueError(f"expected parameters that no optimizer is attached to, got {', '.join(twice)}")
+            self._check_weights()
             with torch.no_grad():
-                self._trained = retrained(parameters, self._tensors, self._importances)
-        return handle
+                tensors, h = self._tensors, self._importances
+                attachment.trained = {n: Trained.of(parameters[n], tensors[n], h[n]) for n in names}
+        except BaseException:
+            handle.remove()
+            raise
+        self._trained |= attachment.trained
+        return attachment
+
+    def detach(self, attachment: "Attachment") -> None:
+        """End what `attach` began; the codes are those of now."""
+        for name, trained in attachment.trained.items():
+            self._tensors[name] = trained.packed()
+            self._trained.pop(name, None)
+        attachment.trained = {}
+
+    def _check_weights(self) -> None:
+        """Raise ValueError unless the weights of the model are the values of their codes."""
+        for name, tensor in self.tensors.items():
+            parameter = self.model.get_parameter(name).detach()
+            if not torch.equal(tensor.unpack(), parameter):
+                raise ValueError(
+                    f"{name} changed since it was quantized; attach the optimizer that trains it, or quantize again"
+                )
 
     def export_compressed_tensors(self, folder: str | Path) -> dict[str, str]:
         """Write the model as compressed-tensors lays it out ("pack-quantized"), which transformers and vLLM load.
@@ -171,23 +201,38 @@ class QuantizeResult:
             ValueError: the layout can hold none of the parameters.
             ImportError: safetensors is not installed.
         """
+        self._check_weights()
         return export_compressed_tensors(self.model, self.tensors, self._others(), Path(folder))
 
     def _others(self) -> dict[str, Tensor]:
-        """Tensors of the state dict that are not quantized; those tied to quantized ones are left out."""
+        """Tensors of the state dict that are not quantized, tied ones once."""
         own = {id(self.model.get_parameter(name)) for name in self._tensors}
-        aliases = {n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in own}
+        first = dict(self.model.named_parameters())
+        aliases = {n for n, p in self.model.named_parameters(remove_duplicate=False) if n not in first or id(p) in own}
         return {name: x for name, x in self.model.state_dict().items() if name not in aliases}
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         return files.contents_of(self.tensors, self._others(), self.coding)
 
 
+class Attachment:
+    """Holds what an optimizer trains of a quantized model, until `remove`."""
+
+    def __init__(self, result: QuantizeResult, handle: RemovableHandle) -> None:
+        self._result, self._handle = result, handle
+        self.trained: dict[str, Trained] = {}
+
+    def remove(self) -> None:
+        """End the training of quantized weights; the model keeps those of now."""
+        self._handle.remove()
+        self._result.detach(self)
+
+
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
     """Read what `QuantizeResult.save` wrote. Runs no code that the file may hold.
 
     Args:
-        path: of the file.
+        path: of the file. Without a model it may ask for as much memory as the shapes that it names.
         model: of the same architecture, whose parameters and buffers are set to those of the file: its weights are
             those of the quantized model to the bit. If anything is raised it is as before. None reads the packed
             tensors alone.
@@ -197,22 +242,27 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
         was not quantized.
 
     Raises:
-        ValueError: the file is truncated, altered or of another kind, or of another model.
+        ValueError: the file is truncated, altered or of another kind, or of another model, or one of another dtype.
         ImportError: safetensors is not installed.
         OSError: it cannot be opened.
     """
-    tensors, others = files.read(Path(path))
     if model is None:
+        tensors, others = files.read(Path(path))
         return {**tensors, **others}
     checked_type("model", model, nn.Module, "an nn.Module")
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors, others = files.read(Path(path), own)
     state = {**others, **{name: tensor.unpack() for name, tensor in tensors.items()}}
     known = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in known.items():  # tied parameters are in the file once
         if name not in state and names[id(parameter)] in state:
             state[name] = state[names[id(parameter)]]
-    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: list(tensor.shape) for name, tensor in state.items()}
+    other = [n for n, t in tensors.items() if n in own and model.state_dict()[n].dtype != t.dtype]
+    if other:
+        kinds = f"{tensors[other[0]].dtype}, got {model.state_dict()[other[0]].dtype}"
+        raise ValueError(f"expected a model with {other[0]} in {kinds}: its weights would be other ones")
     if unlike := [n for n in {**own, **given} if own.get(n) != given.get(n)]:
         listed = ", ".join(f"{n} is {own.get(n, 'missing')}, not {given.get(n, 'there')}" for n in unlike[:5])
         raise ValueError(f"expected a model with the tensors of {path}: {listed}")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.quantize import MAX_BITS
 from fishleg_ext.quantization.allocation import allocate_bits, least_bits
 from fishleg_ext.quantization.elimination import eliminate_to_codes, tables_of_blocks
-from fishleg_ext.quantization.entropy import uniform_codebooks
+from fishleg_ext.quantization.entropy import Book, uniform_codebooks
 from fishleg_ext.quantization.fitting import Grid, Groups
+from fishleg_ext.quantization.kmeans import distortion as distortions_of
 from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
 from fishleg_ext.quantized import QuantizeResult
 from fishleg_ext.sparsity.masks import Masks
@@ -29,7 +30,7 @@ from fishleg_ext.sparsity.parameters import ParameterChoice, choose_parameters, 
 
 DAMPING = 1e-8  # of the diagonal Fisher matrix: it is not inverted, and what no gradient reaches needs few bits
 METHODS = ("codebook", "fixed_point", "obq")
-MOST_PASSES = 5  # of elimination, until its codes have no more entropy than they may
+MOST_PASSES = 12  # of elimination, until its codes have no more entropy than they may
 WIDER = 3  # bits beyond the mean up to which the distortion of a group is measured
 
 
@@ -61,9 +62,10 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a model in place, in one call. If anything is raised, the model is as before the call.
 
-    Each weight is replaced by one of the few values of its group, so that the loss rises least by the curvature: with
-    importance h, the diagonal of the Fisher matrix, by 1/2 sum h (w - q)^2 where weights go to their nearest codes,
-    and by 1/2 dw^T F dw where they compensate for each other (`method="obq"`).
+    Each weight is replaced by one of the few values of its group, so that the loss rises least by the curvature: by
+    1/2 sum h (w - q)^2 where weights go to their nearest codes, and by 1/2 dw^T F dw where they compensate for each
+    other (`method="obq"`). The importance h is 1 / diag(F^-1): for the default the diagonal of F itself, for others
+    what a weight costs that the others of its block compensate.
 
     Args:
         model: any module.
@@ -71,7 +73,8 @@ def quantize(
             `DiagonalFisher.from_optimizer`.
         loss_fn: as in `prune`.
         bits: of a code, on average over all weights that have one, 0 < bits <= 8. Codes of all groups together never
-            take more. With coding="entropy" what their entropy is at most.
+            take more. With coding="entropy" what their entropy is at most; Huffman's code takes up to a bit a code
+            more where that is below 1.
         method: "codebook" (weighted k-means; with coding="entropy" weighted means of a uniform grid), "fixed_point"
             (whole multiples of a scale), or "obq" (elimination: weights go to their codes one by one, and the others of
             their block or row compensate).
@@ -80,8 +83,9 @@ def quantize(
         curvature: a name or a recipe, as in `prune`: what is important, and for "obq" how weights compensate.
             "identity" counts squared errors of weights.
         masks: name -> bool tensor, True = kept, such as `PruneResult.masks`. What is pruned stays zero and has no code;
-            with "obq" weights that are pruned by the mask but not yet zero are eliminated in the same pass. Without
-            masks weights that are zero stay zero under "codebook" and "fixed_point", where zero is a code then.
+            with "obq" weights that are pruned by the mask but not yet zero are eliminated in the same pass. A kept
+            weight that is zero counts as pruned, but for "obq". Without masks weights that are zero stay zero under
+            "codebook" and "fixed_point", where zero is a code then.
         params: as in `prune`; None is the parameters of `masks`, or what `prune` would choose.
         num_grads, labels, likelihood, damping, batch_fn, max_memory, impl, seed, progress: as in `prune`; but labels
             and damping of "diagonal" are by default "model", where the likelihood is known, and 1e-8.
@@ -117,7 +121,7 @@ def quantize(
     checked_flag("allocate", allocate)
     grid = _checked_grid(method, grid, order, coding, group)
     order = one_of("cheapest", "given")("order", order or "cheapest")
-    if not allocate and bits != int(bits) and coding == "fixed":
+    if not allocate and bits != int(bits) and grid != "uniform":
         raise ValueError(f"expected a whole number of bits with allocate=False, got {bits}")
     if masks is not None:
         checked_type("masks", masks, Mapping, "a dict of tensors")
@@ -154,28 +158,32 @@ def quantize(
         require_rereadable(data, "obq with a curvature that is estimated in parts")
     implementation = contextlib.nullcontext() if impl == "auto" else use_impl(impl)
     with implementation, torch.no_grad(), Restorer()(chosen.values()):
-        estimator.begin(data, loss_fn, kept, seed=seed)
+        # Of weights that are yet to be pruned the curvature must know: the others compensate for them.
+        alive = Masks(chosen) if method == "obq" and kept.num_revived() else kept
+        estimator.begin(data, loss_fn, alive, seed=seed)
         groups = _grouped(estimator, kept, masks is not None, group_sizes, nonzero_alone=method != "obq")
-        before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
         # Errors of layers' outputs cannot be compared from layer to layer: each has the same budget.
         options: dict[str, Any] = {"alone": recipe.default_scope == "layer", "allocate": allocate, "progress": progress}
-        tensors: dict[str, QuantizedTensor] = {}
-
-        def write(grid: Grid, name: str, codes: Tensor) -> None:
-            tensors[name] = grid.quantized(codes, groups[name], orientations[name], chosen[name].dtype)
-            chosen[name].copy_(tensors[name].unpack())
-
-        if method != "obq":
-            for name, own in _grids(groups, bits, grid, **options).items():
-                write(own, name, own.nearest(groups[name].weight))
-        for target in _targets(bits, tensors) if method == "obq" else ():
-            for name, parameter in chosen.items():
-                parameter.copy_(before[name])
-            _eliminated(estimator, groups, _grids(groups, target, grid, **options), kept, write, order, progress)
-            if grid != "uniform":
-                break
-        moves = {name: parameter.detach() - before[name] for name, parameter in chosen.items()}
-        distortion = _distortion(estimator, groups, moves, method)
+        if method == "obq":
+            before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+            tensors: dict[str, QuantizedTensor] = {}
+            for target in _targets(bits, tensors):
+                for name, parameter in chosen.items():
+                    parameter.copy_(before[name])
+                grids = _grids(groups, target, grid, nearest=True, **options)
+                found, distortion = _eliminated(estimator, groups, grids, kept, order, progress)
+                tensors |= found
+                if grid != "uniform":
+                    break
+        else:
+            tensors, distortion = {}, 0.0
+            for name, own in _grids(groups, bits, grid, nearest=False, **options).items():
+                codes, of = own.codes_of(groups[name].weight), groups[name]
+                tensors[name] = own.quantized(codes, of, orientations[name], chosen[name].dtype)
+                errors = distortions_of(of.weight, of.importance, torch.where(of.kept, own.weights(codes), 0))
+                distortion += float(errors.sum())
+        for name, parameter in chosen.items():
+            parameter.copy_(tensors[name].unpack())
     return QuantizeResult(
         model=model,
         tensors={name: tensors[name] for name in chosen},
@@ -271,17 +279,20 @@ def _grids(
     *,
     alone: bool,
     allocate: bool,
+    nearest: bool,
     progress: bool,
 ) -> dict[str, Grid]:
     """Fit what the weights of each parameter may become, under a budget for all, or where `alone` for each."""
     together = [[name] for name in groups] if alone else [list(groups)]
     if grid == "uniform":
         flat = {name: (g.weight[g.kept], g.importance[g.kept]) for name, g in groups.items()}
-        books: dict[str, Tensor] = {}
+        zero = {name for name, g in groups.items() if not g.masked and bool((g.kept & (g.weight == 0)).any())}
+        books: dict[str, Book] = {}
         for names in together:
-            books |= uniform_codebooks({n: flat[n][0] for n in names}, {n: flat[n][1] for n in names}, bits)
-        return {name: Grid.of_values(values) for name, values in books.items()}
-    chosen = {n: torch.full((len(g.weight),), int(bits), dtype=torch.uint8) for n, g in groups.items()}
+            weights, importances = ({n: flat[n][i] for n in names} for i in (0, 1))
+            books |= uniform_codebooks(weights, importances, bits, with_zero=zero, nearest=nearest)
+        return {name: Grid.of_values(*book) for name, book in books.items()}
+    chosen = {n: torch.where(g.counts > 0, int(bits), 0).to(torch.uint8) for n, g in groups.items()}
     if allocate:
         most = min(MAX_BITS, math.ceil(bits) + WIDER)
         measured = progress_bar(groups.items(), what="bits", show=progress)
@@ -300,18 +311,26 @@ def _eliminated(
     groups: Mapping[str, Groups],
     grids: Mapping[str, Grid],
     masks: Mapping[str, Tensor],
-    write: Callable[[Grid, str, Tensor], None],
     order: str,
     progress: bool,
-) -> None:
-    """Find the codes [n] of each parameter by elimination, and write them at once, as the next may depend on it."""
-    conditioned = estimator.is_conditioned_on(masks)
-    if estimator.recipe.sequential:
+) -> tuple[dict[str, QuantizedTensor], float]:
+    """Quantize all parameters by elimination.
+
+    The model is left as it is, so that a curvature that is estimated in parts is that of one network, unless each
+    parameter's is to be that of the network quantized so far.
+
+    Returns:
+        name -> packed codes, and the cost of the whole move.
+    """
+    conditioned, sequential = estimator.is_conditioned_on(masks), estimator.recipe.sequential
+    tensors: dict[str, QuantizedTensor] = {}
+    cost = 0.0
+    if sequential:
         estimator.held = []  # observed before anything was quantized
-    in_turn = estimator.groups if estimator.recipe.sequential else reversed(estimator.groups)  # the last is still held
-    for names in in_turn:
+    for names in estimator.groups if sequential else reversed(estimator.groups):  # the last is still held
         estimate = estimator.hold(names)
-        weights = estimator.oriented(estimator.weights(names))
+        own_weights = estimator.weights(names)
+        weights = estimator.oriented(own_weights)
         for name in progress_bar(names, what="elimination", show=progress):
             group, layout = groups[name], estimate.layouts[name]
             table = tables_of_blocks(grids[name].table(), layout, group.layout.block_size)
@@ -325,29 +344,22 @@ def _eliminated(
                 del blocks  # before the next are computed
             index = layout.from_blocks(torch.cat(found)).reshape(-1)
             group_of = torch.arange(layout.numel, device=index.device) // group.layout.block_size
-            write(grids[name], name, grids[name].of_table(index, group_of))
+            codes, dtype = grids[name].of_table(index, group_of), own_weights[name].dtype
+            tensors[name] = grids[name].quantized(codes, group, estimator.orientation(name), dtype)
+        after = {name: tensors[name].unpack() for name in names}
+        moves = {name: value - own_weights[name] for name, value in after.items()}
+        cost += estimate.step_cost(estimator.oriented(moves))
+        for name in names if sequential else ():
+            own_weights[name].copy_(after[name])
+    return tensors, cost
 
 
 def _targets(bits: float, tensors: Mapping[str, QuantizedTensor]) -> Iterator[float]:
     """Yield the entropy that grids are fitted to until the codes that elimination made of them have at most `bits`."""
     target = bits
-    for _ in range(MOST_PASSES):
+    for done in range(1, MOST_PASSES + 1):
         yield target
-        if (reached := mean_entropy(tensors.values())) <= bits:
+        if (entropy := mean_entropy(tensors.values())) <= bits:
             return
-        target *= 0.995 * bits / reached
-    raise ValueError(f"expected codes of at most {bits} bits of entropy; elimination left {reached:.3f}")
-
-
-def _distortion(estimator: Estimator, groups: Mapping[str, Groups], moves: Mapping[str, Tensor], method: str) -> float:
-    """Return what the move costs by the curvature: its diagonal, or for "obq" all of it."""
-    if method == "obq":
-        return sum(
-            estimator.hold(names).step_cost(estimator.oriented({name: moves[name] for name in names}))
-            for names in estimator.groups
-        )
-    total = 0.0
-    for name, move in estimator.oriented(moves).items():
-        step = groups[name].layout.to_blocks(move).double()
-        total += float(0.5 * (groups[name].importance.double() * step.square()).sum())
-    return total
+        target *= 0.995**done * bits / entropy  # the further below the more often it was missed
+    raise ValueError(f"expected codes of at most {bits} bits of entropy; elimination left {entropy:.3f}")

@@ -66,13 +66,15 @@ def _tile(
 
 
 @triton.jit
-def _codes(packed_ptr, offset, width, kept, bit):
-    """Read the code of each kept weight, 0 elsewhere."""
-    read = kept & (width > 0)
-    place = packed_ptr + offset + bit // 8
+def _codes(packed_ptr, num_bytes, offset, width, kept, bit):
+    """Read the code of each kept weight, 0 elsewhere; what lies beyond the packed bytes is 0."""
+    place = offset + bit // 8
+    read = kept & (width > 0) & (place >= 0)
     shift = bit % 8
-    low = tl.load(place, mask=read, other=0).to(tl.int32)
-    high = tl.load(place + 1, mask=read & (shift + width > 8), other=0).to(tl.int32)
+    low = tl.load(packed_ptr + place, mask=read & (place < num_bytes), other=0).to(tl.int32)
+    high = tl.load(packed_ptr + place + 1, mask=read & (shift + width > 8) & (place + 1 < num_bytes), other=0).to(
+        tl.int32
+    )
     return ((low | (high << 8)) >> shift.to(tl.int32)) & ((1 << width.to(tl.int32)) - 1)
 
 
@@ -80,6 +82,7 @@ def _codes(packed_ptr, offset, width, kept, bit):
 def pack_codes_kernel(
     codes_ptr,
     words_ptr,
+    num_words,
     bits_ptr,
     offsets_ptr,
     mask_ptr,
@@ -111,15 +114,17 @@ def pack_codes_kernel(
     code = tl.load(codes_ptr + index, mask=kept, other=0).to(tl.int64) & ((1 << width) - 1)
     first = 8 * offset + bit
     shifted = code << (first % 32)  # of at most 39 bits
-    written = kept & (width > 0)
-    tl.atomic_or(words_ptr + first // 32, (shifted & 0xFFFFFFFF).to(tl.int32), mask=written, sem="relaxed")
-    spills = written & (first % 32 + width > 32)
-    tl.atomic_or(words_ptr + first // 32 + 1, (shifted >> 32).to(tl.int32), mask=spills, sem="relaxed")
+    word = first // 32
+    written = kept & (width > 0) & (first >= 0) & (word < num_words)
+    tl.atomic_or(words_ptr + word, (shifted & 0xFFFFFFFF).to(tl.int32), mask=written, sem="relaxed")
+    spills = written & (first % 32 + width > 32) & (word + 1 < num_words)
+    tl.atomic_or(words_ptr + word + 1, (shifted >> 32).to(tl.int32), mask=spills, sem="relaxed")
 
 
 @triton.jit
 def unpack_codes_kernel(
     packed_ptr,
+    num_bytes,
     codes_ptr,
     bits_ptr,
     offsets_ptr,
@@ -149,12 +154,13 @@ def unpack_codes_kernel(
         BLOCK,
         LENGTH,
     )
-    tl.store(codes_ptr + index, _codes(packed_ptr, offset, width, kept, bit).to(tl.uint8), mask=real)
+    tl.store(codes_ptr + index, _codes(packed_ptr, num_bytes, offset, width, kept, bit).to(tl.uint8), mask=real)
 
 
 @triton.jit
 def dequantize_fixed_point_kernel(
     packed_ptr,
+    num_bytes,
     weight_ptr,
     scale_ptr,
     bits_ptr,
@@ -186,7 +192,7 @@ def dequantize_fixed_point_kernel(
         BLOCK,
         LENGTH,
     )
-    code = _codes(packed_ptr, offset, width, kept, bit)
+    code = _codes(packed_ptr, num_bytes, offset, width, kept, bit)
     middle = (1 << width.to(tl.int32)) // 2
     scale = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32)
     level = (code - middle).to(tl.float32)
@@ -199,6 +205,7 @@ def dequantize_fixed_point_kernel(
 @triton.jit
 def dequantize_codebook_kernel(
     packed_ptr,
+    num_bytes,
     weight_ptr,
     codebook_ptr,
     starts_ptr,
@@ -231,7 +238,7 @@ def dequantize_codebook_kernel(
         BLOCK,
         LENGTH,
     )
-    code = _codes(packed_ptr, offset, width, kept, bit)
+    code = _codes(packed_ptr, num_bytes, offset, width, kept, bit)
     entry = tl.load(starts_ptr + group, mask=there, other=0) + code
     value = tl.load(codebook_ptr + entry, mask=kept & (entry >= 0) & (entry < num_values), other=float("nan"))
     tl.store(weight_ptr + index, tl.where(kept, value, 0.0), mask=real)
@@ -349,7 +356,7 @@ def pack_codes(
     """Set bits in words of 32, of which the last may be cut off."""
     words = torch.zeros((num_bytes + 3) // 4, dtype=torch.int32, device=codes.device)
     layout = codes.numel(), group_size, bits, offsets, packed_mask, ranks
-    _launch(pack_codes_kernel, codes.device, *layout, first=(codes, words))
+    _launch(pack_codes_kernel, codes.device, *layout, first=(codes, words, words.numel()))
     return words.view(torch.uint8)[:num_bytes].clone()
 
 
@@ -378,7 +385,7 @@ def unpack_codes(
     """One launch."""
     codes = torch.empty(numel, dtype=torch.uint8, device=packed.device)
     layout = numel, group_size, bits, offsets, packed_mask, ranks
-    _launch(unpack_codes_kernel, packed.device, *layout, first=(packed, codes))
+    _launch(unpack_codes_kernel, packed.device, *layout, first=(packed, packed.numel(), codes))
     return codes
 
 
@@ -413,7 +420,7 @@ def dequantize_fixed_point(
     """One launch."""
     weight = torch.empty(shape, dtype=scale.dtype, device=packed.device)
     layout = weight.numel(), group_size, bits, offsets, packed_mask, ranks
-    first = packed, weight, scale
+    first = packed, packed.numel(), weight, scale
     _launch(dequantize_fixed_point_kernel, packed.device, *layout, first=first, constants=(half,))
     return weight
 
@@ -447,7 +454,7 @@ def dequantize_codebook(
     """One launch."""
     weight = torch.empty(shape, dtype=codebook.dtype, device=packed.device)
     layout = weight.numel(), group_size, bits, offsets, packed_mask, ranks
-    first = packed, weight, codebook, starts, codebook.numel()
+    first = packed, packed.numel(), weight, codebook, starts, codebook.numel()
     _launch(dequantize_codebook_kernel, packed.device, *layout, first=first)
     return weight
 

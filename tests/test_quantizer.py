@@ -113,10 +113,11 @@ def test_obq_costs_what_the_move_costs(net, data):
     assert error.square().sum() < (x @ (rounded.weight.detach() - before).T).double().square().sum()
 
 
-def test_obq_prunes_what_the_mask_prunes_in_the_same_pass(net, data):
+@pytest.mark.parametrize("curvature", ["block", "layerwise", "kronecker", "fishleg"])
+def test_obq_prunes_what_the_mask_prunes_in_the_same_pass(curvature, net, data):
     masks = prune(copy.deepcopy(net), data, sparsity=0.5, num_grads=48, progress=False).masks
     compensated, zeroed = copy.deepcopy(net), copy.deepcopy(net)
-    options = {"method": "obq", "curvature": "layerwise", "bits": 6}
+    options = {"method": "obq", "curvature": curvature, "bits": 6}
     result = quantized(compensated, data, masks=masks, **options)
     for name, mask in masks.items():
         zeroed.get_parameter(name).data.mul_(mask)
@@ -124,7 +125,47 @@ def test_obq_prunes_what_the_mask_prunes_in_the_same_pass(net, data):
     after = quantized(zeroed, data, masks=masks, **options)
     # What pruned weights cost is in the first alone, and less than without compensation.
     assert result.distortion > after.distortion
-    assert not torch.equal(compensated[4].weight, zeroed[4].weight)
+    kept = masks["4.weight"]
+    moved = [(model[4].weight - net[4].weight)[kept].abs().max().item() for model in (compensated, zeroed)]
+    assert moved[0] > 2 * moved[1]  # by more than quantization
+
+
+def test_obq_in_parts_is_that_of_one_network(net, data):
+    """Memory that splits the parameters changes neither codes nor distortion."""
+    options = {"method": "obq", "curvature": "block", "bits": 2, "damping": 1e-4}
+    whole, split = copy.deepcopy(net), copy.deepcopy(net)
+    one, other = quantized(whole, data, **options), quantized(split, data, max_memory=1_500_000, **options)
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weight, split.get_parameter(name))
+    assert other.distortion == pytest.approx(one.distortion, rel=1e-3)
+
+
+def test_entropy_budget_of_elimination_is_met_whatever_the_seed(net, data):
+    for seed in range(4):
+        model = copy.deepcopy(net)
+        torch.manual_seed(seed)
+        for weight in weights_of(model).values():
+            nn.init.normal_(weight)
+        assert quantized(model, data, method="obq", curvature="layerwise", coding="entropy", bits=1).mean_bits <= 1
+
+
+def test_many_groups_are_as_good_as_codebooks_fitted_one_by_one(generator):
+    layer = nn.Linear(256, 300, bias=False)
+    layer.weight.data.normal_(generator=generator)
+    result = quantize(layer, None, curvature="identity", bits=3, group="row", progress=False)
+    assert result.distortion < 0.5 * 76800 * 0.0345  # of a normal distribution with the best 8 levels
+
+
+def test_groups_without_weights_take_no_room(generator):
+    layer = nn.Linear(64, 50, bias=False)
+    masks = {"weight": torch.zeros(50, 64, dtype=torch.bool)}
+    masks["weight"][:5] = True
+    for allocate in (True, False):
+        model = copy.deepcopy(layer)
+        options = {"curvature": "identity", "group": "row", "bits": 4, "allocate": allocate}
+        result = quantize(model, None, masks=masks, progress=False, **options)
+        assert not result.bits["weight"][5:].any()
+        assert result.sizes()["codebook"] <= 4 * (5 * 128 + 45)
 
 
 def test_fisher_is_read_off_the_optimizer(net, data):
@@ -202,6 +243,38 @@ def test_retraining_keeps_codes_and_zeros_and_lowers_the_loss(method, masked, ne
     assert all(len(w.unique()) > 10 for w in weights_of(net).values())  # no longer held
 
 
+def test_weights_that_changed_are_not_saved_silently(net, data, tmp_path):
+    result = quantized(net, data, bits=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    handle = result.attach(optimizer)
+    F.cross_entropy(net(data[0][0]), data[0][1]).backward()
+    optimizer.step()
+    result.save(tmp_path / "net.safetensors")
+    handle.remove()
+    result.save(tmp_path / "net.safetensors")
+    optimizer.step()
+    with pytest.raises(ValueError, match="changed since it was quantized"):
+        result.save(tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="changed since it was quantized"):
+        result.attach(optimizer)
+    optimizer.step()  # the hook is not left behind
+    assert len(net[4].weight.unique()) > 10
+
+
+def test_each_optimizer_has_its_own_parameters(net, data):
+    result = quantized(net, data, bits=2)
+    first, second = (torch.optim.SGD([w], lr=0.1) for w in (net[0].weight, net[4].weight))
+    one, _ = result.attach(first), result.attach(second)
+    with pytest.raises(ValueError, match="that no optimizer is attached to, got 0.weight"):
+        result.attach(torch.optim.SGD(net.parameters(), lr=0.1))
+    one.remove()
+    F.cross_entropy(net(data[0][0]), data[0][1]).backward()
+    first.step()
+    second.step()
+    assert len(net[0].weight.unique()) > 4
+    assert len(net[4].weight.unique()) <= 4
+
+
 def test_attach_refuses_other_optimizers(net, data):
     result = quantized(net, data, bits=2)
     with pytest.raises(ValueError, match="of none of them"):
@@ -245,7 +318,7 @@ def test_zeros_without_masks_stay_zero(net, data):
     for weight in weights_of(net).values():
         weight.data[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
     zeros = {name: weight == 0 for name, weight in weights_of(net).items()}
-    for options in ({}, {"method": "fixed_point"}, {"group": "row"}):
+    for options in ({}, {"method": "fixed_point"}, {"group": "row"}, {"coding": "entropy"}):
         model = copy.deepcopy(net)
         quantized(model, data, bits=2, **options)
         for name, zero in zeros.items():
@@ -358,6 +431,8 @@ class TestFiles:
             {"group_size": 2},
             {"mask": 9},
             {"num_gaps": 5},
+            {"shape": [-50, -200]},
+            {"group_size": 10**9},
             {"orientation": {"split": [1], "order": [3], "num_out": 1}},
         ):
             text = json.dumps({**entries, name: entries[name] | change})
@@ -366,11 +441,21 @@ class TestFiles:
             with pytest.raises(ValueError, match="weight cannot be unpacked"):
                 load_quantized(path)
 
+    def test_shapes_are_compared_before_memory_is_taken(self, path):
+        content, metadata = files.read_safetensors(path)
+        entries = json.loads(metadata[files.KEY])
+        for changed in (entries | {"4.weight": entries["4.weight"] | {"shape": [10**12]}}, [1, 2], 3):
+            text = json.dumps(changed)
+            files.write(content, {files.KEY: text, files.CHECKSUM: files._checksum(content, text)}, path)
+            self.refused(path, "expected a model with the tensors|says in no way")
+
     def test_foreign_and_of_another_model(self, path, net, tmp_path):
         with pytest.raises(ValueError, match=r"expected a path that ends in .safetensors"):
             quantize(net, None, bits=3, curvature="identity", progress=False).save(tmp_path / "net.pt")
         with pytest.raises(ValueError, match="expected a model with the tensors of"):
             load_quantized(path, nn.Linear(2, 2))
+        with pytest.raises(ValueError, match=r"expected a model with .* in torch.float32, got torch.float64"):
+            load_quantized(path, make_net().double())
         with pytest.raises(OSError, match="No such file"):
             load_quantized(tmp_path / "none.safetensors")
         import safetensors.torch
@@ -383,5 +468,5 @@ class TestFiles:
 def test_the_table_and_repr_say_what_was_done(net, data):
     result = quantized(net, data, bits=3)
     assert "0.weight" in result.table()
-    assert f"{result.size} bytes" in repr(result)
+    assert "3 parameters" in repr(result)
     assert json.loads(json.dumps(result.settings))["bits"] == 3

@@ -86,7 +86,7 @@ def pack_codes(
         codes: uint8 [n]; of each only the lowest bits, as many as its group has.
         bits: uint8 [G], the width of the codes of each group, 0 to 8.
         offsets: int64 [G], the byte at which each group begins, as `offsets_of` returns them.
-        num_bytes: of all groups together.
+        num_bytes: of all groups together; what would lie beyond is left out.
         group_size: weights in a group.
         packed_mask: uint8 [ceil(n / 8)] of `pack_mask`, True = kept. None keeps all.
         ranks: int32 [G, ceil(group_size / CHUNK)] of `chunk_ranks`, with a mask.
@@ -131,7 +131,7 @@ def unpack_codes(
     """The inverse of `pack_codes`.
 
     Args:
-        packed: uint8 [bytes].
+        packed: uint8 [bytes]; what lies beyond reads as 0.
         bits, offsets, group_size, packed_mask, ranks: as they were packed.
         numel: weights, n.
 

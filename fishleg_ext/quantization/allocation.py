@@ -38,7 +38,7 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
         distortions: of each parameter [G, W], of its groups with 0 to W - 1 bits.
         counts: of each parameter int64 [G], how many weights have codes in each group.
         budget: bits of all codes together.
-        least: bits of each group, at least.
+        least: bits of each group that has weights, at least; the others have none.
 
     Returns:
         bits uint8 [G] of each parameter.
@@ -64,7 +64,7 @@ def allocate_bits(distortions: Sequence[Tensor], counts: Sequence[Tensor], budge
     order = order[gain[order] > 0]
     step, group = order // len(count) + least, order % len(count)
     total = lambda bits: float(table.gather(1, bits[:, None]).sum())
-    start = torch.full_like(count, least)
+    start = torch.where(count > 0, least, 0)
     bits, missed = _greedy(start, step, group, count, budget)
     for _ in range(EXCHANGES):
         # A large group may find no room, and what is left of the budget no use: give it its bit before the others.

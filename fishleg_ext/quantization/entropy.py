@@ -6,7 +6,8 @@ best where h step^2 is the same in both: finer where there is more information.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,30 +32,65 @@ def entropy(codes: Tensor) -> float:
     return float(-(share * share.log2()).sum()) if len(share) else 0.0
 
 
+class Book(NamedTuple):
+    """The codebook of one tensor.
+
+    Attributes:
+        values: float32 [C], ascending.
+        boundaries: float32 [C - 1], between the weights of neighbouring codes.
+    """
+
+    values: Tensor
+    boundaries: Tensor
+
+
 def uniform_codebooks(
-    weights: Mapping[str, Tensor], importances: Mapping[str, Tensor], bits: float
-) -> dict[str, Tensor]:
-    """Return a codebook for each tensor, so that the entropy of all codes is as near below `bits` as it can be.
+    weights: Mapping[str, Tensor],
+    importances: Mapping[str, Tensor],
+    bits: float,
+    *,
+    with_zero: Collection[str] = (),
+    nearest: bool = False,
+) -> dict[str, Book]:
+    """Return a codebook for each tensor, of the finest grid found whose codes have an entropy of at most `bits`.
+
+    The entropy jumps where a grid has few intervals, and may stay well below `bits` there.
 
     Args:
         weights: name -> the weights that have codes, [n].
         importances: name -> [n].
         bits: of a code, on average over all tensors.
+        with_zero: names of tensors in which zero is a code.
+        nearest: codes are those of the nearest values, as elimination takes them. Else those of the interval of the
+            grid that a weight lies in, or of the nearest value, whichever distorts less.
 
     Returns:
-        name -> values float32 [C], ascending: the weighted mean of each interval that has weights.
+        name -> the weighted means of the intervals that have weights.
     """
+    if not nearest:
+        both = [_uniform(weights, importances, bits, with_zero, way) for way in (False, True)]
+        return min(both, key=lambda books: _distortion(books, weights, importances))
+    return _uniform(weights, importances, bits, with_zero, nearest)
+
+
+def _uniform(
+    weights: Mapping[str, Tensor],
+    importances: Mapping[str, Tensor],
+    bits: float,
+    with_zero: Collection[str],
+    nearest: bool,
+) -> dict[str, Book]:
     mean = {name: float(h.double().mean().clamp(min=1e-300)) for name, h in importances.items() if h.numel()}
     total = sum(weights[name].numel() for name in mean)
     largest = {name: float(weights[name].abs().max()) for name in mean}
 
-    def books(step: float) -> dict[str, Tensor]:
+    def books(step: float) -> dict[str, Book]:
         # No finer than LEVELS reach.
-        steps = {n: max(step / mean[n] ** 0.5, largest[n] / (LEVELS // 2), 1e-300) for n in mean}
-        return {n: _means_on_grid(weights[n], importances[n], steps[n]) for n in mean}
+        steps = {n: max(step / mean[n] ** 0.5, largest[n] / (LEVELS // 2), 1e-30) for n in mean}
+        return {n: _book(weights[n], importances[n], steps[n], n in with_zero, nearest) for n in mean}
 
-    def rate(values: Mapping[str, Tensor]) -> float:
-        codes = {n: torch.bucketize(weights[n].float(), (v[1:] + v[:-1]) / 2) for n, v in values.items()}
+    def rate(found: Mapping[str, Book]) -> float:
+        codes = {n: torch.bucketize(weights[n].float(), book.boundaries) for n, book in found.items()}
         return sum(entropy(codes[n]) * codes[n].numel() for n in codes) / max(1, total)
 
     high = 4 * max([*(largest[name] * mean[name] ** 0.5 for name in mean), 1e-150])  # one code is left of each tensor
@@ -66,10 +102,11 @@ def uniform_codebooks(
             high, best = step, tried
         else:
             low = step
-    return {name: best.get(name, torch.zeros(1, device=weight.device)) for name, weight in weights.items()}
+    none = next(iter(weights.values())).new_zeros(1, dtype=torch.float32) if weights else torch.zeros(1)
+    return {name: best.get(name, Book(none, none[:0])) for name in weights}
 
 
-def _means_on_grid(weight: Tensor, importance: Tensor, step: float) -> Tensor:
+def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, nearest: bool) -> Book:
     """Return the weighted means of the intervals about whole multiples of a step, of those that have weights."""
     middle = LEVELS // 2
     interval = (weight.double() / step).round().clamp(-middle, middle).long() + middle
@@ -77,7 +114,21 @@ def _means_on_grid(weight: Tensor, importance: Tensor, step: float) -> Tensor:
     h = h + 1e-9 * h.mean() + 1e-300  # a mean even where nothing matters
     mass = h.new_zeros(LEVELS).index_add_(0, interval, h)
     sums = h.new_zeros(LEVELS).index_add_(0, interval, h * weight.double())
-    return (sums / mass)[mass > 0].float().unique()
+    used = (mass > 0).nonzero()[:, 0]
+    values = sums[used] / mass[used]
+    if with_zero:
+        values[used == middle] = 0
+    values = values.float()
+    edges = ((used[:-1] - middle + 0.5) * step).float()
+    return Book(values, (values[1:] + values[:-1]) / 2 if nearest else edges)
+
+
+def _distortion(books: Mapping[str, Book], weights: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> float:
+    total = 0.0
+    for name, book in books.items():
+        value = book.values[torch.bucketize(weights[name].float(), book.boundaries)]
+        total += float((importances[name].double() * (weights[name].double() - value.double()).square()).sum())
+    return total
 
 
 def huffman(codes: Tensor) -> bytes:

@@ -100,9 +100,13 @@ def tensor_of(name: str, streams: Mapping[str, Tensor], entry: Mapping[str, Any]
         if given is not None:
             orientation = Orientation.of(shape, given["order"], split=given["split"], num_out=int(given["num_out"]))
         numel = math.prod(shape)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"expected sizes >= 0, got shape {shape}")
         if not isinstance(dtype, torch.dtype) or math.prod(orientation.matrix_shape) != numel:
             raise ValueError(f"expected a dtype and the dimensions of a parameter, got {dtype} and {dict(given or {})}")
         group_size = int(entry.get("group_size", max(1, numel)))
+        if not 1 <= group_size <= max(1, numel):
+            raise ValueError(f"expected groups of 1 to {numel} weights, got {group_size}")
         groups = -(-numel // group_size)
         bits = torch.full((groups,), int(entry["bits"]), dtype=torch.uint8) if "bits" in entry else streams["bits"]
         scale, codebook = streams.get("scale"), streams.get("codebook")
@@ -127,8 +131,9 @@ def tensor_of(name: str, streams: Mapping[str, Tensor], entry: Mapping[str, Any]
         if bits.dtype != torch.uint8 or bits.shape != (groups,) or (groups and int(bits.max()) > MAX_BITS):
             raise ValueError(f"expected the bits of {groups} groups, from 0 to {MAX_BITS}")
         sizes = 1 << bits.long()
-        if (scale is None) == (codebook is None):
-            raise ValueError("expected either a scale or a codebook")
+        tables = [x for x in (scale, codebook) if x is not None]
+        if len(tables) != 1 or not tables[0].is_floating_point():
+            raise ValueError("expected either a scale or a codebook, in floating point")
         if scale is not None and scale.shape != (groups,):
             raise ValueError(f"expected scale of shape [{groups}], got {list(scale.shape)}")
         if codebook is not None and (codebook.dim() != 1 or (groups > 1 and len(codebook) != int(sizes.sum()))):
@@ -145,9 +150,9 @@ def tensor_of(name: str, streams: Mapping[str, Tensor], entry: Mapping[str, Any]
             return QuantizedTensor.of_codes(codes, mask, bits, **fields)
         packed_mask = None if mask is None else ops.pack_mask(mask)
         tensor = QuantizedTensor(bits=bits, packed=streams["codes"], packed_mask=packed_mask, **fields)
-        tensor.codes()  # as many as there should be
+        tensor.check()
         return tensor
-    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
         raise ValueError(f"{name} cannot be unpacked: {error!r}") from error
 
 
@@ -178,11 +183,17 @@ def num_bytes(content: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int
     return len(require_safetensors().torch.save(dict(content), dict(metadata)))
 
 
-def read(path: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+def read(
+    path: Path, shapes: Mapping[str, list[int]] | None = None
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
     """Return the quantized parameters of a file, and its other tensors, by name.
 
+    Args:
+        path: of the file.
+        shapes: of the model's tensors, by name; what is of another is refused before memory is taken for it.
+
     Raises:
-        ValueError: it is truncated, altered, or of another kind.
+        ValueError: it is truncated, altered, of another kind, or of another model.
         OSError: it cannot be opened.
     """
     content, metadata = read_safetensors(path)
@@ -190,8 +201,17 @@ def read(path: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
         raise ValueError(f"{path} is no file of a quantized model: QuantizeResult.save writes these")
     if metadata.get(CHECKSUM) != _checksum(content, metadata[KEY]):
         raise ValueError(f"{path} was altered since it was written: its checksum is another")
+    try:
+        entries = dict(json.loads(metadata[KEY]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} says in no way that is known how it is to be read: {error!r:.200}") from error
     tensors, used = {}, set()
-    for name, entry in json.loads(metadata[KEY]).items():
+    for name, entry in entries.items():
+        given = entry.get("shape") if isinstance(entry, dict) else None
+        if shapes is not None and shapes.get(name) != given:
+            raise ValueError(
+                f"expected a model with the tensors of {path}: {name} is {shapes.get(name, 'missing')}, not {given}"
+            )
         streams = {stream: content[f"{name}.{stream}"] for stream in STREAMS if f"{name}.{stream}" in content}
         used |= {f"{name}.{stream}" for stream in streams}
         tensors[name] = tensor_of(name, streams, entry)

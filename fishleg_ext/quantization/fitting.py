@@ -8,9 +8,11 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.quantization import fixed_point
+from fishleg_ext.quantization import fixed_point, kmeans
 from fishleg_ext.quantization.kmeans import boundaries_of, distortion, fit_codebook
 from fishleg_ext.quantization.packed import QuantizedTensor
+
+FEW = 8  # groups, of which each codebook is fitted to know its distortion; of more one dynamic program tells of all
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Groups:
 
     def distortions(self, grid: str, most: int) -> Tensor:
         """Measure the distortion of each group with 0 to `most` bits, [G, most + 1]."""
+        if grid == "codebook" and len(self.weight) > FEW:
+            return kmeans.distortions(self.weight, self.importance, most)
         fit = self.codebook if grid == "codebook" else self.fixed_point
         return torch.stack([fit(bits)[1] for bits in range(most + 1)], dim=1)
 
@@ -75,12 +79,14 @@ class Grid:
         values: [G, C], the codebook of each group, ascending, filled up with +inf; None of fixed-point numbers.
         scale: float32 [G], the step of fixed-point numbers; None of codebooks.
         half: whether their levels lie half a step beside whole multiples of it.
+        boundaries: [G, C - 1], between the weights of neighbouring codes of codebooks; None is in the middle.
     """
 
     bits: Tensor
     values: Tensor | None = None
     scale: Tensor | None = None
     half: bool = False
+    boundaries: Tensor | None = None
 
     @classmethod
     def fitted(cls, groups: Groups, grid: str, bits: Tensor) -> "Grid":
@@ -97,10 +103,11 @@ class Grid:
         return cls(bits, values) if grid == "codebook" else cls(bits, scale=scale, half=groups.masked)
 
     @classmethod
-    def of_values(cls, values: Tensor) -> "Grid":
-        """Make a grid of one group from its codebook [C]."""
+    def of_values(cls, values: Tensor, boundaries: Tensor) -> "Grid":
+        """Make a grid of one group from its codebook [C]; see `boundaries`, [C - 1]."""
         width = max(0, (len(values) - 1).bit_length())
-        return cls(torch.tensor([width], dtype=torch.uint8, device=values.device), values[None])
+        bits = torch.tensor([width], dtype=torch.uint8, device=values.device)
+        return cls(bits, values[None], boundaries=boundaries[None])
 
     def table(self) -> Tensor:
         """Return the values of each group, [G, C], ascending, filled up with +inf."""
@@ -126,10 +133,15 @@ class Grid:
         fill[:, 1:] = values[:, 1:] <= values[:, :-1]
         return cls(tensor.bits, values.masked_fill(fill.cummax(1).values, torch.inf))
 
-    def nearest(self, weight: Tensor) -> Tensor:
+    def between(self) -> Tensor:
+        """Return what separates the weights of neighbouring codes of codebooks, [G, C - 1]."""
+        assert self.values is not None
+        return boundaries_of(self.values) if self.boundaries is None else self.boundaries
+
+    def codes_of(self, weight: Tensor) -> Tensor:
         """Return the code of each weight, uint8 [G, N]."""
         if self.values is not None:
-            return ops.assign_codes(weight, torch.ones_like(weight), boundaries_of(self.values))[0]
+            return ops.assign_codes(weight, torch.ones_like(weight), self.between())[0]
         assert self.scale is not None
         return fixed_point.codes_of(weight, self.scale, self.bits, self.half).to(torch.uint8)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fishleg_ext import ops
 
-EXACT = 512  # most weights in a row for which the dynamic program takes each as it is
-BINS = 256  # of longer rows
+EXACT = 128  # most weights in a row for which the dynamic program takes each as it is
+BINS = 128  # of longer rows
 LLOYD_STEPS = 30
 DP_BYTES = 2**27  # of its table, for as many rows as are solved at a time
 
@@ -43,16 +43,27 @@ def exact_codebook(weight: Tensor, importance: Tensor, num_codes: int) -> Tensor
         >>> exact_codebook(torch.tensor([[0.0, 1.0, 9.0, 11.0]]), torch.ones(1, 4), 2)
         tensor([[ 0.5000, 10.0000]], dtype=torch.float64)
     """
+    return _in_parts(weight, importance, num_codes)[0]
+
+
+def exact_distortions(weight: Tensor, importance: Tensor, num_codes: int) -> Tensor:
+    """Return the least distortion of each row with 1 to `num_codes` codes, [G, num_codes] in float64; see above."""
+    return _in_parts(weight, importance, num_codes)[1]
+
+
+def _in_parts(weight: Tensor, importance: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Solve some rows at a time."""
     size = weight.shape[1]
-    step = max(1, DP_BYTES // (8 * max(1, size * size)))
-    parts = [
-        _exact_codebook(weight[i : i + step], importance[i : i + step], num_codes) for i in range(0, len(weight), step)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, num_codes, dtype=torch.float64, device=weight.device)
+    step = max(1, DP_BYTES // (8 * (size + 1) ** 2))
+    starts = range(0, max(1, len(weight)), step)
+    parts = [_solve(weight[i : i + step], importance[i : i + step], num_codes) for i in starts]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _exact_codebook(weight: Tensor, importance: Tensor, num_codes: int) -> Tensor:
+def _solve(weight: Tensor, importance: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Return the best codebooks [G, C], and the distortions of the best ones with 1 to C codes, [G, C]."""
     groups, size = weight.shape
+    used = max(1, min(num_codes, size))  # codes beyond one for each weight save nothing
     w, order = weight.double().sort(1)
     h = importance.double().gather(1, order)
     # About the mean of each row, so that differences of sums of squares lose little.
@@ -63,18 +74,20 @@ def _exact_codebook(weight: Tensor, importance: Tensor, num_codes: int) -> Tenso
     cost = second - torch.where(mass > 0, first.square() / mass.clamp(min=1e-300), 0)
     cost = torch.where(torch.ones_like(cost[0], dtype=torch.bool).triu(), cost.clamp(min=0), torch.inf)
     best = cost[:, 0]  # of the first j weights by one code, [G, N + 1]
-    starts = []
-    for _ in range(num_codes - 1):
+    starts, least = [], [best[:, -1]]
+    for _ in range(used - 1):
         best, start = (best[:, :, None] + cost).min(1)
         starts.append(start)
+        least.append(best[:, -1])
     values = weight.new_full((groups, num_codes), torch.inf, dtype=torch.float64)
     end = torch.full((groups, 1), size, device=weight.device)
-    for code in reversed(range(num_codes)):
+    for code in reversed(range(used)):
         begin = starts[code - 1].gather(1, end) if code else torch.zeros_like(end)
         mine, own = ((x.gather(1, end) - x.gather(1, begin))[:, 0] for x in sums[:2])
         values[:, code] = torch.where(mine > 0, own / mine.clamp(min=1e-300) + center[:, 0], torch.inf)
         end = begin
-    return _without_repeats(values)
+    least += [least[-1]] * (num_codes - used)
+    return _without_repeats(values), 0.5 * torch.stack(least, dim=1)
 
 
 def fit_codebook(weight: Tensor, importance: Tensor, num_codes: int, *, with_zero: bool | Tensor = False) -> Tensor:
@@ -106,6 +119,22 @@ def fit_codebook(weight: Tensor, importance: Tensor, num_codes: int, *, with_zer
             break
         values = moved.sort(1).values
     return _without_repeats(values)
+
+
+def distortions(weight: Tensor, importance: Tensor, most: int) -> Tensor:
+    """Return the distortion of the best codebooks of 2^0 to 2^most codes, [G, most + 1] in float64.
+
+    Of rows of more than EXACT weights by their bins: the least of the bins' means, and the spread within bins, which no
+    codes of intervals of bins remove.
+    """
+    spread = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    if weight.shape[1] > EXACT:
+        means, mass = _binned(weight, importance)
+        total = (importance.double() * weight.double().square()).sum(1)
+        spread = 0.5 * (total - (mass.double() * means.double().square()).sum(1)).clamp(min=0)
+        weight, importance = means, mass
+    found = exact_distortions(weight, importance, 1 << most)
+    return found[:, [(1 << bits) - 1 for bits in range(most + 1)]] + spread[:, None]
 
 
 def boundaries_of(values: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class QuantizedTensor:
         sizes = 1 << self.bits.long()
         return sizes.cumsum(0) - sizes
 
+    def check(self) -> None:
+        """Raise ValueError unless there are as many bytes of codes as there should be."""
+        _ = self._layout
+
     def mask(self) -> Tensor | None:
         """Return which weights of the matrix are kept, bool [n], or None where all are."""
         return None if self.packed_mask is None else ops.unpack_mask(self.packed_mask, [self.numel])

@@ -5,7 +5,6 @@ optimizer makes with the gradient at the quantized one, and after each step its 
 scales follow the weights: they are the best for the codes of now.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,6 @@ from fishleg_ext import ops
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.quantization import fixed_point
 from fishleg_ext.quantization.fitting import Grid, Groups
-from fishleg_ext.quantization.kmeans import boundaries_of
 from fishleg_ext.quantization.packed import QuantizedTensor
 
 
@@ -53,7 +51,7 @@ class Trained:
         mask = tensor.mask()
         shaped = None if mask is None else mask.view(matrix.shape)
         groups = Groups.of(matrix, torch.ones_like(matrix), shaped, tensor.group_size)
-        # Where nothing is known to matter, all weights count alike.
+        # Where no gradient was seen a weight counts a little.
         known = importance.to(parameter.device)
         groups = replace(groups, importance=torch.where(groups.kept, known.clamp(min=float(known.mean()) * 1e-6), 0))
         codes = groups.layout.to_blocks(tensor.codes().view(groups.layout.shape))
@@ -65,7 +63,7 @@ class Trained:
         step = self.orientation.to_matrix(self.parameter.detach() - self.written)
         moved = torch.where(groups.kept, groups.weight + layout.to_blocks(step), 0)
         self.groups = groups = replace(groups, weight=moved)
-        self.codes = self.grid.nearest(moved)
+        self.codes = self.grid.codes_of(moved)
         if refit:
             self.grid = self._refitted()
         weight = torch.where(groups.kept, self.grid.weights(self.codes), 0)
@@ -81,7 +79,7 @@ class Trained:
         """Return the grid of least distortion for these codes; a code that no weight has stays where it is."""
         weight, h, grid = self.groups.weight, self.groups.importance, self.grid
         if grid.values is not None:
-            _, sums = ops.assign_codes(weight, h, boundaries_of(grid.values))
+            _, sums = ops.assign_codes(weight, h, grid.between())
             means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], grid.values)
             if not self.groups.masked:  # where zero is a code it stays one
                 means = torch.where(grid.values == 0, 0, means)
@@ -91,10 +89,3 @@ class Trained:
         level = fixed_point.values_of(self.codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
         squares, products = (h * level.square()).sum(1), (h * level * weight).sum(1)
         return replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
-
-
-def retrained(
-    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, QuantizedTensor], importances: Mapping[str, Tensor]
-) -> dict[str, Trained]:
-    """Begin to retrain some parameters."""
-    return {name: Trained.of(parameters[name], tensor, importances[name]) for name, tensor in tensors.items()}

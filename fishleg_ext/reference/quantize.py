@@ -79,7 +79,7 @@ def pack_codes(
     stream = torch.zeros(8 * num_bytes, dtype=torch.bool, device=codes.device)
     for part, width, position, kept in _parts(codes.numel(), bits, offsets, group_size, packed_mask):
         for bit in range(MAX_BITS):
-            written = kept & (bit < width)
+            written = kept & (bit < width) & (position >= 0) & (position + bit < len(stream))
             stream[(position + bit)[written]] = (codes[part][written] >> bit & 1).bool()
     return pack_mask(stream)
 
@@ -93,13 +93,16 @@ def unpack_codes(
     packed_mask: Tensor | None = None,
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """Gather the bits of all codes."""
-    stream = unpack_mask(packed, [8 * packed.numel()])
+    """Gather the two bytes in which each code may lie, and cut it out."""
     codes = torch.zeros(numel, dtype=torch.uint8, device=packed.device)
+    end = packed.numel()
+    padded = torch.nn.functional.pad(packed, (0, 2))  # what lies beyond is 0
     for part, width, position, kept in _parts(numel, bits, offsets, group_size, packed_mask):
-        for bit in range(MAX_BITS):
-            read = kept & (bit < width)
-            codes[part][read] |= stream[(position + bit)[read]].to(torch.uint8) << bit
+        place = position // 8
+        place = torch.where(place < 0, end, place.clamp(max=end))
+        both = padded[place].to(torch.int32) | padded[place + 1].to(torch.int32) << 8
+        code = both >> (position % 8).to(torch.int32) & (1 << width.to(torch.int32)) - 1
+        codes[part] = torch.where(kept, code, 0).to(torch.uint8)
     return codes
 
 

@@ -28,7 +28,8 @@ def test_codes_never_take_more_than_the_budget(seed, mean, least):
         return
     bits = allocate_bits(distortions, counts, budget, least)
     assert sum(int((b.long() * c).sum()) for b, c in zip(bits, counts, strict=True)) <= budget
-    assert all((b >= least).all() for b in bits)
+    assert all(torch.equal(b >= max(least, 1), (b > 0)) for b in bits if least)
+    assert all((b[c > 0] >= least).all() and not b[c == 0].any() for b, c in zip(bits, counts, strict=True))
 
 
 def test_is_the_best_where_distortions_are_convex(generator):
