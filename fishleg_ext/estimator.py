@@ -143,7 +143,7 @@ class Estimator:
         if self.recipe.observes:
             name = type(self.recipe).__name__
             if data is None:
-                raise ValueError(f"{name} needs data, given to the Pruner or to estimate, got None")
+                raise ValueError(f"{name} needs data, got None")
             if len(self.groups) > 1:
                 why = "inputs='sequential'" if self.recipe.sequential else "max_memory"
                 require_rereadable(data, f"{why} splits the parameters over several passes")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ def quantize(
             many consecutive weights of the matrix [out, fan-in].
         curvature: a name or a recipe, as in `prune`: what is important, and for "obq" how weights compensate.
             "identity" counts squared errors of weights.
-        masks: name -> bool tensor, True = kept, such as `PruneResult.masks`. What is pruned stays zero and has no code;
+        masks: name -> bool tensor, True = kept, such as `PruneResult.masks`, of some or all of the parameters. What is
+            pruned stays zero and has no code;
             with "obq" weights that are pruned by the mask but not yet zero are eliminated in the same pass. A kept
             weight that is zero counts as pruned, but for "obq". Without masks weights that are zero stay zero under
             "codebook" and "fixed_point", where zero is a code then.
@@ -130,7 +131,7 @@ def quantize(
     chosen = choose_parameters(model, params)
     kept = Masks(chosen)
     if masks is not None:
-        kept.set({name: masks[name] for name in masks})
+        kept.set({**{name: mask for name, mask in kept.items() if name not in masks}, **masks})
     orientations = orientations_of(model, chosen)
     group_sizes = {name: _group_size(group, orientation) for name, orientation in orientations.items()}
     if curvature == "diagonal":
@@ -161,7 +162,7 @@ def quantize(
         # Of weights that are yet to be pruned the curvature must know: the others compensate for them.
         alive = Masks(chosen) if method == "obq" and kept.num_revived() else kept
         estimator.begin(data, loss_fn, alive, seed=seed)
-        groups = _grouped(estimator, kept, masks is not None, group_sizes, nonzero_alone=method != "obq")
+        groups = _grouped(estimator, kept, masks or {}, group_sizes, nonzero_alone=method != "obq")
         # Errors of layers' outputs cannot be compared from layer to layer: each has the same budget.
         options: dict[str, Any] = {"alone": recipe.default_scope == "layer", "allocate": allocate, "progress": progress}
         if method == "obq":
@@ -250,7 +251,7 @@ def _group_size(group: str | int, orientation: Any) -> int:
 def _grouped(
     estimator: Estimator,
     masks: Mapping[str, Tensor],
-    masked: bool,
+    masked: Collection[str],
     group_sizes: Mapping[str, int],
     *,
     nonzero_alone: bool,
@@ -266,7 +267,7 @@ def _grouped(
                 continue
             importance = torch.where(diagonal > 0, 1 / diagonal, 0)
             mask = None
-            if masked:  # a kept weight that is zero stays zero, too
+            if name in masked:  # a kept weight that is zero stays zero, too
                 mask = kept[name] & (weights[name] != 0) if nonzero_alone else kept[name]
             found[name] = Groups.of(weights[name], importance, mask, group_sizes[name])
     return {name: found[name] for name in group_sizes}

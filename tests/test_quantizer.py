@@ -156,6 +156,14 @@ def test_many_groups_are_as_good_as_codebooks_fitted_one_by_one(generator):
     assert result.distortion < 0.5 * 76800 * 0.0345  # of a normal distribution with the best 8 levels
 
 
+def test_masks_of_some_parameters(net, data):
+    masks = {"4.weight": torch.rand(10, 64, generator=torch.Generator().manual_seed(0)) < 0.5}
+    result = quantized(net, data, bits=3, masks=masks, params=["0.weight", "4.weight"])
+    assert result.tensors["0.weight"].mask() is None
+    assert torch.equal(result.tensors["4.weight"].mask().view(10, 64), masks["4.weight"])
+    assert not net[4].weight[~masks["4.weight"]].any()
+
+
 def test_groups_without_weights_take_no_room(generator):
     layer = nn.Linear(64, 50, bias=False)
     masks = {"weight": torch.zeros(50, 64, dtype=torch.bool)}

@@ -249,6 +249,37 @@ def scale_accuracy() -> str:
     return markdown(rows, ["test accuracy, %", "80 %", "90 %", "95 %", "minutes"])
 
 
+def quantization() -> str:
+    """A row for each method, for each network and number of bits quality and size."""
+    records = json.loads((RESULTS / "quantization.json").read_text())["rows"]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for key, row in records.items():
+        network, method, bits = key.split(" | ")
+        quality = f"{row['accuracy']:.1f} %" if "accuracy" in row else f"{row['nats']:.3f} nats"
+        size = f", {row['bytes'] / 1000:.0f} kB" if "bytes" in row else ""
+        found.setdefault((network, method), {})[bits] = f"{quality}{size}"
+    columns = ("4", "3", "2")
+    rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in found.items() if "32" not in cells]
+    return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
+
+
+def lenet() -> str:
+    """A row for each method, for each network and number of bits error and compression."""
+    records = json.loads((RESULTS / "lenet.json").read_text())["rows"]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for key, row in records.items():
+        _, network, *method = key.split(" | ")
+        if len(method) == 1:
+            found[network, "float32"] = {"4": f"{row['error']:.2f} %"}
+            continue
+        bits, _, retrained = method[1].partition(", ")
+        cell = f"{row['error']:.2f} %, {row['ratio']:.1f}x"
+        found.setdefault((network, f"{method[0]}{', ' * bool(retrained)}{retrained}"), {})[bits] = cell
+    columns = ("4", "3", "2", "1.5")
+    rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in found.items()]
+    return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "models": lambda: by_sparsity(renamed(runs("resnet20_models"), ", side by side"), accuracies),
@@ -259,6 +290,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "carried": carried,
     "refinement": refinement,
     "gradual": gradual,
+    "quantization": quantization,
+    "lenet": lenet,
     "first_order": first_order,
     "fishleg_defaults": lambda: by_sparsity(
         renamed(runs("resnet20_fishleg"), "FishLeg, ", ", held out"), accuracies, "held-out accuracy, %"

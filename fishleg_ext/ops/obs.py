@@ -155,8 +155,8 @@ def obs_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Set the weights of each block to their nearest codes one by one, each time compensated by those left.
 
-    Until nothing is alive: a weight q goes to its code c, at the cost (w_q - c)^2 / (2 H_qq), the others follow,
-    w -= H[:, q] (w_q - c) / H_qq, and H -= H[:, q] H[q, :] / H_qq. Frantar and Alistarh, OBQ, arXiv 2208.11580,
+    Until nothing is alive: a weight q goes to its code c, at the cost (w_q - c)^2 / (2 H_qq), the others of its block
+    compensate, w -= H[:, q] (w_q - c) / H_qq, and H -= H[:, q] H[q, :] / H_qq. Frantar and Alistarh, OBQ, arXiv 2208.11580,
     algorithm 3; in a given order Frantar et al., GPTQ, arXiv 2210.17323.
 
     Args:
@@ -175,9 +175,11 @@ def obs_quantize(
 
     Returns:
         code uint8 [K, B], 0 where not alive or free; cost [K, B] in inverse's dtype (at least float32), of each weight
-        when it was its turn, 0 where free or not alive; their sum is the exact cost of the whole move. And weight
-        [K, B] in the dtype of cost: the codes' values, 0 where not alive, and what has become of the free ones. A
-        weight whose inverse diagonal is not positive goes to its code at the end and moves no other, at cost +inf.
+        in its turn; their sum is the exact cost of the whole move. It is 0 where a weight is free or, with
+        order="cheapest", not alive. And weight [K, B] in the dtype of cost: the codes' values, 0 where not alive, and
+        the free weights as they compensate. With order="cheapest" a weight whose inverse diagonal is not positive goes
+        to its code at the end and moves no other, at cost +inf; with order="given" an inverse that is not positive
+        definite to rounding is damped.
 
     Raises:
         TypeError: a tensor is not dense and floating point, or alive not bool.

@@ -165,6 +165,59 @@ def counts_gradients_of_the_chunk(inverse, grads, num_grads):
     reference("woodbury_update_")(inverse, grads, len(grads) + 1)
 
 
+def first_to_last(*args, **options):
+    return reference("obs_quantize")(*args, **options | {"order": "given"})
+
+
+def to_the_code_above(weight, inverse, alive, codebook, **options):
+    """What goes to a code goes half a step too high, so that codes are often not the nearest."""
+    shifted = codebook.clone()
+    shifted[..., :-1] = (codebook[..., :-1] + codebook[..., 1:]) / 2
+    code, cost, moved = reference("obs_quantize")(weight, inverse, alive, shifted, **options)
+    values = codebook.expand(len(weight), -1, -1)[:, 0].to(moved.dtype)
+    moved = torch.where(alive, values.gather(1, code.long()), moved)
+    step = moved - weight
+    fisher = torch.linalg.inv(inverse.double())
+    total = 0.5 * (step.double()[:, None] @ fisher @ step.double()[..., None])[:, 0]
+    return code, (total / weight.shape[1]).expand_as(cost).to(cost.dtype).clone(), moved
+
+
+def values_beside_their_codes(*args, **options):
+    code, cost, moved = reference("obs_quantize")(*args, **options)
+    return code, cost, moved * 1.001
+
+
+def costs_of_codes_off(*args, **options):
+    code, cost, moved = reference("obs_quantize")(*args, **options)
+    return code, cost * 1.01, moved
+
+
+def a_bit_too_few(codes, bits, *rest):
+    return reference("pack_codes")(codes & 127, bits, *rest)
+
+
+def as_if_nothing_were_pruned(packed, bits, offsets, numel, group_size, *masks):
+    return reference("unpack_codes")(packed, bits, offsets, numel, group_size)
+
+
+def next_byte_forgotten(packed, bits, offsets, scale, half, shape, group_size, *masks):
+    return reference("dequantize_fixed_point")(packed[:-1], bits, offsets, scale, half, shape, group_size, *masks)
+
+
+def first_codebook_for_all(packed, bits, offsets, codebook, starts, *rest):
+    return reference("dequantize_codebook")(packed, bits, offsets, codebook, torch.zeros_like(starts), *rest)
+
+
+def ties_to_the_code_above(weight, importance, boundaries):
+    below = boundaries - boundaries.abs() * torch.finfo(boundaries.dtype).eps - torch.finfo(boundaries.dtype).tiny
+    return reference("assign_codes")(weight, importance, below)
+
+
+def gradients_not_squared(fisher, grads, beta):
+    for average, grad in zip(fisher, grads, strict=True):
+        average.mul_(beta).add_(grad.to(average.dtype), alpha=1 - beta)
+
+
 # Of an op, a fault, and the case that shows it.
 FAULTS = [
     ("obs_compensate", other_bits_each_time, "K=3 B=7 condition=100000"),
@@ -183,6 +236,16 @@ FAULTS = [
     ("obs_eliminate", stops_early, "dead weights stop=0.001"),
     ("obs_eliminate", the_dead_cost_something, "group=4 K=3 B=8"),
     ("obs_eliminate", leaves_one_unwritten, "K=3 B=1 condition=1000"),
+    ("obs_quantize", first_to_last, "K=2 B=64 condition=100000 cheapest"),
+    ("obs_quantize", to_the_code_above, "K=3 B=33 condition=1000 cheapest"),
+    ("obs_quantize", values_beside_their_codes, "K=1 B=1 condition=1000 cheapest"),
+    ("obs_quantize", costs_of_codes_off, "K=3 B=7 condition=1000 given"),
+    ("pack_codes", a_bit_too_few, "8 bits"),
+    ("unpack_codes", as_if_nothing_were_pruned, "n=1000 group_size=25 density=0.3"),
+    ("dequantize_fixed_point", next_byte_forgotten, "n=1000 group_size=25 half=True"),
+    ("dequantize_codebook", first_codebook_for_all, "n=1000 group_size=25"),
+    ("assign_codes", ties_to_the_code_above, "ties, inf"),
+    ("fisher_diag_update_", gradients_not_squared, "4 tensors, beta=0.9"),
     ("keep_mask", one_bit_flipped, "0 of 4262"),
     ("apply_masks_", writes_beyond, "inside of a larger tensor"),
     ("apply_masks_", forgets_the_end, "10 tensors, density 0.5"),
