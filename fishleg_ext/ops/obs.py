@@ -156,8 +156,8 @@ def obs_quantize(
     """Set the weights of each block to their nearest codes one by one, each time compensated by those left.
 
     Until nothing is alive: a weight q goes to its code c, at the cost (w_q - c)^2 / (2 H_qq), the others of its block
-    compensate, w -= H[:, q] (w_q - c) / H_qq, and H -= H[:, q] H[q, :] / H_qq. Frantar and Alistarh, OBQ, arXiv 2208.11580,
-    algorithm 3; in a given order Frantar et al., GPTQ, arXiv 2210.17323.
+    compensate, w -= H[:, q] (w_q - c) / H_qq, and H -= H[:, q] H[q, :] / H_qq. Frantar and Alistarh, OBQ,
+    arXiv 2208.11580, algorithm 3; in a given order Frantar et al., GPTQ, arXiv 2210.17323.
 
     Args:
         weight: [K, B], floating point; not changed.
