@@ -4,11 +4,9 @@
 model.safetensors, dense, zeros and all; masks.safetensors, bool, True = kept; and pruning.json, what was done.
 """
 
-import contextlib
 import json
-import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.arguments import checked_type
+from fishleg_ext.common.files import read_safetensors, replace_file, require_safetensors
 from fishleg_ext.config import PruneConfig
 from fishleg_ext.result import PruneResult
 
@@ -149,49 +148,9 @@ def _check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], of: s
             raise ValueError(f"expected zeros where {name} of {of} is pruned; call finalize() or apply_masks() first")
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `path` and put it in its place once it is on the disk."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {path} does not exist")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def require_safetensors() -> Any:
-    """The package, or ImportError that says how to install it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"safetensors files need a package: pip install safetensors ({error})") from error
-    return safetensors
-
-
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     package = require_safetensors()
     replace_file(path, lambda partial: package.torch.save_file(dict(tensors), partial, dict(metadata) or None))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file by name, and its metadata; ValueError where it is none."""
-    package = require_safetensors()
-    try:
-        with package.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except package.SafetensorError as error:
-        raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
 
 
 def _decoded(structure: Any, tensors: Mapping[str, Tensor]) -> Any:

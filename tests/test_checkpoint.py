@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fishleg_ext
 from fishleg_ext import checkpoint
+from fishleg_ext.common import files
 from fishleg_ext.curvature import FishLeg, Kronecker
 from fishleg_ext.schedule import Linear
 
@@ -75,7 +76,7 @@ def test_a_failing_disk_leaves_the_older_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save({"a": torch.zeros(3)}, path)
     assert torch.equal(checkpoint.load(path)["a"], torch.ones(3))

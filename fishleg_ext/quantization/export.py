@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext import ops
-from fishleg_ext.checkpoint import replace_file, require_safetensors
+from fishleg_ext.common.files import replace_file, require_safetensors
 from fishleg_ext.quantization.packed import QuantizedTensor
 
 

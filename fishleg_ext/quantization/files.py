@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fishleg_ext import ops
-from fishleg_ext.checkpoint import read_safetensors, replace_file, require_safetensors
+from fishleg_ext.common.files import read_safetensors, replace_file, require_safetensors
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.ops.quantize import MAX_BITS
 from fishleg_ext.quantization.entropy import (
