@@ -62,12 +62,6 @@ class QuantizedTensor:
         return math.prod(self.shape)
 
     @functools.cached_property
-    def num_codes(self) -> int:
-        """Kept weights."""
-        mask = self.mask()
-        return self.numel if mask is None else int(mask.sum())
-
-    @functools.cached_property
     def _layout(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Offsets of the groups; mask and ranks where there is a mask."""
         mask = self.mask()

@@ -49,6 +49,40 @@ def test_a_graph_of_apply_masks_replays(impl, masked):
         assert all(torch.equal(t, value * m) for t, m in zip(tensors, masks, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_graph_of_fisher_diag_update_replays(impl, generator):
+    grads = [torch.randn(shape, generator=generator).cuda() for shape in [(5000,), (33, 7), (1,)]]
+    fisher = [torch.zeros_like(grad) for grad in grads]
+    graph, _ = captured(lambda: ops.fisher_diag_update_(fisher, grads, 0.5, impl=impl))
+    for average in fisher:
+        average.zero_()
+    for _ in range(3):
+        graph.replay()
+    for average, grad in zip(fisher, grads, strict=True):
+        torch.testing.assert_close(average, (1 - 0.5**3) * grad**2)
+
+
+def test_a_network_on_the_gpu_is_quantized_saved_and_retrained(generator, tmp_path):
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5)).cuda()
+    x, y = torch.randn(64, 40, generator=generator).cuda(), torch.randint(5, (64,), generator=generator).cuda()
+    for options in ({}, {"method": "fixed_point", "group": 16}, {"method": "obq", "curvature": "block"}):
+        for coding in ("fixed", "entropy"):
+            if coding == "entropy" and "group" in options:
+                continue
+            model = make()
+            masks = fishleg_ext.prune(model, [(x, y)], sparsity=0.5, num_grads=64, progress=False).masks
+            given = {"bits": 3, "masks": masks, "num_grads": 64, "progress": False, "coding": coding} | options
+            result = fishleg_ext.quantize(model, [(x, y)], **given)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            handle = result.attach(optimizer)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            handle.remove()
+            result.save(tmp_path / "model.safetensors")
+            loaded = fishleg_ext.load_quantized(tmp_path / "model.safetensors", make())
+            assert torch.equal(loaded(x), model(x))
+
+
 def test_a_graph_of_tensors_never_seen_is_refused_or_falls_back(masked, monkeypatch):
     from fishleg_ext.kernels import tables
 
