@@ -9,10 +9,8 @@ from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.quantization import fixed_point, kmeans
-from fishleg_ext.quantization.kmeans import boundaries_of, distortion, fit_codebook
+from fishleg_ext.quantization.kmeans import boundaries_of, fit_codebook
 from fishleg_ext.quantization.packed import QuantizedTensor
-
-FEW = 8  # groups, of which each codebook is fitted to know its distortion; of more one dynamic program tells of all
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,13 @@ class Groups:
         """Weights that have codes, int64 [G]."""
         return self.kept.sum(1)
 
-    def codebook(self, bits: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Return the codebook of 2^bits values of some groups, [rows, 2^bits], and its distortion, [rows]."""
+    def codebook(self, bits: int, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the codebook of 2^bits values of some groups, [rows, 2^bits]."""
         weight, importance, kept = self.weight[rows], self.importance[rows], self.kept[rows]
         has_zero = False if self.masked else (kept & (weight == 0)).any(1)
         values = fit_codebook(weight, importance, 1 << bits, with_zero=has_zero)
         values[:, 0] = torch.where(values[:, 0].isinf(), 0, values[:, 0])  # of groups without weights
-        codes, _ = ops.assign_codes(weight, importance, boundaries_of(values))
-        return values, distortion(weight, importance, values.gather(1, codes.long()))
+        return values
 
     def fixed_point(self, bits: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Return the scale of some groups, [rows], and its distortion, [rows]."""
@@ -64,10 +61,9 @@ class Groups:
 
     def distortions(self, grid: str, most: int) -> Tensor:
         """Measure the distortion of each group with 0 to `most` bits, [G, most + 1]."""
-        if grid == "codebook" and len(self.weight) > FEW:
+        if grid == "codebook":
             return kmeans.distortions(self.weight, self.importance, most)
-        fit = self.codebook if grid == "codebook" else self.fixed_point
-        return torch.stack([fit(bits)[1] for bits in range(most + 1)], dim=1)
+        return torch.stack([self.fixed_point(bits)[1] for bits in range(most + 1)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class Grid:
         for width in bits.unique().tolist():
             rows = (bits == width).nonzero()[:, 0]
             if grid == "codebook":
-                values[rows, : 1 << width] = groups.codebook(width, rows)[0]
+                values[rows, : 1 << width] = groups.codebook(width, rows)
             else:
                 scale[rows] = groups.fixed_point(width, rows)[0]
         return cls(bits, values) if grid == "codebook" else cls(bits, scale=scale, half=groups.masked)

@@ -66,6 +66,17 @@ def test_long_rows_come_close_to_the_dynamic_program(generator, monkeypatch):
     assert (found < 1.02 * exact).all()
 
 
+@pytest.mark.parametrize("size", [100, 600, 20000])
+def test_distortions_of_all_widths_are_those_of_codebooks(size, generator):
+    weight, importance = torch.randn(2, size, generator=generator), torch.rand(2, size, generator=generator) ** 4
+    found = kmeans.distortions(weight, importance, 6)
+    fitted = [distortion_of(weight, importance, fit_codebook(weight, importance, 1 << bits)) for bits in range(7)]
+    ratio = found / torch.stack(fitted, dim=1).clamp(min=1e-9)
+    assert ((ratio[:, :5] - 1).abs() < 0.03).all()
+    if size == 20000:  # where further bits take three quarters each
+        assert ((ratio[:, 5:] - 1).abs() < 0.25).all()
+
+
 @pytest.mark.parametrize("size", [30, 3000])
 def test_zero_can_be_pinned(size, generator):
     weight, importance = torch.randn(4, size, generator=generator) + 3, torch.ones(4, size)
