@@ -110,7 +110,10 @@ def test_a_benchmark_runs_and_is_reported(tmp_path, capsys):
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys):
     assert main(["bench", "mask"]) == 2
-    assert "there is no benchmark of mask; there are block_fisher, kron, masks, obs, select" in capsys.readouterr().err
+    assert (
+        "there is no benchmark of mask; there are block_fisher, diag_fisher, kron, masks, obs, quantize, select"
+        in capsys.readouterr().err
+    )
     assert main(["bench", "masks", "--only-report", "--results", str(tmp_path)]) == 2
     assert "there are no results of masks" in capsys.readouterr().err
 
