@@ -5,6 +5,8 @@ each interval as its value (Choi et al., ICLR 2017, arXiv 1612.01543). Steps of 
 best where h step^2 is the same in both: finer where there is more information.
 """
 
+import itertools
+import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.ops.quantize import MAX_BITS, offsets_of
+from fishleg_ext.quantization.allocation import least_bits
 
 LEVELS = 255  # of a grid, odd, so that there is one in the middle
 BISECTIONS = 40
@@ -43,6 +46,10 @@ class Book(NamedTuple):
     values: Tensor
     boundaries: Tensor
 
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the code of each weight."""
+        return torch.bucketize(weight.float(), self.boundaries)
+
 
 def uniform_codebooks(
     weights: Mapping[str, Tensor],
@@ -62,15 +69,17 @@ def uniform_codebooks(
         bits: of a code, on average over all tensors.
         with_zero: names of tensors in which zero is a code.
         nearest: codes are those of the nearest values, as elimination takes them. Else those of the interval of the
-            grid that a weight lies in, or of the nearest value, whichever distorts less.
+            grid that a weight lies in, or of the nearest value, whichever distorts less, as of grids about zero and
+            beside it.
 
     Returns:
         name -> the weighted means of the intervals that have weights.
     """
-    if not nearest:
-        both = [_uniform(weights, importances, bits, with_zero, way) for way in (False, True)]
-        return min(both, key=lambda books: _distortion(books, weights, importances))
-    return _uniform(weights, importances, bits, with_zero, nearest)
+    ways = itertools.product([True] if nearest else [False, True], [0.0] if with_zero else [0.0, 0.5])
+    found = [_uniform(weights, importances, bits, with_zero, *way) for way in ways]
+    # Beside zero there are two codes at least, whatever the step.
+    within = [books for books in found if _rate(books, weights) <= bits]
+    return min(within, key=lambda books: _distortion(books, weights, importances))
 
 
 def _uniform(
@@ -79,26 +88,38 @@ def _uniform(
     bits: float,
     with_zero: Collection[str],
     nearest: bool,
+    shift: float,
 ) -> dict[str, Book]:
     mean = {name: float(h.double().mean().clamp(min=1e-300)) for name, h in importances.items() if h.numel()}
-    total = sum(weights[name].numel() for name in mean)
     largest = {name: float(weights[name].abs().max()) for name in mean}
+    least = least_bits(bits)
+
+    def book(name: str, step: float) -> Book:
+        step = max(step, largest[name] / (LEVELS // 2), 1e-30)  # no finer than LEVELS reach
+        return _book(weights[name], importances[name], step, name in with_zero, nearest, shift)
+
+    def spent(name: str, step: float) -> float:
+        return entropy(book(name, step).codes(weights[name]))
+
+    def coarsest(name: str) -> float:
+        """Return a step at which the codes of a tensor have no less entropy than they may have, if there is one."""
+        low, high = largest[name] / LEVELS, 4 * largest[name]
+        for _ in range(BISECTIONS // 2):
+            step = (low * high) ** 0.5
+            low, high = (step, high) if spent(name, step) >= least else (low, step)
+        return low if least <= spent(name, low) <= bits else math.inf
+
+    coarse = {name: coarsest(name) if least and largest[name] else math.inf for name in mean}
 
     def books(step: float) -> dict[str, Book]:
-        # No finer than LEVELS reach.
-        steps = {n: max(step / mean[n] ** 0.5, largest[n] / (LEVELS // 2), 1e-30) for n in mean}
-        return {n: _book(weights[n], importances[n], steps[n], n in with_zero, nearest) for n in mean}
-
-    def rate(found: Mapping[str, Book]) -> float:
-        codes = {n: torch.bucketize(weights[n].float(), book.boundaries) for n, book in found.items()}
-        return sum(entropy(codes[n]) * codes[n].numel() for n in codes) / max(1, total)
+        return {name: book(name, min(step / mean[name] ** 0.5, coarse[name])) for name in mean}
 
     high = 4 * max([*(largest[name] * mean[name] ** 0.5 for name in mean), 1e-150])  # one code is left of each tensor
     low, best = 1e-9 * high, books(high)
     for _ in range(BISECTIONS):
         step = (low * high) ** 0.5
         tried = books(step)
-        if rate(tried) <= bits:
+        if _rate(tried, weights) <= bits:
             high, best = step, tried
         else:
             low = step
@@ -106,10 +127,14 @@ def _uniform(
     return {name: best.get(name, Book(none, none[:0])) for name in weights}
 
 
-def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, nearest: bool) -> Book:
-    """Return the weighted means of the intervals about whole multiples of a step, of those that have weights."""
+def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, nearest: bool, shift: float) -> Book:
+    """Return the weighted means of the intervals of a grid, of those that have weights.
+
+    Intervals lie about whole multiples of the step or, with a shift of 1/2, between them: then none has weights of both
+    signs, which under a mask are far from zero.
+    """
     middle = LEVELS // 2
-    interval = (weight.double() / step).round().clamp(-middle, middle).long() + middle
+    interval = (weight.double() / step - shift).round().clamp(-middle, middle).long() + middle
     h = importance.double()
     h = h + 1e-9 * h.mean() + 1e-300  # a mean even where nothing matters
     mass = h.new_zeros(LEVELS).index_add_(0, interval, h)
@@ -119,14 +144,20 @@ def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, near
     if with_zero:
         values[used == middle] = 0
     values = values.float()
-    edges = ((used[:-1] - middle + 0.5) * step).float()
+    edges = ((used[:-1] - middle + 0.5 + shift) * step).float()
     return Book(values, (values[1:] + values[:-1]) / 2 if nearest else edges)
+
+
+def _rate(books: Mapping[str, Book], weights: Mapping[str, Tensor]) -> float:
+    """Return the entropy of a code, on average over all."""
+    spent = sum(entropy(book.codes(weights[name])) * weights[name].numel() for name, book in books.items())
+    return spent / max(1, sum(weight.numel() for weight in weights.values()))
 
 
 def _distortion(books: Mapping[str, Book], weights: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> float:
     total = 0.0
     for name, book in books.items():
-        value = book.values[torch.bucketize(weights[name].float(), book.boundaries)]
+        value = book.values[book.codes(weights[name])]
         total += float((importances[name].double() * (weights[name].double() - value.double()).square()).sum())
     return total
 
