@@ -12,7 +12,7 @@ from fishleg_ext.common.arguments import checked_flag, checked_type, one_of
 from fishleg_ext.common.grad_mode import outside_inference_mode
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.state import Restorer
-from fishleg_ext.curvature import Curvature, make_curvature
+from fishleg_ext.curvature import Curvature, CurvatureError, make_curvature
 from fishleg_ext.estimator import Estimator, Stopwatch
 from fishleg_ext.observation.batches import BatchFunction, checked_source, require_rereadable
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
@@ -341,7 +341,10 @@ def _eliminated(
             for part, blocks in estimate.blocks_at_a_time(name):
                 own = table if len(table) == 1 else table[part]
                 here = rows[part], kept[part], own
-                found.append(eliminate_to_codes(blocks, *here, order=order, conditioned=conditioned))
+                try:
+                    found.append(eliminate_to_codes(blocks, *here, order=order, conditioned=conditioned))
+                except CurvatureError as error:
+                    raise CurvatureError(f"{name}: {error}") from None
                 del blocks  # before the next are computed
             index = layout.from_blocks(torch.cat(found)).reshape(-1)
             group_of = torch.arange(layout.numel, device=index.device) // group.layout.block_size

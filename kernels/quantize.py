@@ -16,6 +16,8 @@ float64, so that the sums do not depend on the order in which programs run. Weig
 memory, and ceil(C / CODES) times more from a cache, a byte of code is written, and 8 C bytes of sums for each tile.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -293,13 +295,26 @@ def assign_codes_kernel(
         tl.store(partial_ptr + 2 * value + 1, product, mask=value < num_codes)
 
 
-def _supports(first: Tensor, *tensors: Tensor | None) -> tuple[bool, str]:
+def _supports(*arguments: Any) -> tuple[bool, str]:
     """Contiguous tensors on a GPU."""
-    if (reason := wrong_device(first)) is not None:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if (reason := wrong_device(tensors[0])) is not None:
         return False, reason
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (first, *tensors)):
+    if not all(tensor.is_contiguous() for tensor in tensors):
         return False, "its Triton kernel takes contiguous tensors, and one is not"
     return True, ""
+
+
+supports_pack_codes = supports_unpack_codes = supports_dequantize_codebook = _supports
+
+
+def supports_dequantize_fixed_point(
+    packed: Tensor, bits: Tensor, offsets: Tensor, scale: Tensor, *rest: Any
+) -> tuple[bool, str]:
+    """Contiguous tensors on a GPU, of scales of at most 32 bits."""
+    if scale.dtype == torch.float64:
+        return False, "its Triton kernel computes in float32, not float64"
+    return _supports(packed, bits, offsets, scale, *rest)
 
 
 def _launch(kernel, device, numel, group_size, bits, offsets, packed_mask, ranks, *, first, constants=()):
@@ -331,19 +346,6 @@ def _launch(kernel, device, numel, group_size, bits, offsets, packed_mask, ranks
         )
 
 
-def supports_pack_codes(
-    codes: Tensor,
-    bits: Tensor,
-    offsets: Tensor,
-    num_bytes: int,
-    group_size: int,
-    packed_mask: Tensor | None = None,
-    ranks: Tensor | None = None,
-) -> tuple[bool, str]:
-    """Contiguous tensors on a GPU."""
-    return _supports(codes, bits, offsets, packed_mask, ranks)
-
-
 def pack_codes(
     codes: Tensor,
     bits: Tensor,
@@ -360,19 +362,6 @@ def pack_codes(
     return words.view(torch.uint8)[:num_bytes].clone()
 
 
-def supports_unpack_codes(
-    packed: Tensor,
-    bits: Tensor,
-    offsets: Tensor,
-    numel: int,
-    group_size: int,
-    packed_mask: Tensor | None = None,
-    ranks: Tensor | None = None,
-) -> tuple[bool, str]:
-    """Contiguous tensors on a GPU."""
-    return _supports(packed, bits, offsets, packed_mask, ranks)
-
-
 def unpack_codes(
     packed: Tensor,
     bits: Tensor,
@@ -387,23 +376,6 @@ def unpack_codes(
     layout = numel, group_size, bits, offsets, packed_mask, ranks
     _launch(unpack_codes_kernel, packed.device, *layout, first=(packed, packed.numel(), codes))
     return codes
-
-
-def supports_dequantize_fixed_point(
-    packed: Tensor,
-    bits: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    half: bool,
-    shape: list[int],
-    group_size: int,
-    packed_mask: Tensor | None = None,
-    ranks: Tensor | None = None,
-) -> tuple[bool, str]:
-    """Contiguous tensors on a GPU, of scales of at most 32 bits."""
-    if scale.dtype == torch.float64:
-        return False, "its Triton kernel computes in float32, not float64"
-    return _supports(packed, bits, offsets, scale, packed_mask, ranks)
 
 
 def dequantize_fixed_point(
@@ -423,21 +395,6 @@ def dequantize_fixed_point(
     first = packed, packed.numel(), weight, scale
     _launch(dequantize_fixed_point_kernel, packed.device, *layout, first=first, constants=(half,))
     return weight
-
-
-def supports_dequantize_codebook(
-    packed: Tensor,
-    bits: Tensor,
-    offsets: Tensor,
-    codebook: Tensor,
-    starts: Tensor,
-    shape: list[int],
-    group_size: int,
-    packed_mask: Tensor | None = None,
-    ranks: Tensor | None = None,
-) -> tuple[bool, str]:
-    """Contiguous tensors on a GPU."""
-    return _supports(packed, bits, offsets, codebook, starts, packed_mask, ranks)
 
 
 def dequantize_codebook(

@@ -197,7 +197,7 @@ def _batch_size(inputs: Any, targets: Any, *, needs_targets: bool) -> int:
 
 
 def _alike(held: Chunk, given: Chunk) -> bool:
-    """Whether two chunks can be put together: their tensors have the same shapes, what is no tensor is the same."""
+    """Tell whether two chunks can be put together: tensors have the same shapes, what is no tensor is the same."""
     pairs = zip(_leaves(held), _leaves(given), strict=True)
     return all(
         a.shape[1:] == b.shape[1:] and a.dtype == b.dtype

@@ -40,7 +40,7 @@ class Call:
         return others[0]
 
     def edge(self) -> GradientEdge | None:
-        """Where the gradient by the output arrives, if one can."""
+        """Say where the gradient by the output arrives, if one can."""
         return get_gradient_edge(self.output) if self.output.requires_grad else None
 
     def product(

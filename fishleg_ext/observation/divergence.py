@@ -1,4 +1,4 @@
-"""How far a network's outputs are from those of the dense network, without labels."""
+"""Measures how far a network's outputs are from those of the dense network, without labels."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

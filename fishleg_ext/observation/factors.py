@@ -299,7 +299,7 @@ class FactorObserver:
 
 
 def _bound(use: Use, count: int, group: int) -> Tensor:
-    """What the norm of the last gradient is at most."""
+    """Bound the norm of the last gradient."""
     x, d = use.rows(count - 1, count, group)
     return (x.norm(dim=-1) * d.norm(dim=-1)).sum(dtype=torch.float64)
 
@@ -315,7 +315,7 @@ def _numbers(samples: int, like: Tensor) -> Tensor:
 
 
 def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> Tensor:
-    """Whether rows [groups, n, size], scaled by their sample's number, lie in this order: see `Use`."""
+    """Tell whether rows [groups, n, size], scaled by their sample's number, lie in this order: see `Use`."""
     length, rest = divmod(rows.shape[1], len(own))
     if rest:
         return torch.zeros((), dtype=torch.bool, device=rows.device)

@@ -174,7 +174,7 @@ class GradientFactors:
 
     @property
     def _is_best_by_rows(self) -> bool:
-        """Whether there is one product, whose rows take no more memory than the gradients."""
+        """Tell whether there is one product, whose rows take no more memory than the gradients."""
         return self._is_single and self.rows <= self.shape[0]
 
     def _rows_of(self, use: Use) -> tuple[Tensor, Tensor]:

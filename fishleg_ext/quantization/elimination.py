@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.common.layout import BlockLayout
-from fishleg_ext.curvature import Blocks
+from fishleg_ext.curvature import Blocks, CurvatureError
 from fishleg_ext.reference.batches import block_slices
 
 SPARSE = 0.5  # share of kept weights up to which they are taken out of their blocks
@@ -51,6 +51,9 @@ def eliminate_to_codes(
 
     Returns:
         codes uint8 [K, B], indices into the table.
+
+    Raises:
+        CurvatureError: an inverse is not positive definite to rounding, so that compensation gives NaN.
     """
     dtype = blocks.inverse.dtype
     size = rows.shape[1]
@@ -66,10 +69,12 @@ def eliminate_to_codes(
         mask, own = kept[part], table if len(table) == 1 else table[part]
         weight = rows[part].to(dtype)
         if order == "given":
-            codes[part] = ops.obs_quantize(weight, inverse, mask, own, order=order)[0]
+            codes[part], cost, _ = ops.obs_quantize(weight, inverse, mask, own, order=order)
+            _check_finite(cost)
             continue
         if not conditioned and bool((~mask & (weight != 0)).any()):
             weight = ops.obs_compensate(weight, inverse, ~mask)
+            _check_finite(weight)
         if not sparse:
             codes[part] = ops.obs_quantize(weight, inverse, mask, own, dead_first=not conditioned)[0]
             continue
@@ -101,5 +106,11 @@ def _taken(matrix: Tensor, index: Tensor) -> Tensor:
 
 
 def _inverted(matrix: Tensor) -> Tensor:
-    inverse, _ = ops.block_inverse(matrix.double(), 0.0)
+    inverse, info = ops.block_inverse(matrix.double(), 0.0)
+    _check_finite(torch.where(info < 0, torch.nan, 0.0))
     return inverse
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise CurvatureError("an inverse is not positive definite to rounding; use more damping")

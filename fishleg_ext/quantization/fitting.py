@@ -124,7 +124,7 @@ class Grid:
         values = torch.full((len(sizes), int(sizes.max())), torch.inf, device=sizes.device)
         inside = torch.arange(values.shape[1], device=sizes.device) < sizes[:, None]
         values[inside] = tensor.codebook
-        # The room that a codebook did not need was filled with zeros, after values that ascend.
+        # The room that a codebook did not need was filled with its last value, after values that ascend.
         fill = torch.zeros_like(inside)
         fill[:, 1:] = values[:, 1:] <= values[:, :-1]
         return cls(tensor.bits, values.masked_fill(fill.cummax(1).values, torch.inf))
@@ -160,9 +160,11 @@ class Grid:
         kept = groups.kept.reshape(-1)[: groups.layout.numel].contiguous() if groups.masked else None
         codebook = None
         if self.values is not None:
-            used = [row[: 1 << width] for row, width in zip(self.values, self.bits.tolist(), strict=True)]
             # The codebook of one group may end before 2^bits; those of several have room for all.
-            codebook = used[0][used[0].isfinite()] if len(used) == 1 else torch.cat(used).nan_to_num(posinf=0.0)
+            finite = self.values.isfinite()
+            last = torch.where(finite, self.values, -torch.inf).amax(1, keepdim=True)
+            room = torch.arange(self.values.shape[1], device=last.device) < (1 << self.bits.long())[:, None]
+            codebook = torch.where(finite, self.values, last)[finite if len(self.bits) == 1 else room]
         return QuantizedTensor.of_codes(
             codes.reshape(-1)[: groups.layout.numel],
             kept,

@@ -16,7 +16,7 @@ LEAST = 0.15  # the smallest step tried, over the one at which the largest weigh
 
 
 def codes_of(weight: Tensor, scale: Tensor, bits: Tensor | int, half: bool) -> Tensor:
-    """Return the nearest code of each weight, [G, N]; of ties the even level, or the one away from zero.
+    """Return the nearest code of each weight, [G, N]; of ties the even level, or with `half` the upper.
 
     Args:
         weight: [G, N].
