@@ -16,7 +16,7 @@ from fishleg_ext.quantization import files
 from fishleg_ext.quantization.entropy import entropy
 from fishleg_ext.quantization.export import export_compressed_tensors
 from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
-from fishleg_ext.quantization.retraining import Trained
+from fishleg_ext.quantization.retraining import PriceOfBits, Trained
 
 
 class QuantizeResult:
@@ -63,7 +63,7 @@ class QuantizeResult:
     @property
     def bits(self) -> dict[str, Tensor]:
         """Name -> bits of the codes of each group, uint8 [G]."""
-        return {name: tensor.bits for name, tensor in self._tensors.items()}
+        return {name: tensor.bits for name, tensor in self.tensors.items()}
 
     @property
     def mean_bits(self) -> float:
@@ -128,8 +128,9 @@ class QuantizeResult:
 
         After each of its steps the real-valued weights, which begin as the quantized ones, move by what the optimizer
         did, and the model's are set to the values of their codes. Pruned weights stay zero; without masks, weights that
-        were zero may get another code. With coding="entropy" the entropy of the codes may grow. Real-valued weights are
-        held until `remove`, one for each weight, and one more of what was written last.
+        were zero may get another code. With coding="entropy" codes are chosen by their bits, too, so that after
+        `remove` they have no more entropy on average than before; until then it may differ a little. Real-valued
+        weights are held until `remove`, one for each weight, and one more of what was written last.
 
         Args:
             optimizer: of some of the quantized parameters at least; those that it does not have stay as they are.
@@ -148,11 +149,14 @@ class QuantizeResult:
 
         def requantize(*_: Any) -> None:
             with torch.no_grad():
+                price = attachment.price
                 for trained in attachment.trained.values():
-                    trained.step(refit)
+                    trained.step(refit, None if price is None else price.value)
+                if price is not None:
+                    price.follow()
 
         handle = after_each_step(optimizer, parameters.values(), requantize)
-        attachment = Attachment(self, handle)
+        attachment = Attachment(self, handle, refit)
         try:
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             names = [name for name, parameter in parameters.items() if id(parameter) in owned]
@@ -162,6 +166,8 @@ class QuantizeResult:
             with torch.no_grad():
                 tensors, h = self._tensors, self._importances
                 attachment.trained = {n: Trained.of(parameters[n], tensors[n], h[n]) for n in names}
+                if self.settings["grid"] == "uniform":
+                    attachment.price = PriceOfBits(attachment.trained.values())
         except BaseException:
             handle.remove()
             raise
@@ -170,6 +176,9 @@ class QuantizeResult:
 
     def detach(self, attachment: "Attachment") -> None:
         """End what `attach` began; the codes are those of now."""
+        if attachment.price is not None:
+            with torch.no_grad():
+                attachment.price.settle(attachment.refit)
         for name, trained in attachment.trained.items():
             self._tensors[name] = trained.packed()
             self._trained.pop(name, None)
@@ -218,9 +227,10 @@ class QuantizeResult:
 class Attachment:
     """Holds what an optimizer trains of a quantized model, until `remove`."""
 
-    def __init__(self, result: QuantizeResult, handle: RemovableHandle) -> None:
-        self._result, self._handle = result, handle
+    def __init__(self, result: QuantizeResult, handle: RemovableHandle, refit: bool) -> None:
+        self._result, self._handle, self.refit = result, handle, refit
         self.trained: dict[str, Trained] = {}
+        self.price: PriceOfBits | None = None  # of codes that are entropy-coded
 
     def remove(self) -> None:
         """End the training of quantized weights; the model keeps those of now."""

@@ -274,6 +274,32 @@ def test_retraining_keeps_codes_and_zeros_and_lowers_the_loss(method, masked, ne
     assert all(len(w.unique()) > 10 for w in weights_of(net).values())  # no longer held
 
 
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_retraining_keeps_the_entropy(masked, refit, net, data, tmp_path):
+    masks = prune(net, data, sparsity=0.5, num_grads=48, progress=False).masks if masked else None
+    result = quantized(net, data, bits=1.8, masks=masks, coding="entropy")
+    most, size = result.mean_bits, result.size
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)  # goes far: without a price of bits the entropy grows by half
+    handle = result.attach(optimizer, refit=refit)
+    seen = []
+    for _ in range(20):
+        for x, y in data:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            seen.append(result.mean_bits)
+    assert max(seen) < most + 0.3
+    handle.remove()
+    assert most - 0.3 < result.mean_bits <= most
+    assert result.size < 1.05 * size
+    path = tmp_path / "net.safetensors"
+    result.save(path)
+    assert path.stat().st_size == result.size
+    loaded = load_quantized(path, make_net()).state_dict()
+    assert all(torch.equal(x, loaded[name]) for name, x in net.state_dict().items())
+
+
 def test_weights_that_changed_are_not_saved_silently(net, data, tmp_path):
     result = quantized(net, data, bits=2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -162,6 +162,35 @@ def _distortion(books: Mapping[str, Book], weights: Mapping[str, Tensor], import
     return total
 
 
+def boundaries_of_least_cost(values: Tensor, counts: Tensor, price: float) -> Tensor:
+    """Return what separates the weights w when each takes the code of least (w - c)^2 + price * its bits.
+
+    Bits are those of entropy coding, -log2 of the frequency (Chou, Lookabaugh and Gray, IEEE Transactions on Acoustics,
+    Speech and Signal Processing 37, 1989).
+
+    Args:
+        values: c, [C], ascending.
+        counts: how many weights have each code, [C], all positive.
+        price: of a bit, >= 0, a squared weight.
+
+    Returns:
+        boundaries [C - 1], ascending. The interval of a code that is the best of no weight is empty.
+
+    Examples:
+        >>> boundaries_of_least_cost(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1, 2, 1]), 0.5)
+        tensor([-0.7500,  0.7500])
+    """
+    c = values.double()
+    intercept = c.square() - price * (counts.double() / counts.sum()).log2()
+    # Above this weight the code of the column is better than that of the row, which lies below it.
+    better = (intercept[None] - intercept[:, None]) / (2 * (c[None] - c[:, None]))
+    below = torch.ones_like(better, dtype=torch.bool).triu(1)
+    start = better.masked_fill(~below, -torch.inf).amax(0)
+    end = better.masked_fill(~below, torch.inf).amin(1)
+    start = torch.where(start < end, start, torch.inf)
+    return start.flip(0).cummin(0).values.flip(0)[1:].to(values.dtype)
+
+
 def huffman(codes: Tensor) -> bytes:
     """Return codes uint8 [n] in zlib's Huffman code, without looking for repetitions."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)

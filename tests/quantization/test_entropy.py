@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishleg_ext.quantization import entropy as coding
@@ -72,3 +72,24 @@ def test_tensors_without_weights_or_importance(generator):
     assert books["none"].values.tolist() == [0.0]
     assert books["flat"].values.tolist() == [0.0]
     assert books["some"].values.isfinite().all()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-40, 40), min_size=1, max_size=9, unique=True),
+    st.lists(st.integers(1, 99), min_size=9, max_size=9),
+    st.floats(0, 50),
+)
+def test_each_weight_takes_the_code_of_least_error_and_bits(values, counts, price):
+    values = torch.tensor(sorted(values)).double()
+    counts = torch.tensor(counts[: len(values)])
+    weight = torch.linspace(-60, 60, 241).double() + 1e-3  # not halfway between codes
+    codes = torch.bucketize(weight, coding.boundaries_of_least_cost(values, counts, price))
+    cost = (weight[:, None] - values).square() - price * (counts / counts.sum()).double().log2()
+    torch.testing.assert_close(cost.gather(1, codes[:, None])[:, 0], cost.amin(1), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bit_that_costs_nothing_leaves_the_nearest_codes(generator):
+    values = torch.randn(17, generator=generator).double().sort().values
+    found = coding.boundaries_of_least_cost(values, torch.arange(1, 18), 0.0)
+    torch.testing.assert_close(found, (values[1:] + values[:-1]) / 2)
