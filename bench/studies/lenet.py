@@ -1,17 +1,17 @@
-"""Compresses LeNet-5 (431,080 weights) on MNIST: error against the size of the file, by every method of quantization.
+"""Compresses LeNet-5 (431,080 parameters) on MNIST: error against the size of the file, by every quantization.
 
-    python bench/studies/lenet.py --data DIR [--seeds 0 1 2] [--out FILE]
+    python bench/studies/lenet.py --data DIR [--seeds 0 1 2] [--out FILE] [--cache DIR]
 
-DIR holds the four idx files of MNIST, gzipped. The last 5,000 training images are held out: on them defaults are
+DIR holds the four idx files of MNIST, gzipped. The last 5,000 training images are held out: on them settings are
 chosen; errors are of the 10,000 test images. Each seed trains a network, quantizes it, prunes it step by step with
-training between, and quantizes that, with and without retraining. Resumable: what is in FILE is not run again.
+FishLeg and training between, and quantizes that, with and without retraining. Pruned and quantized networks learn to
+predict what the dense one does (distillation; Hinton et al., arXiv 1503.02531). Resumable: what is in FILE is not run
+again.
 """
 
 import argparse
 import copy
 import gzip
-import json
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, QuantizeResult, quantize
+from fishleg_ext.bench.studies.quantization import Study
 
 EPOCHS, BATCH = 12, 128
-DENSITIES = (0.5, 0.25, 0.15, 0.085, 0.05, 0.03, 0.02)
-EPOCHS_BETWEEN = 2
-RETRAINING_EPOCHS = 3
+DENSITIES = (0.3, 0.085, 0.05, 0.03)
+EPOCHS_BETWEEN = 4
+RETRAINING_EPOCHS = 1
+TEMPERATURE = 4.0  # of distillation
 BITS = (4, 3, 2, 1.5)
 METHODS: dict[str, dict[str, Any]] = {
     "uniform bits": {"method": "fixed_point", "curvature": "identity", "allocate": False},
@@ -38,9 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "Fisher k-means, equal bits": {"allocate": False},
     "uniform grid, entropy": {"coding": "entropy", "curvature": "identity"},
     "Fisher grid, entropy": {"coding": "entropy"},
-    "OBQ (block)": {"method": "obq", "curvature": "block"},
-    "OBQ (block), entropy": {"method": "obq", "curvature": "block", "coding": "entropy"},
+    "OBQ, FishLeg": {"method": "obq", "curvature": "fishleg"},
+    "OBQ, FishLeg, entropy": {"method": "obq", "curvature": "fishleg", "coding": "entropy"},
 }
+SPARSEST = ("Fisher k-means", "Fisher grid, entropy", "OBQ, FishLeg, entropy")  # of the networks with fewest weights
 
 
 class LeNet5(nn.Module):
@@ -70,10 +73,15 @@ class Mnist:
         self.train, self.held_out = (tuple(x[part] for x in train) for part in (slice(0, 55000), slice(55000, None)))
         self.test = images("t10k-images-idx3-ubyte.gz"), labels("t10k-labels-idx1-ubyte.gz")
 
-    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled batches."""
+    def epoch(self, generator: torch.Generator, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled batches of training images and their targets."""
         for index in torch.randperm(55000, generator=generator).split(BATCH):
-            yield self.train[0][index], self.train[1][index]
+            yield self.train[0][index], targets[index]
+
+    @torch.no_grad()
+    def softened(self, model: nn.Module) -> Tensor:
+        """What a network predicts of the training images, at the temperature of distillation, [55000, 10]."""
+        return torch.cat([(model(x) / TEMPERATURE).softmax(1) for x in self.train[0].split(1000)])
 
     @torch.no_grad()
     def error(self, model: nn.Module, held_out: bool = False) -> float:
@@ -83,21 +91,29 @@ class Mnist:
         return 100 * wrong / len(y)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Mnist, epochs: int, seed: int) -> None:
-    """Train with a learning rate that falls to zero as a cosine."""
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Mnist,
+    epochs: int,
+    seed: int,
+    softened: Tensor | None = None,
+) -> None:
+    """Train by the labels or by distillation, with a learning rate that falls to zero as a cosine."""
+    targets, temperature = (data.train[1], 1.0) if softened is None else (softened, TEMPERATURE)
     generator = torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (55000 // BATCH + 1))
     for _ in range(epochs):
-        for x, y in data.epoch(generator):
+        for x, y in data.epoch(generator, targets):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            (temperature**2 * F.cross_entropy(model(x) / temperature, y)).backward()
             optimizer.step()
             schedule.step()
 
 
-def calibration(data: Mnist) -> list[tuple[Tensor, Tensor]]:
-    """The first 2,048 training images."""
-    return list(zip(data.train[0][:2048].split(128), data.train[1][:2048].split(128), strict=True))
+def calibration(data: Mnist, count: int) -> list[tuple[Tensor, Tensor]]:
+    """The first training images."""
+    return list(zip(data.train[0][:count].split(128), data.train[1][:count].split(128), strict=True))
 
 
 def measured(model: nn.Module, result: QuantizeResult, data: Mnist, seconds: float) -> dict[str, Any]:
@@ -113,18 +129,40 @@ def measured(model: nn.Module, result: QuantizeResult, data: Mnist, seconds: flo
     }
 
 
-def run(name: str, network: nn.Module, data: Mnist, options: dict[str, Any], retraining: bool, seed: int) -> Any:
-    """Quantize a copy, and retrain it."""
+def run(
+    name: str,
+    network: nn.Module,
+    data: Mnist,
+    options: dict[str, Any],
+    epochs: int,
+    seed: int,
+    softened: Tensor,
+) -> dict[str, Any]:
+    """Quantize a copy, and retrain it for some epochs."""
     model, start = copy.deepcopy(network), time.perf_counter()
-    result = quantize(model, calibration(data), num_grads=2048, progress=False, seed=seed, **options)
+    result = quantize(model, calibration(data, 2048), num_grads=2048, progress=False, seed=seed, **options)
     rows = {name: measured(model, result, data, time.perf_counter() - start)}
-    if retraining:
+    if epochs:
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
         handle = result.attach(optimizer)
-        train(model, optimizer, data, RETRAINING_EPOCHS, seed + 1000)
+        train(model, optimizer, data, epochs, seed + 1000, softened)
         handle.remove()
         rows[f"{name}, retrained"] = measured(model, result, data, time.perf_counter() - start)
     return rows
+
+
+def wanted(stage: str) -> Iterator[tuple[str, float, int]]:
+    """Methods, bits and epochs of retraining."""
+    for bits in BITS:
+        for method, options in METHODS.items():
+            if options.get("allocate") is False and bits != int(bits):
+                continue
+            if stage == "dense":
+                yield method, bits, RETRAINING_EPOCHS * (bits == 2)  # with more bits little is lost
+            elif stage == "density 0.085":
+                yield method, bits, RETRAINING_EPOCHS
+            elif stage != "density 0.3" and method in SPARSEST and bits in (3, 2):
+                yield method, bits, 2 * RETRAINING_EPOCHS
 
 
 def main() -> None:
@@ -136,38 +174,21 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for trained networks")
     options = parser.parse_args()
     data = Mnist(options.data)
-    known = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
-    known |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    rows = known["rows"]
-
-    def keep(key: str, found: dict[str, Any]) -> None:
-        for name, row in found.items():
-            rows[f"{key} | {name}"] = row
-            print(key, "|", name, {k: v for k, v in row.items() if k != "sizes"}, flush=True)
-        options.out.parent.mkdir(exist_ok=True, parents=True)
-        options.out.write_text(json.dumps(known, indent=1) + "\n")
-
+    study = Study(options.out)
     for seed in options.seeds:
         networks = trained(seed, data, options.cache)
-        for stage, (network, masks) in networks.items():
+        softened = data.softened(networks["dense"][0])
+        for stage, (network, masks) in reversed(networks.items()):
             key = f"seed {seed} | {stage}"
-            if f"{key} | dense" not in rows:
-                plain = {"error": data.error(network), "held_out_error": data.error(network, held_out=True)}
-                keep(key, {"dense": plain})
-            for bits in BITS:
-                for method, given in METHODS.items():
-                    retraining = stage != "dense" and method in RETRAINED and bits in (3, 2)
-                    if given.get("allocate") is False and bits != int(bits):
-                        continue
-                    if stage not in ("dense", "density 0.085") and not retraining:
-                        continue
-                    name = f"{method} | {bits}"
-                    if f"{key} | {name}" not in rows:
-                        keep(key, run(name, network, data, {**given, "bits": bits, "masks": masks}, retraining, seed))
-    print(table(rows))
-
-
-RETRAINED = ("Fisher k-means", "uniform grid, entropy")  # with 3 and 2 bits
+            errors = lambda n=network: {"error": data.error(n), "held_out_error": data.error(n, held_out=True)}
+            study.run(f"{key} | float32", errors)
+            for method, bits, epochs in wanted(stage):
+                name = f"{key} | {method} | {bits}"
+                if name not in study.rows:
+                    settings = METHODS[method] | {"bits": bits, "masks": masks}
+                    for row, found in run(name, network, data, settings, epochs, seed, softened).items():
+                        study.run(row, lambda found=found: found)
+    print(table(study.rows))
 
 
 def trained(seed: int, data: Mnist, cache: Path | None) -> dict[str, tuple[nn.Module, dict[str, Tensor] | None]]:
@@ -178,18 +199,19 @@ def trained(seed: int, data: Mnist, cache: Path | None) -> dict[str, tuple[nn.Mo
     else:
         torch.manual_seed(seed)
         model = LeNet5()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        train(model, optimizer, data, EPOCHS, seed)
+        train(model, torch.optim.Adam(model.parameters(), lr=1e-3), data, EPOCHS, seed)
         states = {"dense": {"state": copy.deepcopy(model.state_dict()), "masks": None}}
-        pruner = Pruner(model, curvature="block", num_grads=1024, progress=False, seed=seed)
+        softened = data.softened(model)
+        pruner = Pruner(model, curvature="fishleg", num_grads=4096, progress=False, seed=seed)
         for index, density in enumerate(DENSITIES):
-            pruner.estimate(calibration(data), F.cross_entropy)
+            pruner.estimate(calibration(data, 8192), F.cross_entropy)
             pruner.prune_to(1 - density)
-            optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
             handle = pruner.attach(optimizer)
-            train(model, optimizer, data, EPOCHS_BETWEEN, seed + 100 * (index + 1))
+            train(model, optimizer, data, EPOCHS_BETWEEN, seed + 100 * (index + 1), softened)
             handle.remove()
-            print(f"seed {seed} density {density}: {data.error(model)} %", flush=True)
+            errors = f"{data.error(model):.2f} %, held out {data.error(model, held_out=True):.2f} %"
+            print(f"seed {seed} density {density}: {errors}", flush=True)
             states[f"density {density}"] = {"state": copy.deepcopy(model.state_dict()), "masks": pruner.masks}
         if path is not None:
             path.parent.mkdir(exist_ok=True, parents=True)
@@ -198,8 +220,7 @@ def trained(seed: int, data: Mnist, cache: Path | None) -> dict[str, tuple[nn.Mo
     for stage, entry in states.items():
         network = LeNet5()
         network.load_state_dict(entry["state"])
-        if stage in ("dense", "density 0.085", "density 0.03", "density 0.02"):
-            found[stage] = network.eval(), entry["masks"]
+        found[stage] = network.eval(), entry["masks"]
     return found
 
 

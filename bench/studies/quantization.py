@@ -11,7 +11,6 @@ again.
 import argparse
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from fishleg_ext import prune, quantize
 from fishleg_ext.bench.studies.cifar10 import Cifar10, ResNet20
+from fishleg_ext.bench.studies.resnet20 import machine
 
 BITS = (4, 3, 2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 OF_STORIES = (
     "uniform bits, per row",
+    "magnitude bits, per row",
+    "Fisher bits, per row",
     "k-means, equal bits",
     "Fisher k-means, equal bits",
     "Fisher k-means",
@@ -77,13 +79,20 @@ class Study:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        self.content |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        found = machine()
+        self.content["commits"] = sorted({*self.content.get("commits", []), found.pop("commit")})
+        self.content |= found
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What there is, by key."""
+        return self.content["rows"]
 
     def run(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Add a row unless it is there."""
-        if key not in self.content["rows"]:
-            self.content["rows"][key] = row = measure()
-            print(key, row, flush=True)
+        if key not in self.rows:
+            self.rows[key] = row = measure()
+            print(key, {name: value for name, value in row.items() if name != "sizes"}, flush=True)
             self.path.parent.mkdir(exist_ok=True, parents=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
@@ -161,7 +170,7 @@ def main() -> None:
     study = Study(options.out)
     for part in options.parts:
         stories(options.data, study) if part == "stories" else resnet20(options.data, study, part == "pruned")
-    print(table(study.content["rows"]))
+    print(table(study.rows))
 
 
 if __name__ == "__main__":

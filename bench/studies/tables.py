@@ -264,20 +264,28 @@ def quantization() -> str:
 
 
 def lenet() -> str:
-    """A row for each method, for each network and number of bits error and compression."""
-    records = json.loads((RESULTS / "lenet.json").read_text())["rows"]
+    """A row for each method, for each network and number of bits error and compression: means over the seeds."""
+    entries: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for key, row in json.loads((RESULTS / "lenet.json").read_text())["rows"].items():
+        _, network, method, *rest = key.split(" | ")
+        bits, _, retrained = (rest or ["4"])[0].partition(", ")
+        entries.setdefault((network, f"{method}{', ' * bool(retrained)}{retrained}", bits), []).append(row)
+    seeds = max(len(rows) for rows in entries.values())
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for key, row in records.items():
-        _, network, *method = key.split(" | ")
-        if len(method) == 1:
-            found[network, "float32"] = {"4": f"{row['error']:.2f} %"}
-            continue
-        bits, _, retrained = method[1].partition(", ")
-        cell = f"{row['error']:.2f} %, {row['ratio']:.1f}x"
-        found.setdefault((network, f"{method[0]}{', ' * bool(retrained)}{retrained}"), {})[bits] = cell
+    for (network, method, bits), rows in entries.items():
+        cell = f"{statistics.mean(row['error'] for row in rows):.2f} %"
+        if "ratio" in rows[0]:
+            cell += f", {statistics.mean(row['ratio'] for row in rows):.1f}x"
+        cell += f" (of {len(rows)})" * (len(rows) < seeds)
+        found.setdefault((network, method), {})[bits] = cell
     columns = ("4", "3", "2", "1.5")
-    rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in found.items()]
+    rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in sorted(found.items(), key=_network)]
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
+
+
+def _network(item: tuple[tuple[str, str], Any]) -> float:
+    """Denser networks first."""
+    return -float(item[0][0].removeprefix("density ").replace("dense", "1"))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -8,6 +8,7 @@ price of a bit rises as long as they have more entropy than they began with.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,7 @@ class Trained:
         self.groups = groups = replace(groups, weight=moved)
         if price is not None:
             self._set_boundaries(price)
-        self.codes = self.grid.codes_of(moved)
-        if refit:
-            self.grid = self._refitted()
+        self._requantize(refit)
         weight = torch.where(groups.kept, self.grid.weights(self.codes), 0)
         matrix = layout.from_blocks(weight)
         self.parameter.copy_(self.orientation.to_parameter(matrix).to(self.parameter.dtype))
@@ -100,25 +99,34 @@ class Trained:
         assert self.grid.values is not None
         values = self.grid.values[0]
         counts = torch.bincount(self.codes[self.groups.kept].long(), minlength=len(values))
-        values, counts = values[counts > 0], counts[counts > 0]
+        # In their order, which a zero that stays zero may have left.
+        values, index = values[counts > 0].unique(return_inverse=True)
+        counts = counts.new_zeros(len(values)).index_add_(0, index, counts[counts > 0])
         if len(values) > 1:
             price = price * float(values.diff().median()) ** 2
             self.grid = Grid.of_values(values, boundaries_of_least_cost(values, counts, price))
 
-    def _refitted(self) -> Grid:
-        """Return the grid of least distortion for these codes; a code that no weight has stays where it is."""
+    def _requantize(self, refit: bool) -> None:
+        """Choose the codes, and the grid of least distortion for them."""
         weight, h, grid = self.groups.weight, self.groups.importance, self.grid
         if grid.values is not None:
-            _, sums = ops.assign_codes(weight, h, grid.between())
-            means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], grid.values)
-            if not self.groups.masked:  # where zero is a code it stays one
-                means = torch.where(grid.values == 0, 0, means)
-            # Means of intervals are in their order.
-            return replace(grid, values=means.to(grid.values.dtype))
+            between = grid.between()
+            self.codes, sums = ops.assign_codes(weight, h, between)
+            if refit:
+                # A code that no weight has stays in its interval, so that values ascend.
+                least, most = (nn.functional.pad(between, pad, value=x) for pad, x in (((1, 0), -inf), ((0, 1), inf)))
+                kept = grid.values.clamp(least, most)
+                means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], kept)
+                if not self.groups.masked:  # where zero is a code it stays one
+                    means = torch.where(grid.values == 0, 0, means)
+                self.grid = replace(grid, values=means.to(grid.values.dtype))
+            return
         assert grid.scale is not None
-        level = fixed_point.values_of(self.codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
-        squares, products = (h * level.square()).sum(1), (h * level * weight).sum(1)
-        return replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
+        self.codes = grid.codes_of(weight)
+        if refit:
+            level = fixed_point.values_of(self.codes.float(), torch.ones_like(grid.scale), grid.bits, grid.half)
+            squares, products = (h * level.square()).sum(1), (h * level * weight).sum(1)
+            self.grid = replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
 
 
 class PriceOfBits:
