@@ -152,13 +152,13 @@ def run(
 
 
 def wanted(stage: str) -> Iterator[tuple[str, float, int]]:
-    """Methods, bits and epochs of retraining."""
+    """Yield the methods for one network, with their bits and epochs of retraining."""
     for bits in BITS:
         for method, options in METHODS.items():
             if options.get("allocate") is False and bits != int(bits):
                 continue
             if stage == "dense":
-                yield method, bits, RETRAINING_EPOCHS * (bits == 2)  # with more bits little is lost
+                yield method, bits, RETRAINING_EPOCHS * (bits <= 2)  # with more bits little is lost
             elif stage == "density 0.085":
                 yield method, bits, RETRAINING_EPOCHS
             elif stage != "density 0.3" and method in SPARSEST and bits in (3, 2):
@@ -184,7 +184,8 @@ def main() -> None:
             study.run(f"{key} | float32", errors)
             for method, bits, epochs in wanted(stage):
                 name = f"{key} | {method} | {bits}"
-                if name not in study.rows:
+                rows = (name, f"{name}, retrained")[: 1 + bool(epochs)]
+                if any(row not in study.rows for row in rows):
                     settings = METHODS[method] | {"bits": bits, "masks": masks}
                     for row, found in run(name, network, data, settings, epochs, seed, softened).items():
                         study.run(row, lambda found=found: found)

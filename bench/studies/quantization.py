@@ -79,9 +79,8 @@ class Study:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        found = machine()
-        self.content["commits"] = sorted({*self.content.get("commits", []), found.pop("commit")})
-        self.content |= found
+        self.content |= machine()
+        self.commit = self.content.pop("commit")[:12]  # of each row
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class Study:
     def run(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Add a row unless it is there."""
         if key not in self.rows:
-            self.rows[key] = row = measure()
+            self.rows[key] = row = measure() | {"commit": self.commit}
             print(key, {name: value for name, value in row.items() if name != "sizes"}, flush=True)
             self.path.parent.mkdir(exist_ok=True, parents=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n")
