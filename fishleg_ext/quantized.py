@@ -1,13 +1,12 @@
 """What a quantization returns, and how it is read back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_flag, checked_type
 from fishleg_ext.common.optimizers import after_each_step
@@ -16,7 +15,7 @@ from fishleg_ext.quantization import files
 from fishleg_ext.quantization.entropy import entropy
 from fishleg_ext.quantization.export import export_compressed_tensors
 from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
-from fishleg_ext.quantization.retraining import PriceOfBits, Trained
+from fishleg_ext.quantization.retraining import Retraining, Trained
 
 
 class QuantizeResult:
@@ -24,9 +23,9 @@ class QuantizeResult:
 
     Attributes:
         model: the model, whose weights are the values of the codes.
-        distortion: what the quantization costs by the curvature: 1/2 sum h (w - q)^2 over the weights that have codes,
-            h = 1 / diag(F^-1), or for "obq" 1/2 dw^T F dw of the whole move, that of weights which it pruned among it.
-            The two are of one kind under the diagonal Fisher matrix alone.
+        distortion: what the quantization costs by the curvature, before retraining: 1/2 sum h (w - q)^2 over the
+            weights that have codes, h = 1 / diag(F^-1), or for "obq" 1/2 dw^T F dw of the whole move, that of weights
+            which it pruned among it. The two are of one kind under the diagonal Fisher matrix alone.
         coding: of the saved file, "fixed" or "entropy".
         settings: of the quantization, JSON-able.
         dense: name -> why it was not quantized, of the other parameters of two dimensions and more.
@@ -128,9 +127,10 @@ class QuantizeResult:
 
         After each of its steps the real-valued weights, which begin as the quantized ones, move by what the optimizer
         did, and the model's are set to the values of their codes. Pruned weights stay zero; without masks, weights that
-        were zero may get another code. With coding="entropy" codes are chosen by their bits, too, so that after
-        `remove` they have no more entropy on average than before; until then it may differ a little. Real-valued
-        weights are held until `remove`, one for each weight, and one more of what was written last.
+        were zero may get another code. Codes of uniform grids (coding="entropy") are chosen by their bits, too, so that
+        all together they have no more entropy than before; of fixed-point numbers it may grow. Until `remove` two
+        copies of the weights are held: the real-valued ones, and what the model's were set to last. A step that the
+        dtype of the parameters rounds away is lost.
 
         Args:
             optimizer: of some of the quantized parameters at least; those that it does not have stay as they are.
@@ -147,16 +147,8 @@ class QuantizeResult:
         checked_flag("refit", refit)
         parameters = {name: self.model.get_parameter(name) for name in self._tensors}
 
-        def requantize(*_: Any) -> None:
-            with torch.no_grad():
-                price = attachment.price
-                for trained in attachment.trained.values():
-                    trained.step(refit, None if price is None else price.value)
-                if price is not None:
-                    price.follow()
-
-        handle = after_each_step(optimizer, parameters.values(), requantize)
-        attachment = Attachment(self, handle, refit)
+        retraining = Retraining(refit)
+        handle = after_each_step(optimizer, parameters.values(), torch.no_grad()(retraining.step))
         try:
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             names = [name for name, parameter in parameters.items() if id(parameter) in owned]
@@ -165,30 +157,28 @@ class QuantizeResult:
             self._check_weights()
             with torch.no_grad():
                 tensors, h = self._tensors, self._importances
-                attachment.trained = {n: Trained.of(parameters[n], tensors[n], h[n]) for n in names}
+                retraining.trained = {n: Trained.of(parameters[n], tensors[n], h[n]) for n in names}
                 if self.settings["grid"] == "uniform":
-                    attachment.price = PriceOfBits(attachment.trained.values())
+                    retraining.keep_entropy()
         except BaseException:
             handle.remove()
             raise
-        self._trained |= attachment.trained
-        return attachment
+        self._trained |= retraining.trained
 
-    def detach(self, attachment: "Attachment") -> None:
-        """End what `attach` began; the codes are those of now."""
-        if attachment.price is not None:
-            with torch.no_grad():
-                attachment.price.settle(attachment.refit)
-        for name, trained in attachment.trained.items():
-            self._tensors[name] = trained.packed()
-            self._trained.pop(name, None)
-        attachment.trained = {}
+        def remove() -> None:
+            handle.remove()
+            for name, trained in retraining.trained.items():
+                self._tensors[name] = trained.packed()
+                self._trained.pop(name, None)
+            retraining.trained = {}
+
+        return Attachment(remove)
 
     def _check_weights(self) -> None:
         """Raise ValueError unless the weights of the model are the values of their codes."""
         for name, tensor in self.tensors.items():
             parameter = self.model.get_parameter(name).detach()
-            if not torch.equal(tensor.unpack(), parameter):
+            if not torch.equal(tensor.to(parameter.device).unpack(), parameter):
                 raise ValueError(
                     f"{name} changed since it was quantized; attach the optimizer that trains it, or quantize again"
                 )
@@ -227,15 +217,12 @@ class QuantizeResult:
 class Attachment:
     """Holds what an optimizer trains of a quantized model, until `remove`."""
 
-    def __init__(self, result: QuantizeResult, handle: RemovableHandle, refit: bool) -> None:
-        self._result, self._handle, self.refit = result, handle, refit
-        self.trained: dict[str, Trained] = {}
-        self.price: PriceOfBits | None = None  # of codes that are entropy-coded
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self._remove = remove
 
     def remove(self) -> None:
         """End the training of quantized weights; the model keeps those of now."""
-        self._handle.remove()
-        self._result.detach(self)
+        self._remove()
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:

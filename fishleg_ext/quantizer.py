@@ -93,8 +93,9 @@ def quantize(
         coding: of the codes in the saved file, and of masks: "fixed" is as many bits as their group has, "entropy"
             Huffman's code.
         allocate: give more bits to groups in which they save more of the loss, and to none fewer than the next whole
-            number below the mean. Else all have the same, a whole number. Under layerwise curvature, whose errors
-            cannot be compared from layer to layer, groups of one parameter share its own budget.
+            number below the mean. Else all have the same, a whole number, and codebooks with coding="entropy" as many
+            bits of entropy, at most. Under layerwise curvature, whose errors cannot be compared from layer to layer,
+            groups of one parameter share its own budget.
         grid: what the codes of "obq" stand for, "codebook" or "fixed_point"; None is "codebook".
         order: of "obq": "cheapest" (OBQ) or "given" (GPTQ: column after column); None is "cheapest".
 
@@ -164,7 +165,8 @@ def quantize(
         estimator.begin(data, loss_fn, alive, seed=seed)
         groups = _grouped(estimator, kept, masks or {}, group_sizes, nonzero_alone=method != "obq")
         # Errors of layers' outputs cannot be compared from layer to layer: each has the same budget.
-        options: dict[str, Any] = {"alone": recipe.default_scope == "layer", "allocate": allocate, "progress": progress}
+        alone = recipe.default_scope == "layer" or not allocate
+        options: dict[str, Any] = {"alone": alone, "allocate": allocate, "progress": progress}
         if method == "obq":
             before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
             tensors: dict[str, QuantizedTensor] = {}

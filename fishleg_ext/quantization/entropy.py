@@ -20,6 +20,7 @@ from fishleg_ext.quantization.allocation import least_bits
 
 LEVELS = 255  # of a grid, odd, so that there is one in the middle
 BISECTIONS = 40
+TIE = 1e-6  # bits between codes that are as frequent
 ESCAPE = 255  # so many pruned weights, and another number to come
 
 
@@ -30,8 +31,12 @@ def entropy(codes: Tensor) -> float:
         >>> entropy(torch.tensor([0, 0, 1, 2]))
         1.5
     """
-    counts = torch.bincount(codes.reshape(-1).long()).double()
-    share = counts[counts > 0] / counts.sum()
+    return entropy_of_counts(torch.bincount(codes.reshape(-1).long()))
+
+
+def entropy_of_counts(counts: Tensor) -> float:
+    """Return the entropy of codes that are so frequent, in bits for each; counts [C]."""
+    share = counts[counts > 0].double() / counts.sum()
     return float(-(share * share.log2()).sum()) if len(share) else 0.0
 
 
@@ -162,16 +167,17 @@ def _distortion(books: Mapping[str, Book], weights: Mapping[str, Tensor], import
     return total
 
 
-def boundaries_of_least_cost(values: Tensor, counts: Tensor, price: float) -> Tensor:
-    """Return what separates the weights w when each takes the code of least (w - c)^2 + price * its bits.
+def boundaries_of_least_cost(values: Tensor, counts: Tensor, multiplier: float) -> Tensor:
+    """Return what separates the weights w when each takes the code of least (w - c)^2 + multiplier * its bits.
 
-    Bits are those of entropy coding, -log2 of the frequency (Chou, Lookabaugh and Gray, IEEE Transactions on Acoustics,
-    Speech and Signal Processing 37, 1989).
+    Entropy-constrained quantization (Chou, Lookabaugh and Gray, IEEE Transactions on Acoustics, Speech and Signal
+    Processing 37, 1989): the bits are -log2 of the frequency. Of codes that are as frequent the first has a little
+    fewer, so that with a multiplier large enough all weights take one code.
 
     Args:
         values: c, [C], ascending.
-        counts: how many weights have each code, [C], all positive.
-        price: of a bit, >= 0, a squared weight.
+        counts: how many weights have each code, [C]; those of none count as one.
+        multiplier: of the bits, >= 0, a squared weight.
 
     Returns:
         boundaries [C - 1], ascending. The interval of a code that is the best of no weight is empty.
@@ -180,10 +186,16 @@ def boundaries_of_least_cost(values: Tensor, counts: Tensor, price: float) -> Te
         >>> boundaries_of_least_cost(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1, 2, 1]), 0.5)
         tensor([-0.7500,  0.7500])
     """
-    c = values.double()
-    intercept = c.square() - price * (counts.double() / counts.sum()).log2()
+    c, frequency = values.double(), counts.double().clamp(min=1)
+    place = torch.empty_like(c)
+    place[counts.argsort(descending=True, stable=True)] = torch.arange(len(c), device=c.device, dtype=c.dtype)
+    bits = TIE * place - (frequency / frequency.sum()).log2()
+    intercept = c.square() + multiplier * bits
     # Above this weight the code of the column is better than that of the row, which lies below it.
-    better = (intercept[None] - intercept[:, None]) / (2 * (c[None] - c[:, None]))
+    distance = 2 * (c[None] - c[:, None])
+    better = (intercept[None] - intercept[:, None]) / distance
+    # Of two codes of one value the cheaper is better everywhere.
+    better = torch.where(distance == 0, torch.where(bits[None] < bits[:, None], -torch.inf, torch.inf), better)
     below = torch.ones_like(better, dtype=torch.bool).triu(1)
     start = better.masked_fill(~below, -torch.inf).amax(0)
     end = better.masked_fill(~below, torch.inf).amin(1)

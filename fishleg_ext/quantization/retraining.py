@@ -2,13 +2,13 @@
 
 The model computes with quantized weights. Each has a real-valued weight behind it, which takes the step that the
 optimizer makes with the gradient at the quantized one, and after each step its code is chosen anew. Codebooks and
-scales follow the weights: they are the best for the codes of now. Codes that are entropy-coded cost their bits: the
-price of a bit rises as long as they have more entropy than they began with.
+scales follow the weights: they are the best for the codes of now. On a uniform grid, whose codes are entropy-coded, a
+weight takes the code of least squared error plus a Lagrange multiplier times its bits (entropy-constrained
+quantization), so that the entropy stays what it was.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fishleg_ext import ops
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.quantization import fixed_point
-from fishleg_ext.quantization.entropy import boundaries_of_least_cost, entropy
+from fishleg_ext.quantization.entropy import boundaries_of_least_cost, entropy_of_counts
 from fishleg_ext.quantization.fitting import Grid, Groups
 from fishleg_ext.quantization.packed import QuantizedTensor
 
-GAIN = 0.1  # of the price of a bit, for each bit that the codes have too many
-DECAY = 0.9  # of the price after each step at which they have fewer
-SETTLING = 1e-3  # by how much it rises at least, at the end
+DECAY = 0.9  # of the multiplier from step to step, as long as the codes keep to their entropy
+GROWTH = 1.25  # of the multiplier, until they do
+LEAST = 1e-3  # multiplier above 0: a boundary to a code twice as frequent moves by half a thousandth of the spacing
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Trained:
         grid: what they may become.
         codes: uint8 [G, N], of now.
         written: what the parameter was set to last.
+        spacing: between most neighbouring values of the codebook of the whole parameter, at the beginning.
     """
 
     parameter: nn.Parameter
@@ -44,6 +45,7 @@ class Trained:
     grid: Grid
     codes: Tensor
     written: Tensor
+    spacing: float = 0.0
 
     @classmethod
     def of(cls, parameter: nn.Parameter, tensor: QuantizedTensor, importance: Tensor) -> "Trained":
@@ -63,25 +65,24 @@ class Trained:
         known = importance.to(parameter.device)
         groups = replace(groups, importance=torch.where(groups.kept, known.clamp(min=float(known.mean()) * 1e-6), 0))
         codes = groups.layout.to_blocks(tensor.codes().view(groups.layout.shape))
-        return cls(parameter, tensor.orientation, groups, Grid.of_tensor(tensor), codes, parameter.detach().clone())
+        grid = Grid.of_tensor(tensor)
+        spacing = 0.0
+        if grid.values is not None and grid.values.shape[1] > 1:
+            spacing = float(grid.values[0].sort().values.diff().median())
+        return cls(parameter, tensor.orientation, groups, grid, codes, parameter.detach().clone(), spacing)
 
-    def step(self, refit: bool, price: float | None = None) -> None:
-        """Move the real-valued weights by the step of the optimizer, and quantize them again.
-
-        Args:
-            refit: move the codebook or scale to the best for the codes of now.
-            price: of a bit of entropy-coded codes, in squared distances between neighbouring values; None is of codes
-                of fixed length.
-        """
-        groups, layout = self.groups, self.groups.layout
+    def move(self) -> None:
+        """Move the real-valued weights by the step of the optimizer."""
         step = self.orientation.to_matrix(self.parameter.detach() - self.written)
-        moved = torch.where(groups.kept, groups.weight + layout.to_blocks(step), 0)
-        self.groups = groups = replace(groups, weight=moved)
-        if price is not None:
-            self._set_boundaries(price)
-        self._requantize(refit)
-        weight = torch.where(groups.kept, self.grid.weights(self.codes), 0)
-        matrix = layout.from_blocks(weight)
+        moved = self.groups.weight + self.groups.layout.to_blocks(step)
+        self.groups = replace(self.groups, weight=torch.where(self.groups.kept, moved, 0))
+
+    def quantize(self, refit: bool) -> None:
+        """Choose the codes, with `refit` then the codebook or scale of least distortion, and set the parameter."""
+        self._choose(refit)
+        weight, kept, layout = self.groups.weight, self.groups.kept, self.groups.layout
+        values = torch.where(kept, self.grid.weights(self.codes), 0)
+        matrix = layout.from_blocks(torch.where(weight.isnan(), weight, values))  # a loss that diverged shows
         self.parameter.copy_(self.orientation.to_parameter(matrix).to(self.parameter.dtype))
         self.written.copy_(self.parameter)
 
@@ -89,34 +90,36 @@ class Trained:
         """Return the codes of now."""
         return self.grid.quantized(self.codes, self.groups, self.orientation, self.parameter.dtype)
 
-    def entropy(self) -> tuple[float, int]:
-        """Return the bits that all codes take when they are entropy-coded, and how many codes there are."""
-        codes = self.codes[self.groups.kept]
-        return entropy(codes) * len(codes), len(codes)
+    def counts(self) -> Tensor:
+        """Return how many weights have each code of the codebook of the whole parameter, in its order, int64 [C]."""
+        assert self.grid.values is not None
+        if (self.grid.values.diff() < 0).any():  # a zero that stays zero, or a code without weights, was overtaken
+            values, order = self.grid.values.sort()
+            self.grid = replace(self.grid, values=values)
+            self.codes = order[0].argsort()[self.codes.long()].to(torch.uint8)
+        return torch.bincount(self.codes[self.groups.kept].long(), minlength=self.grid.table().shape[1])
 
-    def _set_boundaries(self, price: float) -> None:
-        """Choose codes by their bits, too, without those that no weight has."""
+    def constrain(self, counts: Tensor, multiplier: float) -> Tensor:
+        """Set the boundaries between codes by what their bits cost, and return how many weights each would have.
+
+        Args:
+            counts: how many have it, [C]: its bits are those of this frequency.
+            multiplier: what a bit costs, in squared spacings.
+        """
         assert self.grid.values is not None
         values = self.grid.values[0]
-        counts = torch.bincount(self.codes[self.groups.kept].long(), minlength=len(values))
-        # In their order, which a zero that stays zero may have left.
-        values, index = values[counts > 0].unique(return_inverse=True)
-        counts = counts.new_zeros(len(values)).index_add_(0, index, counts[counts > 0])
-        if len(values) > 1:
-            price = price * float(values.diff().median()) ** 2
-            self.grid = Grid.of_values(values, boundaries_of_least_cost(values, counts, price))
+        boundaries = boundaries_of_least_cost(values, counts, multiplier * self.spacing**2)
+        self.grid = replace(self.grid, boundaries=boundaries[None])
+        codes = torch.bucketize(self.groups.weight[self.groups.kept], boundaries)
+        return torch.bincount(codes, minlength=len(values))
 
-    def _requantize(self, refit: bool) -> None:
-        """Choose the codes, and the grid of least distortion for them."""
+    def _choose(self, refit: bool) -> None:
         weight, h, grid = self.groups.weight, self.groups.importance, self.grid
         if grid.values is not None:
-            between = grid.between()
-            self.codes, sums = ops.assign_codes(weight, h, between)
+            self.codes, sums = ops.assign_codes(weight, h, grid.between())
             if refit:
-                # A code that no weight has stays in its interval, so that values ascend.
-                least, most = (nn.functional.pad(between, pad, value=x) for pad, x in (((1, 0), -inf), ((0, 1), inf)))
-                kept = grid.values.clamp(least, most)
-                means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], kept)
+                # A code that no weight has stays where it is.
+                means = torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], grid.values)
                 if not self.groups.masked:  # where zero is a code it stays one
                     means = torch.where(grid.values == 0, 0, means)
                 self.grid = replace(grid, values=means.to(grid.values.dtype))
@@ -129,26 +132,50 @@ class Trained:
             self.grid = replace(grid, scale=torch.where(squares > 0, products / squares, grid.scale))
 
 
-class PriceOfBits:
-    """What a bit of the codes costs, such that those of all parameters together keep to an entropy."""
+class Retraining:
+    """The parameters that one optimizer trains, step by step.
 
-    def __init__(self, trained: Collection[Trained]) -> None:
-        self._trained, self.value = trained, 0.0
-        self.most = self._entropy()
+    Attributes:
+        trained: by name.
+        refit: whether codebooks and scales follow.
+        max_entropy: of the codes of all parameters, in bits on average; None is any.
+        multiplier: of the bits, in squared spacings of each codebook. Steps of uniform grids are in proportion to
+            1 / sqrt(importance), so that a bit costs the same loss in every parameter.
+    """
 
-    def follow(self) -> None:
-        """After a step, raise or lower the price."""
-        excess = self._entropy() - self.most
-        self.value = self.value + GAIN * excess if excess > 0 else DECAY * self.value
+    def __init__(self, refit: bool) -> None:
+        self.trained: dict[str, Trained] = {}
+        self.refit, self.multiplier = refit, 0.0
+        self.max_entropy: float | None = None
 
-    def settle(self, refit: bool) -> None:
-        """Raise the price until the codes keep to their entropy."""
-        while (excess := self._entropy() - self.most) > 0:
-            self.value += max(GAIN * excess, SETTLING)
-            for trained in self._trained:
-                trained.step(refit, self.value)
+    def keep_entropy(self) -> None:
+        """From now on the codes have no more entropy than they have."""
+        self.max_entropy = _mean_entropy([trained.counts() for trained in self.trained.values()])
 
-    def _entropy(self) -> float:
-        """Return the mean over all codes."""
-        spent = [trained.entropy() for trained in self._trained]
-        return sum(bits for bits, _ in spent) / max(1, sum(count for _, count in spent))
+    def step(self, *_: Any) -> None:
+        """Follow a step of the optimizer."""
+        for trained in self.trained.values():
+            trained.move()
+        if self.max_entropy is not None:
+            self._constrain(self.max_entropy)
+        for trained in self.trained.values():
+            trained.quantize(self.refit)
+
+    def _constrain(self, max_entropy: float) -> None:
+        """Set the boundaries of all codes, by about the least multiplier under which they keep to their entropy."""
+        now = {name: (trained, trained.counts()) for name, trained in self.trained.items()}
+        self.multiplier *= DECAY
+        if self.multiplier < LEAST:
+            self.multiplier = 0.0
+        while True:
+            found = [trained.constrain(counts, self.multiplier) for trained, counts in now.values()]
+            if _mean_entropy(found) <= max_entropy * (1 + 1e-9):
+                return
+            self.multiplier = max(LEAST, GROWTH * self.multiplier)
+
+
+def _mean_entropy(counts: list[Tensor]) -> float:
+    """Return the entropy of codes with these counts, each parameter by its own, on average over all codes."""
+    number = [int(count.sum()) for count in counts]
+    bits = sum(n * entropy_of_counts(count) for n, count in zip(number, counts, strict=True))
+    return bits / max(1, sum(number))
