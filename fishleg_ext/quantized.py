@@ -134,7 +134,7 @@ class QuantizeResult:
 
         Args:
             optimizer: of some of the quantized parameters at least; those that it does not have stay as they are.
-            refit: move the codebooks and scales, too, to those that are best for the codes of now.
+            refit: move the codebooks and scales, too, to those that are best for the present codes.
 
         Returns:
             a handle; its `remove()` ends this.
@@ -221,7 +221,7 @@ class Attachment:
         self._remove = remove
 
     def remove(self) -> None:
-        """End the training of quantized weights; the model keeps those of now."""
+        """End the training of quantized weights; the model is left as it is."""
         self._remove()
 
 

@@ -1,11 +1,12 @@
 """Quantizes ResNet-20 on CIFAR-10 and a small language model, without retraining: quality against the size of the file.
 
-    python bench/studies/quantization.py --data DIR [--parts resnet20 pruned stories] [--out FILE]
+    python bench/studies/quantization.py --data DIR [--parts resnet20 pruned stories layers] [--out FILE]
 
 DIR holds `models/resnet20_cifar10.pt`, `cifar10/` and `stories260k/`. Accuracies are of the 10,000 test images,
 held-out ones of the last 10,000 training images; losses are of 56 test stories, in nats per token. Curvature is of
-2,048 training images, or of 128 sequences that the language model wrote itself. Resumable: what is in FILE is not run
-again.
+2,048 training images, or of 128 sequences that the language model wrote itself. "layers" quantizes one layer of
+ResNet-20 alone: what the diagonal Fisher matrix predicts, and the divergence of the outputs (of 1,024 of these images).
+Resumable: what is in FILE is not run again.
 """
 
 import argparse
@@ -20,9 +21,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fishleg_ext import prune, quantize
+from fishleg_ext import Pruner, prune, quantize
 from fishleg_ext.bench.studies.cifar10 import Cifar10, ResNet20
 from fishleg_ext.bench.studies.resnet20 import machine
+from fishleg_ext.curvature import DiagonalFisher
+from fishleg_ext.quantizer import DAMPING
 
 BITS = (4, 3, 2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -126,6 +129,44 @@ def resnet20(folder: Path, study: Study, pruned: bool) -> None:
             study.run(f"{name} | {method} | {bits}", run)
 
 
+def layers(folder: Path, study: Study) -> None:
+    """Predicted and measured divergence, in nats, of one layer at a time."""
+    data, network = Cifar10(folder / "cifar10"), ResNet20()
+    network.load_state_dict(torch.load(folder / "models" / "resnet20_cifar10.pt", weights_only=True))
+    calibration = data.training_batches(0, 2048)
+    images = torch.cat([x for x, _ in calibration])[:1024]
+
+    @torch.no_grad()
+    def outputs(model: nn.Module) -> Tensor:
+        return torch.cat([model(x).double().log_softmax(1) for x in images.split(256)])
+
+    original = outputs(network)
+
+    def divergence(model: nn.Module) -> float:
+        return float((original.exp() * (original - outputs(model))).sum(1).mean())
+
+    recipe = DiagonalFisher(num_grads=2048, labels="model", damping=DAMPING)
+    pruner = Pruner(network, curvature=recipe, progress=False)
+    pruner.estimate(calibration)
+    inverse = pruner.curvature.diag()
+    equal = METHODS["Fisher k-means, equal bits"]
+    runs = [(f"{bits} bits", equal | {"bits": bits}) for bits in (1, 2, 3, 4)]
+    runs.append(("Fisher bits of rows, 3 bits on average", METHODS["Fisher bits, per row"] | {"bits": 3}))
+    for what, options in runs:
+        model = copy.deepcopy(network)
+        result = quantize(model, calibration, num_grads=2048, progress=False, **options)
+        for name, tensor in result.tensors.items():
+            one = copy.deepcopy(network)
+            with torch.no_grad():
+                one.get_parameter(name).copy_(model.get_parameter(name))
+            step = tensor.orientation.to_matrix(one.get_parameter(name).detach() - network.get_parameter(name).detach())
+            row = {
+                "predicted": float(0.5 * (step.double().square() / inverse[name]).sum()),
+                "mean_bits": float(tensor.bits.float().mean()),
+            }
+            study.run(f"layers | {name} | {what}", lambda one=one, row=row: row | {"divergence": divergence(one)})
+
+
 def stories(folder: Path, study: Study) -> None:
     """A Llama of 227,200 weights in blocks; its embedding stays as it is."""
     from transformers import LlamaForCausalLM
@@ -154,21 +195,34 @@ def stories(folder: Path, study: Study) -> None:
 
 def table(rows: dict[str, Any]) -> str:
     """Every row: quality, size, bits."""
-    columns = ("accuracy", "held_out_accuracy", "nats", "bytes", "ratio", "mean_bits", "seconds")
+    columns = (
+        "accuracy",
+        "held_out_accuracy",
+        "nats",
+        "predicted",
+        "divergence",
+        "bytes",
+        "ratio",
+        "mean_bits",
+        "seconds",
+    )
     lines = [[*key.split(" | "), *(row.get(column, "") for column in columns)] for key, row in rows.items()]
-    return tabulate(lines, ["network", "method", "bits", *columns], floatfmt=".3f")
+    return tabulate(lines, ["network", "method", "bits", *columns], floatfmt=".4g")
 
 
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", default=["resnet20", "pruned", "stories"])
+    parser.add_argument("--parts", nargs="+", default=["resnet20", "pruned", "stories", "layers"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/quantization.json"))
     options = parser.parse_args()
     study = Study(options.out)
     for part in options.parts:
-        stories(options.data, study) if part == "stories" else resnet20(options.data, study, part == "pruned")
+        if part in ("resnet20", "pruned"):
+            resnet20(options.data, study, part == "pruned")
+        else:
+            {"stories": stories, "layers": layers}[part](options.data, study)
     print(table(study.rows))
 
 

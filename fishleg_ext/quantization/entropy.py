@@ -128,8 +128,8 @@ def _uniform(
             high, best = step, tried
         else:
             low = step
-    none = next(iter(weights.values())).new_zeros(1, dtype=torch.float32) if weights else torch.zeros(1)
-    return {name: best.get(name, Book(none, none[:0])) for name in weights}
+    none = {name: w.new_zeros(1, dtype=torch.float32) for name, w in weights.items() if name not in best}
+    return {name: Book(none[name], none[name][:0]) if name in none else best[name] for name in weights}
 
 
 def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, nearest: bool, shift: float) -> Book:

@@ -2,7 +2,7 @@
 
 The model computes with quantized weights. Each has a real-valued weight behind it, which takes the step that the
 optimizer makes with the gradient at the quantized one, and after each step its code is chosen anew. Codebooks and
-scales follow the weights: they are the best for the codes of now. On a uniform grid, whose codes are entropy-coded, a
+scales follow the weights: they are the best for the present codes. On a uniform grid, whose codes are entropy-coded, a
 weight takes the code of least squared error plus a Lagrange multiplier times its bits (entropy-constrained
 quantization), so that the entropy stays what it was.
 """
@@ -34,7 +34,7 @@ class Trained:
         orientation: how it is seen as a matrix.
         groups: the real-valued weights behind it, in groups.
         grid: what they may become.
-        codes: uint8 [G, N], of now.
+        codes: uint8 [G, N], at present.
         written: what the parameter was set to last.
         spacing: between most neighbouring values of the codebook of the whole parameter, at the beginning.
     """
@@ -87,7 +87,7 @@ class Trained:
         self.written.copy_(self.parameter)
 
     def packed(self) -> QuantizedTensor:
-        """Return the codes of now."""
+        """Return the present codes."""
         return self.grid.quantized(self.codes, self.groups, self.orientation, self.parameter.dtype)
 
     def counts(self) -> Tensor:
