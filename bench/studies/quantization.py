@@ -5,7 +5,8 @@
 DIR holds `models/resnet20_cifar10.pt`, `cifar10/` and `stories260k/`. Accuracies are of the 10,000 test images,
 held-out ones of the last 10,000 training images; losses are of 56 test stories, in nats per token. Curvature is of
 2,048 training images, or of 128 sequences that the language model wrote itself. "layers" quantizes one layer of
-ResNet-20 alone: what the diagonal Fisher matrix predicts, and the divergence of the outputs (of 1,024 of these images).
+ResNet-20 alone, and all: what the diagonal Fisher matrix predicts, and the divergence of the outputs (of 1,024 of these
+images).
 Resumable: what is in FILE is not run again.
 """
 
@@ -59,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "OBQ, FishLeg": {"method": "obq", "curvature": "fishleg"},
     "OBQ, FishLeg, entropy": {"method": "obq", "curvature": "fishleg", "coding": "entropy"},
 }
+KINDS = ("Fisher", "magnitude")
 OF_STORIES = (
     "uniform bits, per row",
     "magnitude bits, per row",
@@ -130,7 +132,7 @@ def resnet20(folder: Path, study: Study, pruned: bool) -> None:
 
 
 def layers(folder: Path, study: Study) -> None:
-    """Predicted and measured divergence, in nats, of one layer at a time."""
+    """Predicted and measured divergence, in nats, of one layer at a time and of all."""
     data, network = Cifar10(folder / "cifar10"), ResNet20()
     network.load_state_dict(torch.load(folder / "models" / "resnet20_cifar10.pt", weights_only=True))
     calibration = data.training_batches(0, 2048)
@@ -151,20 +153,22 @@ def layers(folder: Path, study: Study) -> None:
     inverse = pruner.curvature.diag()
     equal = METHODS["Fisher k-means, equal bits"]
     runs = [(f"{bits} bits", equal | {"bits": bits}) for bits in (1, 2, 3, 4)]
-    runs.append(("Fisher bits of rows, 3 bits on average", METHODS["Fisher bits, per row"] | {"bits": 3}))
+    runs += [(f"{kind} bits of rows, 3 on average", METHODS[f"{kind} bits, per row"] | {"bits": 3}) for kind in KINDS]
     for what, options in runs:
         model = copy.deepcopy(network)
         result = quantize(model, calibration, num_grads=2048, progress=False, **options)
+        total = 0.0
         for name, tensor in result.tensors.items():
             one = copy.deepcopy(network)
             with torch.no_grad():
                 one.get_parameter(name).copy_(model.get_parameter(name))
             step = tensor.orientation.to_matrix(one.get_parameter(name).detach() - network.get_parameter(name).detach())
-            row = {
-                "predicted": float(0.5 * (step.double().square() / inverse[name]).sum()),
-                "mean_bits": float(tensor.bits.float().mean()),
-            }
+            predicted = float(0.5 * (step.double().square() / inverse[name]).sum())
+            total += predicted
+            row = {"predicted": predicted, "mean_bits": float(tensor.bits.float().mean())}
             study.run(f"layers | {name} | {what}", lambda one=one, row=row: row | {"divergence": divergence(one)})
+        row = {"predicted": total, "mean_bits": result.mean_bits}
+        study.run(f"layers | all | {what}", lambda model=model, row=row: row | {"divergence": divergence(model)})
 
 
 def stories(folder: Path, study: Study) -> None:
@@ -195,17 +199,8 @@ def stories(folder: Path, study: Study) -> None:
 
 def table(rows: dict[str, Any]) -> str:
     """Every row: quality, size, bits."""
-    columns = (
-        "accuracy",
-        "held_out_accuracy",
-        "nats",
-        "predicted",
-        "divergence",
-        "bytes",
-        "ratio",
-        "mean_bits",
-        "seconds",
-    )
+    qualities = ("accuracy", "held_out_accuracy", "nats", "predicted", "divergence")
+    columns = (*qualities, "bytes", "ratio", "mean_bits", "seconds")
     lines = [[*key.split(" | "), *(row.get(column, "") for column in columns)] for key, row in rows.items()]
     return tabulate(lines, ["network", "method", "bits", *columns], floatfmt=".4g")
 

@@ -255,12 +255,28 @@ def quantization() -> str:
     found: dict[tuple[str, str], dict[str, str]] = {}
     for key, row in records.items():
         network, method, bits = key.split(" | ")
+        if network == "layers":
+            continue
         quality = f"{row['accuracy']:.1f} %" if "accuracy" in row else f"{row['nats']:.3f} nats"
         size = f", {row['bytes'] / 1000:.0f} kB" if "bytes" in row else ""
         found.setdefault((network, method), {})[bits] = f"{quality}{size}"
     columns = ("4", "3", "2")
     rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in found.items() if "32" not in cells]
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
+
+
+def quantization_layers() -> str:
+    """Divergence of the outputs over what the diagonal Fisher matrix predicts, of layers quantized alone."""
+    found: dict[str, dict[str, float]] = {}
+    for key, row in json.loads((RESULTS / "quantization.json").read_text())["rows"].items():
+        network, layer, what = key.split(" | ")
+        if network == "layers":
+            found.setdefault(what, {})[layer] = row["divergence"] / row["predicted"]
+    rows = []
+    for what, ratios in found.items():
+        together = ratios.pop("all")
+        rows.append([what, *(f"{f(ratios.values()):.2g}" for f in (min, statistics.median, max)), f"{together:.2g}"])
+    return markdown(rows, ["codes", "least", "median", "most", "all layers"])
 
 
 def lenet() -> str:
@@ -299,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refinement": refinement,
     "gradual": gradual,
     "quantization": quantization,
+    "quantization_layers": quantization_layers,
     "lenet": lenet,
     "first_order": first_order,
     "fishleg_defaults": lambda: by_sparsity(
