@@ -158,7 +158,7 @@ def wanted(stage: str) -> Iterator[tuple[str, float, int]]:
             if options.get("allocate") is False and bits != int(bits):
                 continue
             if stage == "dense":
-                yield method, bits, RETRAINING_EPOCHS * (bits == 2)  # an epoch takes longest here, so once
+                yield method, bits, RETRAINING_EPOCHS * (bits == 2)  # an epoch takes longest here: one width
             elif stage == "density 0.085":
                 yield method, bits, RETRAINING_EPOCHS
             elif stage != "density 0.3" and method in SPARSEST and bits in (3, 2):
