@@ -60,6 +60,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "OBQ, FishLeg": {"method": "obq", "curvature": "fishleg"},
     "OBQ, FishLeg, entropy": {"method": "obq", "curvature": "fishleg", "coding": "entropy"},
 }
+OF_PRUNED = (
+    "k-means, equal bits",
+    "Fisher k-means, equal bits",
+    "Fisher k-means",
+    "uniform grid, entropy",
+    "Fisher grid, entropy",
+    "OBQ by FishLeg, per row",
+    "OBQ, FishLeg",
+    "OBQ, FishLeg, entropy",
+)
 KINDS = ("Fisher", "magnitude")
 OF_STORIES = (
     "uniform bits, per row",
@@ -123,7 +133,8 @@ def resnet20(folder: Path, study: Study, pruned: bool) -> None:
         masks = prune(network, calibration, sparsity=0.8, curvature="fishleg", progress=False).masks
     study.run(f"{name} | float32 | 32", lambda: quality(network))
     for bits in BITS:
-        for method, options in METHODS.items():
+        for method in OF_PRUNED if pruned else METHODS:
+            options = METHODS[method]
             grads = {} if options.get("curvature") == "identity" else {"num_grads": 2048}
             run = lambda o=options, b=bits, g=grads: quantized(
                 network, calibration, quality, bits=b, masks=masks, **g, **o
