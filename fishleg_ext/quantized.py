@@ -12,9 +12,9 @@ from fishleg_ext.common.arguments import checked_flag, checked_type
 from fishleg_ext.common.optimizers import after_each_step
 from fishleg_ext.ops.quantize import kept_counts
 from fishleg_ext.quantization import files
-from fishleg_ext.quantization.entropy import entropy
+from fishleg_ext.quantization.entropy import entropy, mean_entropy
 from fishleg_ext.quantization.export import export_compressed_tensors
-from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
+from fishleg_ext.quantization.packed import QuantizedTensor
 from fishleg_ext.quantization.retraining import Retraining, Trained
 
 
@@ -69,7 +69,7 @@ class QuantizeResult:
         """Bits of a code, on average over all weights that have one; with coding="entropy" their entropy."""
         tensors = self.tensors.values()
         if self.coding == "entropy":
-            return mean_entropy(tensors)
+            return mean_entropy(tensor.counts() for tensor in tensors)
         counts = [kept_counts(t.numel, t.group_size, t.mask(), t.bits.device) for t in tensors]
         spent = sum(int((count * t.bits.long()).sum()) for count, t in zip(counts, tensors, strict=True))
         return spent / max(1, sum(int(count.sum()) for count in counts))

@@ -20,10 +20,10 @@ from fishleg_ext.ops import use_impl
 from fishleg_ext.ops.quantize import MAX_BITS
 from fishleg_ext.quantization.allocation import allocate_bits, least_bits
 from fishleg_ext.quantization.elimination import eliminate_to_codes, tables_of_blocks
-from fishleg_ext.quantization.entropy import Book, uniform_codebooks
+from fishleg_ext.quantization.entropy import Book, mean_entropy, uniform_codebooks
 from fishleg_ext.quantization.fitting import Grid, Groups
 from fishleg_ext.quantization.kmeans import distortion as distortions_of
-from fishleg_ext.quantization.packed import QuantizedTensor, mean_entropy
+from fishleg_ext.quantization.packed import QuantizedTensor
 from fishleg_ext.quantized import QuantizeResult
 from fishleg_ext.sparsity.masks import Masks
 from fishleg_ext.sparsity.parameters import ParameterChoice, choose_parameters, orientations_of, own_names, why_dense
@@ -94,8 +94,8 @@ def quantize(
             Huffman's code.
         allocate: give more bits to groups in which they save more of the loss, and to none fewer than the next whole
             number below the mean. Else all have the same, a whole number, and codebooks with coding="entropy" as many
-            bits of entropy, at most. Under layerwise curvature, whose errors cannot be compared from layer to layer,
-            groups of one parameter share its own budget.
+            bits of entropy, at most (with "obq" about as many). Under layerwise curvature, whose errors cannot be
+            compared from layer to layer, groups of one parameter share its own budget.
         grid: what the codes of "obq" stand for, "codebook" or "fixed_point"; None is "codebook".
         order: of "obq": "cheapest" (OBQ) or "given" (GPTQ: column after column); None is "cheapest".
 
@@ -365,7 +365,7 @@ def _targets(bits: float, tensors: Mapping[str, QuantizedTensor]) -> Iterator[fl
     target = bits
     for done in range(1, MOST_PASSES + 1):
         yield target
-        if (entropy := mean_entropy(tensors.values())) <= bits:
+        if (entropy := mean_entropy(tensor.counts() for tensor in tensors.values())) <= bits:
             return
         target *= 0.995**done * bits / entropy  # the further below the more often it was missed
     raise ValueError(f"expected codes of at most {bits} bits of entropy; elimination left {entropy:.3f}")

@@ -295,12 +295,14 @@ def lenet() -> str:
         cell += f" (of {len(rows)})" * (len(rows) < seeds)
         found.setdefault((network, method), {})[bits] = cell
     columns = ("4", "3", "2", "1.5")
-    rows = [[*key, *(cells.get(bits, "") for bits in columns)] for key, cells in sorted(found.items(), key=_network)]
+    rows = [
+        [*key, *(cells.get(bits, "") for bits in columns)] for key, cells in sorted(found.items(), key=_denser_first)
+    ]
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
 
 
-def _network(item: tuple[tuple[str, str], Any]) -> float:
-    """Denser networks first."""
+def _denser_first(item: tuple[tuple[str, str], Any]) -> float:
+    """Sort by density, the highest first."""
     return -float(item[0][0].removeprefix("density ").replace("dense", "1"))
 
 

@@ -66,7 +66,7 @@ class GradientObserver:
 
     @property
     def any_nonzero(self) -> bool:
-        """Whether any gradient so far is not zero."""
+        """Tell whether any gradient so far is not zero."""
         return self._seen.any_nonzero
 
     def gradients(self, chunk: Chunk, count: int, product: FisherProduct | None = None) -> Iterator[Observation]:

@@ -50,7 +50,7 @@ class LayerObserver:
 
     @property
     def any_nonzero(self) -> bool:
-        """Whether any output gradient so far is not zero, or there was none."""
+        """Tell whether any output gradient so far is not zero, or there was none."""
         return self._seen.any_nonzero
 
     def check(self) -> None:

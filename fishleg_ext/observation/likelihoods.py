@@ -109,7 +109,7 @@ class LabelSampler:
         return drawn, ((samples if self.summed else terms) / count) ** 0.5
 
     def _ignored(self, drawn: Tensor, targets: Any) -> Tensor | None:
-        """Where the data's targets are left out by the loss; None where it leaves out none."""
+        """Find where the data's targets are left out by the loss; None where it leaves out none."""
         assert isinstance(self.likelihood, NamedLikelihood)
         if not isinstance(targets, Tensor):
             return None

@@ -114,7 +114,7 @@ class _Parts:
         return [chunk] if self._together else [chunk.part(s, s + 1) for s in range(chunk.samples)]
 
     def _is_apart(self, chunk: Chunk) -> bool:
-        """Whether the losses of samples together are those of each alone."""
+        """Tell whether the losses of samples together are those of each alone."""
         parts = [chunk.part(s, s + 1) for s in range(chunk.samples)]
         alone = [call(self._model, {}, part.inputs) for part in parts]
         together = OutputTree(call(self._model, {}, chunk.inputs))

@@ -83,7 +83,7 @@ class OutputTree:
         return frozenset(name for name, mine, other in both if _length(mine) == samples and _length(other) == 1)
 
     def uncut(self, index: int) -> Any:
-        """What stands for a leaf that cannot be cut."""
+        """Return what stands for a leaf that cannot be cut."""
         leaf = self.leaves[index]
         if isinstance(leaf, PASSED_ON):
             return leaf
@@ -118,7 +118,7 @@ def _length(leaf: Any) -> int:
 
 
 def _holds_tensors(tree: Any) -> bool:
-    """Whether it is an object, none of a container or dataclass, that has tensors as attributes."""
+    """Tell whether it is an object, none of a container or dataclass, that has tensors as attributes."""
     known = isinstance(tree, (*PASSED_ON, Tensor, type, tuple, list, dict)) or dataclasses.is_dataclass(tree)
     return not known and any(isinstance(value, Tensor) for value in getattr(tree, "__dict__", {}).values())
 

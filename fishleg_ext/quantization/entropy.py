@@ -8,7 +8,7 @@ best where h step^2 is the same in both: finer where there is more information.
 import itertools
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,13 +31,26 @@ def entropy(codes: Tensor) -> float:
         >>> entropy(torch.tensor([0, 0, 1, 2]))
         1.5
     """
-    return entropy_of_counts(torch.bincount(codes.reshape(-1).long()))
+    return mean_entropy([counts_of(codes)])
 
 
-def entropy_of_counts(counts: Tensor) -> float:
-    """Return the entropy of codes that are so frequent, in bits for each; counts [C]."""
-    share = counts[counts > 0].double() / counts.sum()
-    return float(-(share * share.log2()).sum()) if len(share) else 0.0
+def counts_of(codes: Tensor, num_codes: int = 0) -> Tensor:
+    """Return how many there are of each code, int64 [C], C = num_codes at least."""
+    return torch.bincount(codes.reshape(-1).long(), minlength=num_codes)
+
+
+def mean_entropy(counts: Iterable[Tensor]) -> float:
+    """Return the bits of a code, on average over all, where each tensor's are coded by frequencies of their own.
+
+    Args:
+        counts: of each tensor, how many there are of each code, [C].
+    """
+    bits, total = 0.0, 0
+    for count in counts:
+        number = int(count.sum())
+        bits += number * float(torch.special.entr(count.double() / max(1, number)).sum()) / math.log(2)
+        total += number
+    return bits / max(1, total)
 
 
 class Book(NamedTuple):
@@ -155,8 +168,7 @@ def _book(weight: Tensor, importance: Tensor, step: float, with_zero: bool, near
 
 def _rate(books: Mapping[str, Book], weights: Mapping[str, Tensor]) -> float:
     """Return the entropy of a code, on average over all."""
-    spent = sum(entropy(book.codes(weights[name])) * weights[name].numel() for name, book in books.items())
-    return spent / max(1, sum(weight.numel() for weight in weights.values()))
+    return mean_entropy(counts_of(book.codes(weights[name])) for name, book in books.items())
 
 
 def _distortion(books: Mapping[str, Book], weights: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.ops.quantize import chunk_ranks, offsets_of
-from fishleg_ext.quantization.entropy import entropy
+from fishleg_ext.quantization.entropy import counts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +94,10 @@ class QuantizedTensor:
         codes, mask = self.codes(), self.mask()
         return codes if mask is None else codes[mask]
 
+    def counts(self) -> Tensor:
+        """Return how many weights have each code, int64 [C]."""
+        return counts_of(self.kept_codes())
+
     def unpack(self) -> Tensor:
         """Return the weights, in the shape and dtype of the parameter."""
         offsets, masks = self._layout
@@ -112,13 +115,3 @@ class QuantizedTensor:
             n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor) and not n.startswith("_")
         }
         return replace(self, **moved)
-
-
-def mean_entropy(tensors: Iterable[QuantizedTensor]) -> float:
-    """Return the entropy of a code in bits, each parameter by its own frequencies, on average over all codes."""
-    spent, count = 0.0, 0
-    for tensor in tensors:
-        codes = tensor.kept_codes()
-        spent += entropy(codes) * len(codes)
-        count += len(codes)
-    return spent / max(1, count)

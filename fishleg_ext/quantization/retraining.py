@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fishleg_ext import ops
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.quantization import fixed_point
-from fishleg_ext.quantization.entropy import boundaries_of_least_cost, entropy_of_counts
+from fishleg_ext.quantization.entropy import boundaries_of_least_cost, counts_of, mean_entropy
 from fishleg_ext.quantization.fitting import Grid, Groups
 from fishleg_ext.quantization.packed import QuantizedTensor
 
@@ -91,13 +91,13 @@ class Trained:
         return self.grid.quantized(self.codes, self.groups, self.orientation, self.parameter.dtype)
 
     def counts(self) -> Tensor:
-        """Return how many weights have each code of the codebook of the whole parameter, in its order, int64 [C]."""
+        """Put the codebook of the whole parameter in order, and return how many weights have each code, int64 [C]."""
         assert self.grid.values is not None
         if (self.grid.values.diff() < 0).any():  # a zero that stays zero, or a code without weights, was overtaken
             values, order = self.grid.values.sort()
             self.grid = replace(self.grid, values=values)
             self.codes = order[0].argsort()[self.codes.long()].to(torch.uint8)
-        return torch.bincount(self.codes[self.groups.kept].long(), minlength=self.grid.table().shape[1])
+        return counts_of(self.codes[self.groups.kept], self.grid.table().shape[1])
 
     def constrain(self, counts: Tensor, multiplier: float) -> Tensor:
         """Set the boundaries between codes by what their bits cost, and return how many weights each would have.
@@ -110,8 +110,7 @@ class Trained:
         values = self.grid.values[0]
         boundaries = boundaries_of_least_cost(values, counts, multiplier * self.spacing**2)
         self.grid = replace(self.grid, boundaries=boundaries[None])
-        codes = torch.bucketize(self.groups.weight[self.groups.kept], boundaries)
-        return torch.bincount(codes, minlength=len(values))
+        return counts_of(torch.bucketize(self.groups.weight[self.groups.kept], boundaries), len(values))
 
     def _choose(self, refit: bool) -> None:
         weight, h, grid = self.groups.weight, self.groups.importance, self.grid
@@ -150,7 +149,7 @@ class Retraining:
 
     def keep_entropy(self) -> None:
         """From now on the codes have no more entropy than they have."""
-        self.max_entropy = _mean_entropy([trained.counts() for trained in self.trained.values()])
+        self.max_entropy = mean_entropy([trained.counts() for trained in self.trained.values()])
 
     def step(self, *_: Any) -> None:
         """Follow a step of the optimizer."""
@@ -163,19 +162,12 @@ class Retraining:
 
     def _constrain(self, max_entropy: float) -> None:
         """Set the boundaries of all codes, by about the least multiplier under which they keep to their entropy."""
-        now = {name: (trained, trained.counts()) for name, trained in self.trained.items()}
+        now = [(trained, trained.counts()) for trained in self.trained.values()]
         self.multiplier *= DECAY
         if self.multiplier < LEAST:
             self.multiplier = 0.0
         while True:
-            found = [trained.constrain(counts, self.multiplier) for trained, counts in now.values()]
-            if _mean_entropy(found) <= max_entropy * (1 + 1e-9):
+            found = [trained.constrain(counts, self.multiplier) for trained, counts in now]
+            if mean_entropy(found) <= max_entropy * (1 + 1e-9):
                 return
             self.multiplier = max(LEAST, GROWTH * self.multiplier)
-
-
-def _mean_entropy(counts: list[Tensor]) -> float:
-    """Return the entropy of codes with these counts, each parameter by its own, on average over all codes."""
-    number = [int(count.sum()) for count in counts]
-    bits = sum(n * entropy_of_counts(count) for n, count in zip(number, counts, strict=True))
-    return bits / max(1, sum(number))
