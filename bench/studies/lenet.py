@@ -157,9 +157,7 @@ def wanted(stage: str) -> Iterator[tuple[str, float, int]]:
         for method, options in METHODS.items():
             if options.get("allocate") is False and bits != int(bits):
                 continue
-            if stage == "dense":
-                yield method, bits, RETRAINING_EPOCHS * (bits == 2)  # an epoch takes longest here: one width
-            elif stage == "density 0.085":
+            if stage in ("dense", "density 0.085"):
                 yield method, bits, RETRAINING_EPOCHS
             elif stage != "density 0.3" and method in SPARSEST and bits in (3, 2):
                 yield method, bits, 2 * RETRAINING_EPOCHS
