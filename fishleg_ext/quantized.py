@@ -24,8 +24,8 @@ class QuantizeResult:
     Attributes:
         model: the model, whose weights are the values of the codes.
         distortion: what the quantization costs by the curvature, before retraining: 1/2 sum h (w - q)^2 over the
-            weights that have codes, h = 1 / diag(F^-1), or for "obq" 1/2 dw^T F dw of the whole move, that of weights
-            which it pruned among it. The two are of one kind under the diagonal Fisher matrix alone.
+            weights that have codes, h being the diagonal of F, or for "obq" 1/2 dw^T F dw of the whole move, that of
+            weights which it pruned among it. The two are of one kind under the diagonal Fisher matrix alone.
         coding: of the saved file, "fixed" or "entropy".
         settings: of the quantization, JSON-able.
         dense: name -> why it was not quantized, of the other parameters of two dimensions and more.

@@ -64,8 +64,7 @@ def quantize(
 
     Each weight is replaced by one of the few values of its group, so that the loss rises least by the curvature: by
     1/2 sum h (w - q)^2 where weights go to their nearest codes, and by 1/2 dw^T F dw where they compensate for each
-    other (`method="obq"`). The importance h is 1 / diag(F^-1): for the default the diagonal of F itself, for others
-    what a weight costs that the others of its block compensate.
+    other (`method="obq"`). The importance h, by which bits, codebooks and scales are chosen, is the diagonal of F.
 
     Args:
         model: any module.
@@ -258,16 +257,15 @@ def _grouped(
     *,
     nonzero_alone: bool,
 ) -> dict[str, Groups]:
-    """Cut all parameters into groups, with their importance: 1 over the diagonal of the inverse."""
+    """Cut all parameters into groups; the importance of their weights is the diagonal of F."""
     found: dict[str, Groups] = {}
     for names in estimator.groups:
         estimate = estimator.hold(names)
         weights = estimator.oriented(estimator.weights(names))
         kept = estimator.oriented({name: masks[name] for name in names})
-        for name, diagonal in estimate.diag().items():
+        for name, importance in estimate.fisher_diag().items():
             if name not in weights:
                 continue
-            importance = torch.where(diagonal > 0, 1 / diagonal, 0)
             mask = None
             if name in masked:  # a kept weight that is zero stays zero, too
                 mask = kept[name] & (weights[name] != 0) if nonzero_alone else kept[name]

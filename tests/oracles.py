@@ -92,7 +92,7 @@ def with_estimate(recipe: type[Curvature], estimate: type[Estimate]) -> type[Cur
 
 
 def assert_agrees_with_dense(estimate: Estimate, inverse: Tensor, generator: torch.Generator) -> None:
-    """Compare mul, diag, blocks and step_cost of an estimate in float64 with the dense inverse of all its weights."""
+    """Compare all that an estimate in float64 says with the dense inverse of all its weights."""
     layouts = estimate.layouts
     flat = lambda tensors: torch.cat([tensors[name].flatten() for name in layouts])
     random = lambda: {n: torch.randn(x.shape, dtype=torch.float64, generator=generator) for n, x in layouts.items()}
@@ -101,6 +101,8 @@ def assert_agrees_with_dense(estimate: Estimate, inverse: Tensor, generator: tor
     torch.testing.assert_close(flat(estimate.diag()), inverse.diagonal(), rtol=1e-9, atol=1e-9)
     expected = 0.5 * flat(w) @ torch.linalg.solve(inverse, flat(w))
     torch.testing.assert_close(estimate.step_cost(w), float(expected), rtol=1e-8, atol=0)
+    torch.testing.assert_close(flat(estimate.fisher_diag()), torch.linalg.inv(inverse).diagonal(), rtol=1e-8, atol=0)
+    of_blocks = flat(Estimate.fisher_diag(estimate))
     start = 0
     for name, layout in layouts.items():
         blocks, size = estimate.blocks(name), layout.block_size
@@ -111,4 +113,6 @@ def assert_agrees_with_dense(estimate: Estimate, inverse: Tensor, generator: tor
             part = slice(start + k * size, start + k * size + real)
             got = blocks.inverse[min(k, len(blocks.inverse) - 1), :real, :real]
             torch.testing.assert_close(got / scale[k], inverse[part, part], rtol=1e-9, atol=1e-9)
+            fisher = torch.linalg.inv(inverse[part, part])
+            torch.testing.assert_close(of_blocks[part], fisher.diagonal(), rtol=1e-8, atol=0)
         start += layout.numel

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import QuantizedTensor, load_quantized, prune, quantize
-from fishleg_ext.curvature import DiagonalFisher, Layerwise
+from fishleg_ext.curvature import BlockFisher, DiagonalFisher, Layerwise
 from fishleg_ext.quantization.entropy import entropy
+from fishleg_ext.quantization.fixed_point import fit_scale
 
 
 def quantized(net, data, **options):
@@ -112,6 +113,26 @@ def test_obq_costs_what_the_move_costs(net, data):
     rounded.weight.data.copy_(before)
     quantize(rounded, None, curvature="identity", bits=2, progress=False)
     assert error.square().sum() < (x @ (rounded.weight.detach() - before).T).double().square().sum()
+
+
+def test_codebooks_are_weighted_by_the_diagonal_of_the_fisher_matrix_itself(net, data):
+    """Weights that do not compensate cost what the diagonal says, whatever the blocks."""
+    diagonal, block = copy.deepcopy(net), copy.deepcopy(net)
+    quantized(diagonal, data, bits=2.5, curvature=DiagonalFisher(damping=1e-4, labels="data"))
+    quantized(block, data, bits=2.5, curvature=BlockFisher(damping=1e-4, labels="data"))
+    for one, other in zip(diagonal.parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_scales_of_an_elimination_are_weighted_by_the_diagonal_of_the_fisher_matrix_itself(generator):
+    layer = nn.Linear(40, 3, bias=False)
+    x = torch.randn(256, 40, generator=generator) @ (torch.randn(40, 40, generator=generator) + 4 * torch.eye(40))
+    data, before = [(x, torch.zeros(256, dtype=torch.long))], layer.weight.detach().clone()
+    options = {"method": "obq", "grid": "fixed_point", "group": "row", "allocate": False, "progress": False}
+    result = quantize(layer, data, bits=4, curvature=Layerwise(damping=1e-6, num_grads=256), **options)
+    importance = x.double().square().mean(0) * (1 + 1e-6)
+    expected, _ = fit_scale(before, importance.float().expand(3, -1), 4, False)
+    torch.testing.assert_close(result.tensors["weight"].scale, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("curvature", ["block", "layerwise", "kronecker", "fishleg"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from fishleg_ext import ops
 from fishleg_ext.common.arguments import checked_count, one_of
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.common.settings import Settings, setting
@@ -258,6 +259,23 @@ class Estimate(ABC, Generic[Recipe]):
     def diag(self) -> dict[str, Tensor]:
         """Return the diagonal of F^-1."""
 
+    def fisher_diag(self) -> dict[str, Tensor]:
+        """Return the diagonal of F itself, damping included: what a weight costs that no other makes up for.
+
+        Unless a model knows better, that of the inverse of each of its `blocks`.
+
+        Raises:
+            CurvatureError: a block cannot be inverted.
+        """
+        result, inverses = {}, self.diag()
+        for name, layout in self.layouts.items():
+            if layout.block_size == 1:
+                result[name] = 1 / inverses[name]
+                continue
+            rows = [self._fisher_diag_of(name, blocks) for _, blocks in self.blocks_at_a_time(name)]
+            result[name] = layout.from_blocks(torch.cat(rows).expand(layout.num_blocks, -1))
+        return result
+
     @abstractmethod
     def blocks(self, name: str) -> Blocks:
         """Compute the diagonal blocks of F^-1 for one parameter, cut as `layouts[name]` says."""
@@ -322,6 +340,18 @@ class Estimate(ABC, Generic[Recipe]):
     def forget_kept(self) -> None:
         """Free the memory of inverses that were kept."""
         self._kept.clear()
+
+    def _fisher_diag_of(self, name: str, blocks: Blocks) -> Tensor:
+        """Return the diagonal of F as some blocks of one parameter have it, [K or 1, B]."""
+        size = self.layouts[name].block_size
+        fisher, info = ops.block_inverse(blocks.inverse.double(), 0.0)
+        self._check_factored(name, info >= 0)
+        diagonal = fisher.diagonal(dim1=1, dim2=2)[:, :size]
+        if blocks.weight_scale is not None:
+            diagonal = diagonal / blocks.weight_scale[:, :size].square()
+        if blocks.cost_scale is not None:
+            diagonal = diagonal * blocks.cost_scale
+        return diagonal.to(blocks.inverse.dtype)
 
     def _weights(self) -> str:
         return ", ".join(f"{name} {list(layout.shape)}" for name, layout in self.layouts.items())

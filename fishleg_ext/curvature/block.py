@@ -105,6 +105,11 @@ class BlockEstimate(Estimate[BlockFisher]):
         return result
 
     @override
+    def fisher_diag(self) -> dict[str, Tensor]:
+        means = ((name, gram.diagonal(dim1=1, dim2=2) / max(1, self._count)) for name, gram in self._gram.items())
+        return {name: self.layouts[name].from_blocks(mean + self.recipe.damping) for name, mean in means}
+
+    @override
     def blocks(self, name: str) -> Blocks:
         return Blocks(self._inverse(name))
 

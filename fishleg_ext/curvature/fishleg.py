@@ -272,6 +272,13 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
             result |= other.diag()
         return result
 
+    @override
+    def fisher_diag(self) -> dict[str, Tensor]:
+        result = super().fisher_diag()
+        for other in self._others.values():
+            result |= other.fisher_diag()
+        return result
+
     def blocks(self, name: str) -> Blocks:
         """Return M for all rows, or the blocks of the parameter's structure."""
         return self._others[name].blocks(name) if name in self._others else super().blocks(name)

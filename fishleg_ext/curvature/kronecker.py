@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fishleg_ext import ops
 from fishleg_ext.common.dtypes import widened
@@ -86,6 +87,18 @@ class KroneckerEstimate(Estimate[KroneckerRecipe]):
             )
             for name in progress_bar(self._factored(), what="diagonal", show=self.progress)
         }
+
+    @override
+    def fisher_diag(self) -> dict[str, Tensor]:
+        """Return (diag P^-1 outer diag M^-1) / scale^2."""
+        result = {}
+        for name in self._factored():
+            *factors, scale = self.factors(name)
+            row, col = (self.invert(name, factor.double(), 0.0) for factor in factors)
+            diagonal = ops.kron_diag(row, col, None if scale is None else 1 / scale.double())
+            layout = self.layouts[name]
+            result[name] = diagonal[:, : layout.block_size].reshape(layout.shape).to(factors[0].dtype)
+        return result
 
     def blocks(self, name: str) -> Blocks:
         """Return M for all rows, and 1 / P_rr for their costs."""

@@ -122,6 +122,15 @@ class LayerwiseEstimate(Estimate[Layerwise]):
             result[name] = layout.from_blocks(diagonal.repeat_interleave(layout.num_blocks // len(diagonal), dim=0))
         return result
 
+    @override
+    def fisher_diag(self) -> dict[str, Tensor]:
+        result = {}
+        for name, layout in self.layouts.items():
+            fisher, damping = self._fisher(name)
+            diagonal = fisher.diagonal(dim1=1, dim2=2) + damping[:, None]  # [groups, fan-in]
+            result[name] = layout.from_blocks(diagonal.repeat_interleave(layout.num_blocks // len(diagonal), dim=0))
+        return result
+
     def blocks(self, name: str) -> Blocks:
         """Compute one inverse for all rows; a convolution with groups has a copy for each row."""
         return Blocks(self._of_rows(name, self._inverse(name)))

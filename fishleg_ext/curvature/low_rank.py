@@ -104,6 +104,19 @@ class LowRankEstimate(Estimate[LowRankFisher]):
             result[name] = flat.reshape(layout.shape)
         return result
 
+    @override
+    def fisher_diag(self) -> dict[str, Tensor]:
+        """Return damping + |g_i|^2 / m for each column g_i = L w_i of the gradients."""
+        result = {}
+        for name, layout in self.layouts.items():
+            flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=self._like[name].device)
+            for columns, part in self._columns(name):
+                assert self._factor is not None
+                squares = (self._factor @ part.double()).square().sum(0) / max(1, len(part))
+                flat[columns] = (squares + self.recipe.damping).to(flat.dtype)
+            result[name] = flat.reshape(layout.shape)
+        return result
+
     def blocks(self, name: str) -> Blocks:
         """Compute (I - W_b^T W_b) / damping for each block b of columns."""
         layout = self.layouts[name]
