@@ -29,6 +29,7 @@ EPOCHS, BATCH = 12, 128
 DENSITIES = (0.3, 0.085, 0.05, 0.03)
 EPOCHS_BETWEEN = 4
 RETRAINING_EPOCHS = 1
+LEARNING_RATES = {"dense": 1e-3}  # of retraining, 3e-4 of pruned networks, whose codes lie closer
 TEMPERATURE = 4.0  # of distillation
 BITS = (4, 3, 2, 1.5)
 METHODS: dict[str, dict[str, Any]] = {
@@ -135,6 +136,7 @@ def run(
     data: Mnist,
     options: dict[str, Any],
     epochs: int,
+    learning_rate: float,
     seed: int,
     softened: Tensor,
 ) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def run(
     result = quantize(model, calibration(data, 2048), num_grads=2048, progress=False, seed=seed, **options)
     rows = {name: measured(model, result, data, time.perf_counter() - start)}
     if epochs:
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         handle = result.attach(optimizer)
         train(model, optimizer, data, epochs, seed + 1000, softened)
         handle.remove()
@@ -185,7 +187,8 @@ def main() -> None:
                 rows = (name, f"{name}, retrained")[: 1 + bool(epochs)]
                 if any(row not in study.rows for row in rows):
                     settings = METHODS[method] | {"bits": bits, "masks": masks}
-                    for row, found in run(name, network, data, settings, epochs, seed, softened).items():
+                    learning = epochs, LEARNING_RATES.get(stage, 3e-4), seed, softened
+                    for row, found in run(name, network, data, settings, *learning).items():
                         study.run(row, lambda found=found: found)
     print(table(study.rows))
 
