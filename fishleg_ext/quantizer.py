@@ -266,6 +266,8 @@ def _grouped(
         for name, importance in estimate.fisher_diag().items():
             if name not in weights:
                 continue
+            if not importance.isfinite().all():
+                raise CurvatureError(f"{name}: the diagonal of its Fisher matrix is not finite")
             mask = None
             if name in masked:  # a kept weight that is zero stays zero, too
                 mask = kept[name] & (weights[name] != 0) if nonzero_alone else kept[name]

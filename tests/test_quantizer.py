@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import QuantizedTensor, load_quantized, prune, quantize
-from fishleg_ext.curvature import BlockFisher, DiagonalFisher, Layerwise
+from fishleg_ext.curvature import BlockFisher, CurvatureError, DiagonalFisher, Layerwise
 from fishleg_ext.quantization.entropy import entropy
 from fishleg_ext.quantization.fixed_point import fit_scale
 
@@ -133,6 +133,32 @@ def test_scales_of_an_elimination_are_weighted_by_the_diagonal_of_the_fisher_mat
     importance = x.double().square().mean(0) * (1 + 1e-6)
     expected, _ = fit_scale(before, importance.float().expand(3, -1), 4, False)
     torch.testing.assert_close(result.tensors["weight"].scale, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["codebook", "fixed_point", "obq"])
+def test_a_group_in_which_no_weight_costs_anything_is_quantized_all_the_same(method, generator):
+    """A channel without inputs, and a weight that no gradient reaches, without damping."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Flatten(), nn.Linear(64, 3))
+    before = copy.deepcopy(net)
+    x = torch.randn(64, 4, 6, 6, generator=generator)
+    x[:, 1] = 0
+    data = [(x, torch.randint(3, (64,), generator=generator))]
+    curvature = Layerwise() if method == "obq" else BlockFisher(damping=0.0)
+    options = {"group": "row", "allocate": False, "progress": False, "num_grads": 64}
+    quantize(net, data, bits=4, method=method, curvature=curvature, **options)
+    for weight, dense in zip(net[0].weight, before[0].weight, strict=True):
+        assert (weight - dense).norm() < 0.3 * dense.norm()
+
+
+def test_refuses_a_fisher_matrix_that_is_not_finite(net, data):
+    optimizer = torch.optim.Adam(net.named_parameters())
+    F.cross_entropy(net(data[0][0]), data[0][1]).backward()
+    optimizer.step()
+    optimizer.state[net[0].weight]["exp_avg_sq"][0] = torch.inf
+    before = snapshot(net)
+    with pytest.raises(CurvatureError, match="0.weight: the diagonal of its Fisher matrix is not finite"):
+        quantize(net, None, curvature=DiagonalFisher.from_optimizer(optimizer), bits=2, progress=False)
+    assert_same(snapshot(net), before)
 
 
 @pytest.mark.parametrize("curvature", ["block", "layerwise", "kronecker", "fishleg"])

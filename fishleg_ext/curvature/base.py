@@ -260,18 +260,15 @@ class Estimate(ABC, Generic[Recipe]):
         """Return the diagonal of F^-1."""
 
     def fisher_diag(self) -> dict[str, Tensor]:
-        """Return the diagonal of F itself, damping included: what a weight costs that no other makes up for.
+        """Return the diagonal of F itself, damping included: what a weight costs for which no other compensates.
 
-        Unless a model knows better, that of the inverse of each of its `blocks`.
+        A model that does not override this inverts each of its `blocks`.
 
         Raises:
             CurvatureError: a block cannot be inverted.
         """
-        result, inverses = {}, self.diag()
+        result = {}
         for name, layout in self.layouts.items():
-            if layout.block_size == 1:
-                result[name] = 1 / inverses[name]
-                continue
             rows = [self._fisher_diag_of(name, blocks) for _, blocks in self.blocks_at_a_time(name)]
             result[name] = layout.from_blocks(torch.cat(rows).expand(layout.num_blocks, -1))
         return result
@@ -343,15 +340,18 @@ class Estimate(ABC, Generic[Recipe]):
 
     def _fisher_diag_of(self, name: str, blocks: Blocks) -> Tensor:
         """Return the diagonal of F as some blocks of one parameter have it, [K or 1, B]."""
-        size = self.layouts[name].block_size
-        fisher, info = ops.block_inverse(blocks.inverse.double(), 0.0)
-        self._check_factored(name, info >= 0)
-        diagonal = fisher.diagonal(dim1=1, dim2=2)[:, :size]
+        inverse, size = blocks.inverse, self.layouts[name].block_size
+        if inverse.shape[2] == 1:
+            diagonal = 1 / inverse[:, 0]
+        else:
+            fisher, info = ops.block_inverse(inverse.double(), 0.0)
+            self._check_inverted(name, info, 0.0, "blocks of the inverse")
+            diagonal = fisher.diagonal(dim1=1, dim2=2)[:, :size]
         if blocks.weight_scale is not None:
             diagonal = diagonal / blocks.weight_scale[:, :size].square()
         if blocks.cost_scale is not None:
             diagonal = diagonal * blocks.cost_scale
-        return diagonal.to(blocks.inverse.dtype)
+        return diagonal.to(inverse.dtype)
 
     def _weights(self) -> str:
         return ", ".join(f"{name} {list(layout.shape)}" for name, layout in self.layouts.items())

@@ -126,8 +126,9 @@ class LayerwiseEstimate(Estimate[Layerwise]):
     def fisher_diag(self) -> dict[str, Tensor]:
         result = {}
         for name, layout in self.layouts.items():
-            fisher, damping = self._fisher(name)
-            diagonal = fisher.diagonal(dim1=1, dim2=2) + damping[:, None]  # [groups, fan-in]
+            moments = self._observed(name).diagonal(dim1=1, dim2=2) / self._count[name]  # [groups, fan-in]
+            mean = moments.mean(1, keepdim=True)
+            diagonal = moments + self._damping * torch.where(mean > 0, mean, 1)  # as of the inverse
             result[name] = layout.from_blocks(diagonal.repeat_interleave(layout.num_blocks // len(diagonal), dim=0))
         return result
 
@@ -197,12 +198,16 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     def _fisher(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A and the damping of each group, [groups, fan-in, fan-in] and [groups]."""
+        gram = self._observed(name) / self._count[name]
+        return gram, self._damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+
+    def _observed(self, name: str) -> Tensor:
+        """Return the sum of a a^T of each group, [groups, fan-in, fan-in]."""
         if name not in self._gram:
             raise CurvatureError(
                 f"{name}: its layer was not called while the data was read, so it has no inputs; leave it out of params"
             )
-        gram = self._gram[name] / self._count[name]
-        return gram, self._damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+        return self._gram[name]
 
     def _of_rows(self, name: str, matrices: Tensor) -> Tensor:
         """Repeat matrices of groups for each row, but for one that all rows share."""

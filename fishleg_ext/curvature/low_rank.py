@@ -106,14 +106,16 @@ class LowRankEstimate(Estimate[LowRankFisher]):
 
     @override
     def fisher_diag(self) -> dict[str, Tensor]:
-        """Return damping + |g_i|^2 / m for each column g_i = L w_i of the gradients."""
+        """Return damping + |g_i|^2 / m for each column g_i of the gradients, L w_i."""
         result = {}
         for name, layout in self.layouts.items():
             flat = torch.empty(layout.numel, dtype=self._like[name].dtype, device=self._like[name].device)
-            for columns, part in self._columns(name):
-                assert self._factor is not None
-                squares = (self._factor @ part.double()).square().sum(0) / max(1, len(part))
-                flat[columns] = (squares + self.recipe.damping).to(flat.dtype)
+            held, factor = self._joined(name), self._factor if name in self._is_whitened else None
+            for start in range(0, layout.numel, COLUMNS):
+                part = held[:, start : start + COLUMNS].double()
+                grads = part if factor is None else factor @ part
+                squares = grads.square().sum(0) / max(1, len(held))
+                flat[start : start + COLUMNS] = (squares + self.recipe.damping).to(flat.dtype)
             result[name] = flat.reshape(layout.shape)
         return result
 

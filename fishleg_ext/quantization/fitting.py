@@ -12,6 +12,8 @@ from fishleg_ext.quantization import fixed_point, kmeans
 from fishleg_ext.quantization.kmeans import boundaries_of, fit_codebook
 from fishleg_ext.quantization.packed import QuantizedTensor
 
+LEAST = 1e-30  # importance of weights in groups in which none costs anything
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -39,6 +41,8 @@ class Groups:
         if mask is not None:
             kept = kept & layout.to_blocks(mask)
         weight, importance = (layout.to_blocks(x.float()) for x in (matrix, importance))
+        # A group in which no weight costs anything keeps its values, as far as bits go.
+        importance = torch.where((kept & (importance > 0)).any(1, keepdim=True), importance, LEAST)
         weight, importance = (torch.where(kept, x, 0) for x in (weight, importance))
         return cls(layout, weight, importance, kept, mask is not None)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
-from fishleg_ext.curvature import Adam, FishLeg, Kronecker
+from fishleg_ext.curvature import Adam, Estimate, FishLeg, Kronecker
 from fishleg_ext.curvature.fishleg import FishLegEstimate
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.observation.unfold import conv_rows
@@ -66,6 +66,10 @@ def test_products_and_the_diagonal_are_those_of_weight_and_bias_together(curvatu
     diagonal = torch.einsum("oioi->oi", dense)[:, :4]
     assert list(curvature.diag()) == ["w"]
     torch.testing.assert_close(curvature.diag()["w"], diagonal.reshape(3, 2, 2))
+    fisher = torch.linalg.inv(dense.reshape(15, 15)).diagonal().reshape(3, 5)[:, :4]
+    torch.testing.assert_close(curvature.fisher_diag()["w"].reshape(3, 4), fisher, rtol=1e-8, atol=0)
+    if curvature.factors("w").row.dim() == 1:  # rows that do not compensate for each other
+        torch.testing.assert_close(Estimate.fisher_diag(curvature)["w"].reshape(3, 4), fisher, rtol=1e-8, atol=0)
 
 
 def test_elimination_leaves_the_bias_free(curvature, generator):
