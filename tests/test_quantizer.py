@@ -122,6 +122,9 @@ def test_codebooks_are_weighted_by_the_diagonal_of_the_fisher_matrix_itself(net,
     quantized(block, data, bits=2.5, curvature=BlockFisher(damping=1e-4, labels="data"))
     for one, other in zip(diagonal.parameters(), block.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    plain = copy.deepcopy(net)
+    quantize(plain, None, bits=2.5, curvature="identity", progress=False)
+    assert (plain[4].weight - block[4].weight).abs().max() > 1e-2  # the importance counts
 
 
 def test_scales_of_an_elimination_are_weighted_by_the_diagonal_of_the_fisher_matrix_itself(generator):
@@ -130,7 +133,8 @@ def test_scales_of_an_elimination_are_weighted_by_the_diagonal_of_the_fisher_mat
     data, before = [(x, torch.zeros(256, dtype=torch.long))], layer.weight.detach().clone()
     options = {"method": "obq", "grid": "fixed_point", "group": "row", "allocate": False, "progress": False}
     result = quantize(layer, data, bits=4, curvature=Layerwise(damping=1e-6, num_grads=256), **options)
-    importance = x.double().square().mean(0) * (1 + 1e-6)
+    moments = x.double().square().mean(0)
+    importance = moments + 1e-6 * moments.mean()
     expected, _ = fit_scale(before, importance.float().expand(3, -1), 4, False)
     torch.testing.assert_close(result.tensors["weight"].scale, expected, rtol=1e-4, atol=0)
 

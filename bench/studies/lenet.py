@@ -29,7 +29,7 @@ EPOCHS, BATCH = 12, 128
 DENSITIES = (0.3, 0.085, 0.05, 0.03)
 EPOCHS_BETWEEN = 4
 RETRAINING_EPOCHS = 1
-LEARNING_RATES = {"dense": 1e-3}  # of retraining, 3e-4 of pruned networks, whose codes lie closer
+LEARNING_RATE, LEARNING_RATE_DENSE = 3e-4, 1e-3  # of retraining, of pruned networks and of dense ones
 TEMPERATURE = 4.0  # of distillation
 BITS = (4, 3, 2, 1.5)
 METHODS: dict[str, dict[str, Any]] = {
@@ -187,8 +187,8 @@ def main() -> None:
                 rows = (name, f"{name}, retrained")[: 1 + bool(epochs)]
                 if any(row not in study.rows for row in rows):
                     settings = METHODS[method] | {"bits": bits, "masks": masks}
-                    learning = epochs, LEARNING_RATES.get(stage, 3e-4), seed, softened
-                    for row, found in run(name, network, data, settings, *learning).items():
+                    rate = LEARNING_RATE_DENSE if stage == "dense" else LEARNING_RATE
+                    for row, found in run(name, network, data, settings, epochs, rate, seed, softened).items():
                         study.run(row, lambda found=found: found)
     print(table(study.rows))
 

@@ -173,7 +173,7 @@ class SampleLosses:
         return cut.free, [torch.cat(row) for row in rows]
 
     def _vectorize(self, function: Any, cut: "_Cut") -> Any:
-        """What the function returns for all samples, or None where vmap cannot run the loss."""
+        """Return what the function does for all samples, or None where vmap cannot run the loss."""
         if not self._vectorized:
             return None
         try:

@@ -66,7 +66,7 @@ class Product:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What tells it from other products, but for how many rows it has."""
+        """Tell it from other products, but for how many rows it has."""
         return self.name, self.operation, self.outputs, self.groups
 
 
@@ -88,7 +88,7 @@ class Lookup:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What tells it from others, but for how many rows it has."""
+        """Tell it from others, but for how many rows it has."""
         return self.name, "embedding"
 
     def add_gradient_(self, total: Tensor, gradient: Tensor) -> None:
@@ -111,12 +111,12 @@ class WeightInMemory:
         self._last = self._first + _extent(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether all elements of a tensor of the same memory are among those of the weight."""
+        """Tell whether all elements of a tensor of the same memory are among those of the weight."""
         offset = tensor.storage_offset()
         return tensor.dtype == self.tensor.dtype and self._first <= offset and offset + _extent(tensor) <= self._last
 
     def place(self, view: Tensor, outs: Axes, ins: Axes) -> tuple[int, int, Tensor | None]:
-        """Where in the matrix a view lies, whose dimensions are outputs and fan-in; see `_place`."""
+        """Find where in the matrix a view lies, whose dimensions are outputs and fan-in; see `_place`."""
         layout = tuple(zip(self.tensor.shape, self.tensor.stride(), strict=True))
         found = _place(view.storage_offset() - self._first, tuple(outs), tuple(ins), layout, self.orientation)
         if isinstance(found, str):

@@ -115,7 +115,7 @@ class ProductRecorder(TorchFunctionMode):
         return next((weight for weight in known if weight.holds(tensor)), None)
 
     def _makes_another(self, func: Callable[..., Any], output: Any, weight: "WeightInMemory") -> bool:
-        """Whether a call makes values of the weight, rather than a view, a number, or a tensor of its shape."""
+        """Tell whether a call makes values of the weight, rather than a view, a number, or a tensor of its shape."""
         name = getattr(func, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):
             return True
