@@ -31,10 +31,9 @@ from fishleg_ext.curvature.learned_factors import (
     LEARNED_TENSORS,
     DenseGradients,
     Directions,
-    FactoredGradients,
     Gradients,
     LearnedFactors,
-    moment_operations,
+    gradients_of,
 )
 from fishleg_ext.observation.types import FisherProduct, Observation
 
@@ -362,21 +361,12 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
 
     def _parts_of(self, name: str, observation: Observation) -> Iterator[Gradients]:
         """Yield the gradients of one parameter, cut where a batch ends; in factors where these are less work."""
-        factors = observation.gradient_factors.get(name)
-        if factors is not None and factors.whole and self.recipe.adam is None:
-            t, (o, i) = factors.rows, self._shape(name)
-            if moment_operations(o, i, t) < moment_operations(o, i) + 2 * t * o * i:  # and the product itself
-                x, d = (part.to(self._like[name].dtype) for part in factors.matrices())
-                if self._has_bias(name):
-                    x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-                for part in self._cut(name, len(x)):
-                    yield FactoredGradients(x[part], d[part])
-                return
-        grads = self._matrix(name, observation.gradients)
+        bias = self.biases[name] if self._has_bias(name) else None
+        dense = self.recipe.adam is not None
+        grads = gradients_of(observation, name, bias, self._like[name].dtype, dense=dense)
         for part in self._cut(name, len(grads)):
             # What waits is a copy: the observer's tensor may be written again before the batch is full.
-            waits = part.stop - part.start < self.recipe.batch_size
-            yield DenseGradients(grads[part].to(self._like[name].dtype, copy=waits))
+            yield grads.part(part, copy=part.stop - part.start < self.recipe.batch_size)
 
     def _cut(self, name: str, count: int) -> Iterator[slice]:
         """Yield parts of so many gradients, the first as long as the batch that waits has room."""

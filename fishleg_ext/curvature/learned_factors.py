@@ -11,6 +11,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
 from fishleg_ext.curvature.kronecker import Factors, add_moment_, diagonal_of, zero_moment
+from fishleg_ext.observation.types import Observation
 
 LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
 # M is computed anew by every batch whose moments take as many operations as that (over i^3, in float64), and else once
@@ -66,6 +67,10 @@ class DenseGradients:
         """Count the gradients."""
         return len(self.values)
 
+    def part(self, which: slice, *, copy: bool = False) -> "DenseGradients":
+        """Return some of the gradients, or a copy of them."""
+        return DenseGradients(self.values[which].clone() if copy else self.values[which])
+
     def add_col_moment_(self, moment: Tensor, row: Tensor, alpha: float) -> None:
         """Add alpha * sum G^T P^2 G, P as a vector where it is diagonal."""
         by_col = row[:, None] * self.values if row.dim() == 1 else row @ self.values
@@ -78,6 +83,19 @@ class DenseGradients:
             moment.add_(torch.linalg.vector_norm(product, dim=2).square_().sum(0), alpha=alpha)
         else:
             add_moment_(moment, product.mT.reshape(-1, len(moment)), alpha)
+
+    def add_layer_moments_(self, row_moment: Tensor, col_moment: Tensor, alpha: float) -> None:
+        """Add alpha * sum G G^T and alpha * sum G^T G, which stand for the moments of factors that are not known."""
+        add_moment_(row_moment, self.values.mT.reshape(-1, len(row_moment)), alpha)
+        add_moment_(col_moment, self.values.flatten(0, 1), alpha)
+
+    def squared_norm(self) -> Tensor:
+        """Sum |G|^2 over all gradients."""
+        return self.values.square().sum()
+
+    def along(self, v: Tensor) -> Tensor:
+        """Return <G, v> of each gradient [m], v [o, i]."""
+        return self.values.flatten(1) @ v.flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +114,10 @@ class FactoredGradients:
     def __len__(self) -> int:
         """Count the gradients."""
         return len(self.inputs)
+
+    def part(self, which: slice, *, copy: bool = False) -> "FactoredGradients":
+        """Return some of the gradients, whose tensors nobody writes to: a copy is not needed."""
+        return FactoredGradients(self.inputs[which], self.output_gradients[which])
 
     def add_col_moment_(self, moment: Tensor, row: Tensor, alpha: float) -> None:
         """Add alpha * sum X^T (D P^2 D^T) X."""
@@ -116,8 +138,53 @@ class FactoredGradients:
         else:
             moment.addmm_(self.output_gradients.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
 
+    def add_layer_moments_(self, row_moment: Tensor, col_moment: Tensor, alpha: float) -> None:
+        """Add alpha * sum over rows d of D of d d^T, and of x x^T over those of X, as K-FAC has its factors."""
+        add_moment_(row_moment, self.output_gradients.flatten(0, 1), alpha)
+        add_moment_(col_moment, self.inputs.flatten(0, 1), alpha)
+
+    def squared_norm(self) -> Tensor:
+        """Sum |G|^2 = <D D^T, X X^T> over all gradients."""
+        x, d = self.inputs, self.output_gradients
+        if x.shape[1] == 1:
+            return (x.square().sum((1, 2)) * d.square().sum((1, 2))).sum()
+        return (torch.bmm(d, d.mT) * torch.bmm(x, x.mT)).sum()
+
+    def along(self, v: Tensor) -> Tensor:
+        """Return <G, v> = <D, X v^T> of each gradient [m], v [o, i]."""
+        return ((self.inputs @ v.mT) * self.output_gradients).sum((1, 2))
+
 
 Gradients = DenseGradients | FactoredGradients
+
+
+def gradients_of(
+    observation: Observation, name: str, bias: str | None, dtype: torch.dtype, *, dense: bool = False
+) -> Gradients:
+    """Return the gradients of a weight [out, ...] as matrices, in factors where these are less work.
+
+    Args:
+        observation: of the weight.
+        name: of the weight.
+        bias: name of the bias that is one more column, if there is one.
+        dtype: of the result.
+        dense: whether they are to be multiplied out in any case.
+    """
+    factors = observation.gradient_factors.get(name)
+    if factors is not None and factors.whole and not dense:
+        t, (o, i) = factors.rows, (factors.shape[0], factors.shape[1] + (bias is not None))
+        if moment_operations(o, i, t) < moment_operations(o, i) + 2 * t * o * i:  # and the product itself
+            x, d = (part.to(dtype) for part in factors.matrices())
+            if bias is not None:
+                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+            return FactoredGradients(x, d)
+    values = observation.gradients[name]
+    values = values.reshape(len(values), values.shape[1] if values.dim() > 2 else 1, -1)
+    if bias is not None:
+        column = observation.gradients.get(bias)
+        column = values.new_zeros(len(values), values.shape[1]) if column is None else column
+        values = torch.cat([values, column.reshape(*values.shape[:2], 1)], dim=2)
+    return DenseGradients(values.to(dtype))
 
 
 class Directions:

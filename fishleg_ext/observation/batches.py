@@ -48,6 +48,15 @@ class Chunk:
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
 
+def one_chunk(inputs: Any, targets: Any = None) -> Chunk:
+    """Make a chunk of one batch; its inputs are a mapping or a tuple, and there may be no targets.
+
+    Raises:
+        TypeError, ValueError: there is no tensor with a first dimension, or tensors have others.
+    """
+    return Chunk(inputs, targets, _batch_size(inputs, targets, needs_targets=False))
+
+
 class Samples(list[Any]):
     """Pairs of inputs and targets of single samples, which are not put together."""
 

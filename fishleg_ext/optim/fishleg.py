@@ -1,0 +1,358 @@
+"""Natural-gradient steps with a learned inverse Fisher matrix."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext import ops
+from fishleg_ext.common.arguments import checked_count, checked_damping, checked_positive, checked_type, one_of
+from fishleg_ext.common.state import state_entry
+from fishleg_ext.common.waiting import read
+from fishleg_ext.curvature.fishleg import LARGEST_FACTOR
+from fishleg_ext.curvature.kronecker import Factors
+from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
+from fishleg_ext.optim.drawn import Drawn, DrawnGradients, LastInputs, checked_loss
+from fishleg_ext.optim.layers import layers_of
+from fishleg_ext.optim.shared import OptimizerCurvature
+
+# What share of its running mean each measurement of the step's length leaves of the earlier ones.
+SMOOTHING = 0.9
+STATE = ("steps", "slope", "curvature_along", "last_along", "layers", "others")
+
+
+class FishLeg(torch.optim.Optimizer):
+    """Descends along the natural gradient Q g, Q the learned inverse of the Fisher matrix F of the loss.
+
+    Garcia et al., FishLeg, ICLR 2023; with curvature="kronecker" it is K-FAC (Martens and Grosse, arXiv 1503.05671).
+    In a step, with g the gradients that are in `.grad`:
+
+        n <- momentum * n + (1 - momentum) Q g, divided by 1 - momentum^t;
+        w <- w - c * lr * n - lr * weight_decay * w.
+
+    Q = P (x) M for each weight matrix with its bias (see `RunningFactors`), and diagonal for other parameters. It is
+    learned from gradients of labels that the model draws, as running means: every `update_every` steps the model runs
+    once more, in eval mode, on `samples` of the inputs of the user's own forward pass. The other steps take no pass
+    over data of their own.
+
+    Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
+    loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean of (g_s^T n)^2 over all parameters
+    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. And no step is so long that
+    the outputs' distribution diverges by more than `max_divergence`, which is 1/2 s^2 n^T F n.
+
+    Args:
+        model: any module whose samples do not influence each other in eval mode.
+        lr: share of the measured step. Learning-rate schedulers may change it.
+        likelihood: of the model's outputs: "categorical", "tokens", "next_token", "gaussian", "bernoulli", or a
+            function (outputs, generator) -> targets.
+        loss_fn: (outputs, targets) -> scalar, the loss that is minimised; None is that of a named likelihood, the mean
+            over all targets. A loss of another scale must be given, since F is in its units.
+        params: parameters of the model, or groups of them with options of their own (lr, momentum, weight_decay), as
+            other optimizers take them; None is all that require gradients.
+        curvature: "fishleg", or "kronecker" for K-FAC.
+        momentum: share of n that a step leaves.
+        weight_decay: decoupled from the gradient.
+        damping: in the units of F, > 0.
+        max_divergence: of one step, in nats for each target.
+        samples: of a batch, at most, from which Q is learned.
+        update_every: steps between updates of the running means.
+        invert_every: steps between inversions of the factors, a multiple of update_every.
+        warm_up: first steps, in each of which all of this is done: a network that has just been initialised changes
+            quickly.
+        memory: what share of the running means each update leaves of earlier ones.
+        seed: of the labels.
+
+    Raises:
+        ValueError: there is no likelihood; parameters that are not the model's; a value out of range.
+
+    Examples:
+        >>> model = nn.Linear(4, 3)
+        >>> optimizer = FishLeg(model, likelihood="categorical")
+        >>> loss = nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        *,
+        likelihood: Likelihood | None = None,
+        loss_fn: LossFunction | None = None,
+        params: Iterable[Any] | None = None,
+        curvature: str = "fishleg",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 3e-5,
+        max_divergence: float = 0.02,
+        samples: int = 256,
+        update_every: int = 2,
+        invert_every: int = 10,
+        warm_up: int = 30,
+        memory: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        self.model = checked_type("model", model, nn.Module, "an nn.Module")
+        likelihood, loss_fn = checked_loss(likelihood, loss_fn)
+        self.curvature_model = one_of("fishleg", "kronecker")("curvature", curvature)
+        self.damping = checked_positive("damping", damping)
+        self.max_divergence = checked_positive("max_divergence", max_divergence)
+        self.samples, self.warm_up = checked_count("samples", samples), checked_count("warm_up", warm_up)
+        self.update_every = checked_count("update_every", update_every)
+        self.invert_every = checked_count("invert_every", invert_every)
+        if self.invert_every % self.update_every:
+            raise ValueError(
+                f"expected invert_every to be a multiple of update_every={self.update_every}, got {invert_every}"
+            )
+        self.memory = _checked_share("memory", memory)
+        self.seed = seed
+        options = {
+            "lr": checked_damping("lr", lr),
+            "momentum": _checked_share("momentum", momentum),
+            "weight_decay": checked_damping("weight_decay", weight_decay),
+        }
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._made = False
+        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, options)
+        self._made = True
+        held = [p for group in self.param_groups for p in group["params"]]
+        self._parameters = {self._names[id(p)]: p for p in held}
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._layers, self._others = layers_of(
+            model, self._parameters, learned=curvature == "fishleg", largest=LARGEST_FACTOR
+        )
+        self._drawn = DrawnGradients(
+            model,
+            {name: p for layer in self._layers for name, p in layer.parameters.items()},
+            {other.name: other.parameter for other in self._others},
+            {layer.name: layer.orientation for layer in self._layers},
+            {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
+            likelihood,
+            loss_fn,
+        )
+        self._inputs = LastInputs(model)
+        self._steps = 0
+        self._slope = self._curvature_along = self._last_along = 0.0
+
+    @property
+    def curvature(self) -> OptimizerCurvature:
+        """A recipe for `curvature=` of `Pruner` and `prune`: whenever it is estimated, what Q has learned by then.
+
+        It takes no data. See `OptimizerCurvature`.
+        """
+        return OptimizerCurvature(source=self)
+
+    @property
+    def structure(self) -> dict[str, str]:
+        """Name of a parameter -> structure of its Q: "kronecker", "diagonal", or "bias of" a weight."""
+        found = dict.fromkeys((other.name for other in self._others), "diagonal")
+        for layer in self._layers:
+            found |= {layer.name: "kronecker"} | ({} if layer.bias is None else {layer.bias: f"bias of {layer.name}"})
+        return {name: found[name] for name in self._parameters}
+
+    @torch.no_grad()
+    def factors(self, name: str, weight: Tensor, damping: float, *, has_bias: bool) -> Factors:
+        """Return the inverse of each row of a weight by itself, as pruning needs it.
+
+        Args:
+            name: of the weight.
+            weight: as a matrix [o, ...].
+            damping: of F.
+            has_bias: whether its bias is the last column.
+
+        Raises:
+            ValueError: the optimizer does not have the weight, or has taken no step.
+        """
+        if not self._steps:
+            raise ValueError("the optimizer has taken no step, so that it knows nothing of the curvature yet")
+        for layer in self._layers:
+            if layer.name == name:
+                return layer.factors(weight, damping, has_bias=has_bias)
+        for other in self._others:
+            if other.name == name and not has_bias:
+                return other.factors(weight, damping)
+        raise ValueError(f"the optimizer does not have {name}; it has {', '.join(self._parameters)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group of parameters, which must be those of the model and be there from the beginning."""
+        if self._made:
+            raise NotImplementedError("FishLeg takes no parameters later on: make a new optimizer of all of them")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if strange := [p for p in group["params"] if id(p) not in self._names]:
+            raise ValueError(
+                f"expected parameters of the model, got {len(strange)} that are not, the first of shape "
+                f"{list(strange[0].shape)}; was the model copied, or moved, after they were taken?"
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step with the gradients that are in `.grad`.
+
+        Args:
+            closure: computes the loss and its gradients anew, and returns the loss.
+
+        Raises:
+            ValueError: the loss or a gradient is not finite. Nothing is changed then.
+            RuntimeError: the model was not called since this was made; parameters were replaced or changed shape.
+            CurvatureError: the running factors have no inverse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if not math.isfinite(float(loss)):
+                raise ValueError(f"expected closure to return a finite loss, got {float(loss)}")
+        grads = self._gradients()
+        if not grads:
+            return loss
+        number = self._steps + 1
+        first = number <= self.warm_up
+        due = first or number % self.update_every == 0
+        drawn = self._observe(number) if due else None
+        if first or number % self.invert_every == 0:
+            for layer in self._layers:
+                layer.running.invert(layer.name, self.damping)
+        self._steps = number
+        moved = self._move(grads)
+        if drawn is not None:
+            self._measure(grads, moved, drawn)
+        self._descend(moved)
+        return loss
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Name -> gradient, of the parameters that have one; checked."""
+        named = dict(self.model.named_parameters())
+        grads = {}
+        for name, parameter in self._parameters.items():
+            if named.get(name) is not parameter or parameter.shape != self._shapes[name]:
+                raise RuntimeError(
+                    f"{name} was replaced in the model, or changed its shape, since this optimizer was made; make a "
+                    "new one"
+                )
+            if parameter.grad is not None:
+                if parameter.grad.layout is not torch.strided:
+                    raise TypeError(f"expected dense gradients, got those of {name} as {parameter.grad.layout}")
+                grads[name] = parameter.grad
+        norms = torch._foreach_norm(list(grads.values())) if grads else []
+        if grads and not math.isfinite(sum(read(norms))):
+            bad = [name for name, norm in zip(grads, read(norms), strict=True) if not math.isfinite(norm)]
+            raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
+        return grads
+
+    def _observe(self, number: int) -> Drawn:
+        if self._inputs.called is None:
+            raise RuntimeError(
+                "the model was not called with gradients enabled since this optimizer was made: expected loss = "
+                "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given"
+            )
+        self._inputs.paused = True
+        try:
+            drawn = self._drawn.observe(self._inputs.called, self.samples, self.seed + number)
+        finally:
+            self._inputs.paused = False
+        for layer in self._layers:
+            layer.observe(drawn.observations, self.memory)
+        for other in self._others:
+            other.observe(drawn.together[other.name], self.memory)
+        return drawn
+
+    def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Update momentum by Q g, and return it, corrected for its start."""
+        layers = [layer for layer in self._layers if layer.name in grads]
+        rows, cols = [layer.running.row for layer in layers], [layer.running.col for layer in layers]
+        matrices = [layer.matrix(grads) for layer in layers]
+        products = ops.foreach_kron_mul(matrices, rows, cols, [None] * len(layers))
+        directions: dict[str, Tensor] = {}
+        for layer, product in zip(layers, products, strict=True):
+            directions |= layer.parts(product)
+        for other in self._others:
+            if other.name in grads:
+                directions[other.name] = other.solve(grads[other.name], self.damping)
+        moved = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                name = self._names[id(parameter)]
+                if name not in directions:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["steps"], state["momentum"] = 0, torch.zeros_like(parameter)
+                state["steps"] += 1
+                state["momentum"].lerp_(directions[name].to(parameter.dtype), 1 - group["momentum"])
+                moved[name] = state["momentum"] / (1 - group["momentum"] ** state["steps"])
+        return moved
+
+    def _measure(self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn) -> None:
+        """Measure g^T n, n^T F n and |n|^2."""
+        along: list[Tensor] = []
+        layers = [(layer, layer.matrix(moved)) for layer in self._layers if layer.name in moved]
+        for observation in drawn.observations:
+            total = sum((layer.gradients(observation).along(matrix) for layer, matrix in layers), torch.zeros(()))
+            along.append(total.square().sum() if total.dim() else total)
+        count = max(1, sum(observation.count for observation in drawn.observations))
+        slope = sum((grads[name].to(n.dtype) * n).sum() for name, n in moved.items() if name in grads)
+        squared = sum(n.square().sum() for n in moved.values())
+        apart = sum(other.along(moved[other.name]) for other in self._others if other.name in moved)
+        numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (slope, squared, apart, sum(along))]
+        g_n, n_n, of_others, of_layers = read(numbers)
+        n_f_n = of_layers / count + of_others
+        keep = SMOOTHING if self._steps > 1 else 0.0
+        self._slope = keep * self._slope + (1 - keep) * max(g_n, 0.0)
+        self._curvature_along = keep * self._curvature_along + (1 - keep) * (n_f_n + self.damping * n_n)
+        self._last_along = n_f_n
+
+    def _descend(self, moved: Mapping[str, Tensor]) -> None:
+        length = self._slope / self._curvature_along if self._curvature_along > 0 else 0.0
+        longest = max((group["lr"] for group in self.param_groups), default=0.0) * length
+        if self._last_along > 0 and longest > 0:
+            length *= min(1.0, (2 * self.max_divergence / self._last_along) ** 0.5 / longest)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (n := moved.get(self._names[id(parameter)])) is None:
+                    continue
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(n, alpha=group["lr"] * length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
+        own = {
+            "steps": self._steps,
+            "slope": self._slope,
+            "curvature_along": self._curvature_along,
+            "last_along": self._last_along,
+            "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
+            "others": {other.name: other.state_dict() for other in self._others},
+        }
+        return {**super().state_dict(), "fishleg": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned, of an optimizer of the same parameters; settings stay those of this one.
+
+        Raises:
+            ValueError: the state is of another optimizer, or of other parameters; nothing is changed then.
+        """
+        own = state_entry(state_dict, "fishleg", "FishLeg")
+        steps, slope, curvature_along, last_along, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
+        for what, known, given in (("layers", self._layers, layers), ("parameters", self._others, others)):
+            if (names := [part.name for part in known]) != list(given):
+                raise ValueError(f"expected the state of {what} {', '.join(names)}, got that of {', '.join(given)}")
+            for part in known:
+                part.check_state(given[part.name])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishleg"})
+        for layer in self._layers:
+            layer.running.load_state_dict(layers[layer.name])
+        for other in self._others:
+            other.load_state_dict(others[other.name])
+        self._steps, self._slope = int(steps), float(slope)
+        self._curvature_along, self._last_along = float(curvature_along), float(last_along)
+
+
+def _checked_share(name: str, value: Any) -> float:
+    if not 0 <= (checked := checked_damping(name, value)) < 1:
+        raise ValueError(f"expected {name} in [0, 1), got {value}")
+    return checked

@@ -1,0 +1,102 @@
+"""Running Kronecker factors of one parameter's Fisher matrix, and their damped inverses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishleg_ext import ops
+from fishleg_ext.common.dtypes import ieee_products
+from fishleg_ext.curvature.base import CurvatureError, curvature_entry
+from fishleg_ext.curvature.kronecker import Factors, zero_moment
+from fishleg_ext.curvature.learned_factors import Gradients
+
+TENSORS = ("row_moment", "col_moment", "row", "col")
+
+
+class RunningFactors:
+    """F = R (x) C of one parameter [o, i], from gradients G of labels that the model itself draws.
+
+    Each batch of gradients adds a term to two running means. With the inverses P and M of the time they are those of
+    FishLeg's alternating closed-form updates (see `LearnedFactors`), whose auxiliary loss is least for
+
+        R ~ E[G M^2 G^T],     C ~ E[G^T P^2 G];
+
+    K-FAC has P = M = I and G = d x^T in the factors alone, R ~ E[d d^T] and C ~ E[x x^T] (Martens and Grosse, arXiv
+    1503.05671). Both are scaled so that the mean of either diagonal is the root of f, the mean diagonal of F, and are
+    damped in their factors, as K-FAC has it:
+
+        P = (R + sqrt(damping) I)^-1,     M = (C + sqrt(damping) I)^-1.
+
+    P (x) M tends to I / damping where gradients vanish. Damping F itself instead, by the same number, leaves directions
+    of small curvature among rows *or* among columns nearly undamped: as a step this overshot.
+
+    Args:
+        rows, cols: o and i, a bias among the columns.
+        like: a tensor of the dtype and on the device of the factors.
+        learned: whether by FishLeg's updates; else by K-FAC's.
+    """
+
+    def __init__(self, rows: int, cols: int, like: Tensor, *, learned: bool) -> None:
+        self.learned, self.batches = learned, 0
+        self.row_moment, self.col_moment = zero_moment(like, rows), zero_moment(like, cols)
+        self.row, self.col = torch.eye(rows).to(like), torch.eye(cols).to(like)
+
+    @ieee_products()
+    def observe(self, grads: Sequence[Gradients], memory: float) -> None:
+        """Take in a batch of gradients.
+
+        Args:
+            grads: all gradients of the batch.
+            memory: what share of the running means each later batch leaves of an earlier one.
+        """
+        count = sum(map(len, grads))
+        row_moment, col_moment = torch.zeros_like(self.row_moment), torch.zeros_like(self.col_moment)
+        for part in grads:
+            if self.learned:
+                part.add_row_moment_(row_moment, self.col, 1 / count)
+                part.add_col_moment_(col_moment, self.row, 1 / count)
+            else:
+                part.add_layer_moments_(row_moment, col_moment, 1 / count)
+        self.batches += 1
+        squared = torch.stack([part.squared_norm() for part in grads]).sum() / count
+        root = (squared / (len(row_moment) * len(col_moment))).sqrt()
+        weight = max(1 / self.batches, 1 - memory)
+        for mean, moment in ((self.row_moment, row_moment), (self.col_moment, col_moment)):
+            diagonal = moment.diagonal().mean()
+            mean.lerp_(moment * torch.where(diagonal > 0, root / diagonal, 0), weight)
+
+    def invert(self, name: str, damping: float) -> None:
+        """Compute P and M anew, in float64.
+
+        Raises:
+            CurvatureError: a moment cannot be inverted, by the name of the parameter.
+        """
+        row, col = (self._inverse(name, moment, damping**0.5) for moment in (self.row_moment, self.col_moment))
+        self.row, self.col = row, col
+
+    def _inverse(self, name: str, moment: Tensor, damping: float) -> Tensor:
+        wide = moment.to(torch.float64, copy=True)
+        # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
+        rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
+        wide.diagonal().add_(rounding.clamp(min=damping))
+        inverse, info = ops.block_inverse(wide[None], 0.0)
+        if int(info) < 0:
+            raise CurvatureError(f"{name}: its running factors cannot be inverted; use more damping or a smaller lr")
+        return inverse[0].to(moment.dtype)
+
+    def diagonal_rows(self, name: str, columns: Tensor, damping: float) -> Factors:
+        """Return a diagonal P, and M of these columns, by another damping: the inverse of each row by itself."""
+        moment = self.col_moment[columns][:, columns]
+        return Factors(1 / (self.row_moment.diagonal() + damping**0.5), self._inverse(name, moment, damping**0.5))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return moments, inverses and how many batches went into them."""
+        return {"batches": self.batches, **{part: getattr(self, part) for part in TENSORS}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        for part in TENSORS:
+            setattr(self, part, curvature_entry(state, part).to(self.row_moment).clone())
+        self.batches = int(curvature_entry(state, "batches"))
