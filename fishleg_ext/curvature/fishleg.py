@@ -387,7 +387,7 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
                 self._descended[name] = self._begin_descent(name)
             values = torch.cat([part.values for part in grads if isinstance(part, DenseGradients)])
             learned.seen += len(values)
-            loss = self._descended[name].learn(values)
+            loss = self._descended[name].learn(DenseGradients(values))
             if not loss.isfinite():
                 raise CurvatureError(f"{name}: Adam's loss is not finite; use more damping or a smaller learning_rate")
         if self.recipe.monitor is not None and loss is not None:

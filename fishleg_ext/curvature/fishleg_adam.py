@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fishleg_ext.common.arguments import checked_count
 from fishleg_ext.common.dtypes import ieee_products
-from fishleg_ext.curvature.kronecker import Factors
+from fishleg_ext.curvature.kronecker import Factors, diagonal_of
+from fishleg_ext.curvature.learned_factors import DenseGradients, Gradients
 from fishleg_ext.reference.kron import kron_diag, kron_mul
 
 LOSSES = ("auxiliary", "log_determinant")
@@ -30,7 +31,7 @@ class Adam:
     Attributes:
         learning_rate: relative to the root mean square of each of scale, R and L at the start; falls linearly to 0.
         steps: after which nothing changes any more; a batch is a step, with Gauss-Newton products each chunk that the
-            gradients of are computed at a time.
+            gradients of are computed at a time. None goes on for ever, at a constant rate.
         warm_up: gradients that alternating closed-form updates learn from first.
         loss: "auxiliary", or "log_determinant": 1/2 tr(Q (F + damping I)) - 1/2 log det Q, which has the same minimum
             where Q can be the inverse; without probes alone.
@@ -40,19 +41,21 @@ class Adam:
         products: F v of the probes by "gradients", mean g (g^T v) over the batch, each parameter by itself; or by
             "gauss_newton", exact products with the Fisher matrix of all parameters that are estimated together, on the
             inputs of a chunk, for which the likelihood must be a named one.
+        scaled: whether Q has a scale of its own for each weight; else it is P (x) M alone.
 
     Raises:
         ValueError: a value is unknown, or two do not go together.
     """
 
     learning_rate: float = 0.02
-    steps: int = 100
+    steps: int | None = 100
     warm_up: int = 512
     loss: str = "auxiliary"
     probes: str | None = None
     num_probes: int = 1
     preconditioned: bool = True
     products: str = "gradients"
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("loss", LOSSES), ("products", PRODUCTS), ("probes", (None, *PROBES))):
@@ -61,7 +64,8 @@ class Adam:
                     f"expected {name} to be one of {', '.join(map(str, allowed))}, got {self.__dict__[name]!r}"
                 )
         for name in ("steps", "warm_up", "num_probes"):
-            checked_count(name, getattr(self, name))
+            if getattr(self, name) is not None or name != "steps":
+                checked_count(name, getattr(self, name))
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"expected learning_rate > 0, got {self.learning_rate}")
         if self.probes is not None and self.loss != "auxiliary":
@@ -85,7 +89,7 @@ class AdamFactors:
         row, col, _ = start
         self.row = row.sqrt() if row.dim() == 1 else _root(row).mT.contiguous()
         self.col = _root(col)
-        self.scale = row.new_ones(len(row), len(col))
+        self.scale = row.new_ones(len(row), len(col)) if options.scaled else None
         self._generator = torch.Generator(row.device).manual_seed(seed)
         self._optimizer = torch.optim.Adam(
             [{"params": [x], "lr": float(options.learning_rate * x.square().mean().sqrt())} for x in self._roots()]
@@ -99,8 +103,8 @@ class AdamFactors:
         return Factors(row, self.col @ self.col.mT, self.scale)
 
     @ieee_products()
-    def learn(self, grads: Tensor) -> Tensor:
-        """A step by a batch of gradients [m, o, i], but for Gauss-Newton products; returns the loss on them before."""
+    def learn(self, grads: Gradients) -> Tensor:
+        """A step by a batch of gradients, but for Gauss-Newton products; returns the loss on them before."""
         if self.options.probes is None:
             with torch.enable_grad():
                 loss = self._loss(self._tracked(), grads)
@@ -109,20 +113,19 @@ class AdamFactors:
         loss = self._loss(self.factors(), grads)
         if self.options.products == "gradients":
             u, v = self.probe(grads)
-            coefficients = torch.einsum("soi,noi->ns", grads, v) / len(grads)
-            self.follow(u, v, torch.einsum("soi,ns->noi", grads, coefficients))
+            self.follow(u, v, torch.stack([grads.weighted_sum(grads.along(each) / len(grads)) for each in v]))
         return loss
 
     @ieee_products()
-    def probe(self, grads: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def probe(self, grads: Gradients | None = None) -> tuple[Tensor, Tensor]:
         """Probes u, of these gradients if they are not to be Gaussian, and v = Q u, both [num_probes, o, i]."""
         count = self.options.num_probes
         if self.options.probes == "gradients" and grads is not None:
-            u = grads[:count]
+            chosen = torch.eye(len(grads), dtype=self.col.dtype, device=self.col.device)[:count]
+            u = torch.stack([grads.weighted_sum(one) for one in chosen])
         else:
-            u = torch.randn(
-                count, *self.scale.shape, generator=self._generator, dtype=self.scale.dtype, device=self.scale.device
-            )
+            shape = count, self.row.shape[-1], len(self.col)
+            u = torch.randn(shape, generator=self._generator, dtype=self.col.dtype, device=self.col.device)
         with torch.no_grad():
             return u, kron_mul(u, *self.factors())
 
@@ -156,7 +159,7 @@ class AdamFactors:
         self._generator.set_state(state["generator"].cpu())
 
     def _roots(self) -> list[Tensor]:
-        return [self.row, self.col, self.scale]
+        return [self.row, self.col, *([] if self.scale is None else [self.scale])]
 
     def _tracked(self) -> Factors:
         """The factors, for autograd."""
@@ -164,27 +167,37 @@ class AdamFactors:
             root.requires_grad_()
         return self.factors()
 
-    def _loss(self, factors: Factors, grads: Tensor) -> Tensor:
+    def _loss(self, factors: Factors, grads: Gradients) -> Tensor:
         """The exact expectation over u, on this batch."""
-        row, col, scale = factors.row, factors.col, self.scale
-        trace = kron_diag(*factors).sum()
-        product = kron_mul(grads, *factors)
+        (row, col, _), scale = factors, self.scale
+        if scale is not None:  # F of scaled weights has scaled gradients
+            assert isinstance(grads, DenseGradients)
+            grads = DenseGradients(grads.values * scale)
         if self.options.loss == "log_determinant":
-            expected = (grads * product).sum() / len(grads) + self.damping * trace
+            trace = kron_diag(*factors).sum()
+            expected = grads.quadratic(row, col) / len(grads) + self.damping * trace
             row_log = row.log().sum() if row.dim() == 1 else torch.linalg.slogdet(row).logabsdet
-            log_det = len(col) * row_log + len(row) * torch.linalg.slogdet(col).logabsdet
-            return 0.5 * (expected - log_det) - scale.abs().log().sum()
-        squares = scale.square()
-        by_row = row.square()[:, None] * squares if row.dim() == 1 else row.square() @ squares
-        norm = (squares * (by_row @ col.square())).sum()
-        return 0.5 * (product.square().sum() / len(grads) + self.damping * norm) - trace
+            log_det = len(col) * row_log + row.shape[0] * torch.linalg.slogdet(col).logabsdet
+            scale_log = 0 if scale is None else scale.abs().log().sum()
+            return 0.5 * (expected - log_det) - scale_log
+        if scale is None:
+            squared = grads.quadratic(row.square() if row.dim() == 1 else row @ row, col @ col)
+            norm, trace = row.square().sum() * col.square().sum(), diagonal_of(row).sum() * col.trace()
+        else:
+            assert isinstance(grads, DenseGradients)
+            squared = (scale * kron_mul(grads.values, row, col)).square().sum()
+            squares = scale.square()
+            by_row = row.square()[:, None] * squares if row.dim() == 1 else row.square() @ squares
+            norm, trace = (squares * (by_row @ col.square())).sum(), kron_diag(*factors).sum()
+        return 0.5 * (squared / len(grads) + self.damping * norm) - trace
 
     def _step(self, loss: Tensor) -> None:
-        if self.taken < self.options.steps:
+        last = self.options.steps
+        if last is None or self.taken < last:
             self._optimizer.zero_grad()
             loss.backward()
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * (1 - self.taken / self.options.steps)
+                group["lr"] = rate if last is None else rate * (1 - self.taken / last)
             self._optimizer.step()
             self.taken += 1
         for root in self._roots():

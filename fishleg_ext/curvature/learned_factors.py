@@ -97,6 +97,15 @@ class DenseGradients:
         """Return <G, v> of each gradient [m], v [o, i]."""
         return self.values.flatten(1) @ v.flatten()
 
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        """Return sum of c G [o, i], a coefficient for each gradient."""
+        return torch.einsum("s,soi->oi", coefficients, self.values)
+
+    def quadratic(self, row: Tensor, col: Tensor) -> Tensor:
+        """Sum <G, P G M> over all gradients, P as a vector where it is diagonal."""
+        by_row = row[:, None] * self.values if row.dim() == 1 else row @ self.values
+        return (by_row * (self.values @ col)).sum()
+
 
 @dataclass(frozen=True, eq=False)
 class FactoredGradients:
@@ -153,6 +162,19 @@ class FactoredGradients:
     def along(self, v: Tensor) -> Tensor:
         """Return <G, v> = <D, X v^T> of each gradient [m], v [o, i]."""
         return ((self.inputs @ v.mT) * self.output_gradients).sum((1, 2))
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        """Return sum of c D^T X [o, i], a coefficient for each gradient."""
+        d = self.output_gradients * coefficients[:, None, None]
+        return d.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+
+    def quadratic(self, row: Tensor, col: Tensor) -> Tensor:
+        """Sum <G, P G M> = <D P D^T, X M X^T> over all gradients, P as a vector where it is diagonal."""
+        x, d = self.inputs, self.output_gradients
+        by_row, by_col = d * row if row.dim() == 1 else d @ row, x @ col
+        if x.shape[1] == 1:
+            return ((by_row * d).sum((1, 2)) * (by_col * x).sum((1, 2))).sum()
+        return (torch.bmm(by_row, d.mT) * torch.bmm(by_col, x.mT)).sum()
 
 
 Gradients = DenseGradients | FactoredGradients

@@ -1,7 +1,8 @@
 """Gradients of labels that a model draws itself, on the inputs of the forward pass that the user made."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk, one_chunk
-from fishleg_ext.observation.forward import running
+from fishleg_ext.observation.forward import call, running
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.likelihoods import (
     LIKELIHOODS,
@@ -20,16 +21,24 @@ from fishleg_ext.observation.likelihoods import (
     LossFunction,
     checked_likelihood,
     label_sampler,
+    output_divergence,
     sample_loss,
 )
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.optim.forward import Called
 
 # Memory for gradients that have no factors, at a time.
 CHUNK_BYTES = 2**28
+# Gradients by parameters that are no matrices: each of as many samples, so that few are computed.
+GROUPS = 8
 
 
 def _next_token(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].movedim(-1, 1), targets[:, 1:])
+
+
+def _logits(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -57,30 +66,8 @@ def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) ->
         if not isinstance(likelihood, str):
             raise ValueError("expected loss_fn=, the loss that is minimised, beside a likelihood that is a function")
         named = LOSSES[likelihood]
-        loss_fn = lambda outputs, targets: named(getattr(outputs, "logits", outputs), targets)
+        loss_fn = lambda outputs, targets: named(_logits(outputs), targets)
     return likelihood, loss_fn
-
-
-Called = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class LastInputs:
-    """Keeps what a model was last called with while gradients were recorded.
-
-    A hook of the model; copies of the model have one that keeps nothing.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.called: Called | None = None
-        self.paused = False
-        self.handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
-
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not self.paused:
-            self.called = args, kwargs
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"called": None, "paused": True, "handle": None}
 
 
 @dataclass(frozen=True)
@@ -89,11 +76,42 @@ class Drawn:
 
     Attributes:
         observations: gradients of each sample by weights and by biases that go with them.
-        together: name of another parameter -> one gradient of all samples, whose mean square is the diagonal of F.
+        groups: name of another parameter -> gradients [count, *shape] of groups of samples, whose mean square is the
+            diagonal of F.
     """
 
     observations: Sequence[Observation]
-    together: Mapping[str, Tensor]
+    groups: Mapping[str, Tensor]
+
+
+def _take_statistics(model: nn.Module, normalised: Sequence[nn.Module], chunk: Chunk) -> None:
+    """Write statistics of these samples into BatchNorm layers, as those that training normalises by.
+
+    The running ones, which lag behind, would be of another function than the one that is trained.
+    """
+    if not normalised or chunk.samples == 1:
+        return
+    before = [module.momentum for module in normalised]
+    for module in normalised:
+        module.momentum = 1.0  # type: ignore[assignment]
+        module.train()
+    try:
+        call(model, {}, chunk.inputs)
+    finally:
+        for module, momentum in zip(normalised, before, strict=True):
+            module.momentum = momentum
+            module.eval()
+
+
+@contextlib.contextmanager
+def _keeping_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the buffers of these modules back: BatchNorm writes to them unseen, without a new version."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.copy_(values)
 
 
 class DrawnGradients:
@@ -102,7 +120,7 @@ class DrawnGradients:
     Args:
         model: any module; its samples must not influence each other in eval mode.
         weights: name -> parameter, of those with a gradient of each sample, biases of their products among them.
-        others: name -> parameter, of those with one gradient of all samples together.
+        others: name -> parameter, of those with a gradient of each of `GROUPS` groups of samples.
         orientations: name of a weight -> how it is seen as a matrix.
         biases: name of a weight -> name of the bias that is added to its products.
         likelihood, loss_fn: see `checked_loss`.
@@ -120,14 +138,15 @@ class DrawnGradients:
     ) -> None:
         self.model, self._others = model, list(others)
         self._device = next(iter([*weights.values(), *others.values()])).device
+        self._likelihood, self._given_loss = likelihood, loss_fn
         self._sampler = label_sampler("model", loss_fn, likelihood)
         self._loss_fn = sample_loss(loss_fn)
         self._generator = torch.Generator(self._device)
         self._checked = False
         tensors = {weight: (bias, weights[bias]) for weight, bias in biases.items()}
         each = GradientObserver(model, self._loss_fn, weights, {}, self._draw, orientations, tensors, CHUNK_BYTES)
-        together = GradientObserver(model, self._loss_fn, others, {}, self._draw, {}, {}, CHUNK_BYTES)
-        self._each, self._together = each if weights else None, together if others else None
+        in_groups = GradientObserver(model, self._loss_fn, others, {}, self._draw, {}, {}, CHUNK_BYTES)
+        self._each, self._in_groups = each if weights else None, in_groups if others else None
 
     def observe(self, called: Called, samples: int, seed: int) -> Drawn:
         """Run the model in eval mode on some of what it was called with, and draw labels.
@@ -140,20 +159,54 @@ class DrawnGradients:
         Raises:
             TypeError, ValueError: the arguments are no batch of samples, or gradients are not finite.
         """
-        chunk = self._chunk(called)
-        chunk = chunk.part(0, min(samples, chunk.samples))
+        chunk, normalised = self._part(called, samples), self._normalised()
         self._generator.manual_seed(seed)
         parts: list[Observation] = []
-        together: dict[str, Tensor] = {}
-        with running(self.model, self._device, seed):
+        groups: dict[str, Tensor] = {}
+        with running(self.model, self._device, seed), _keeping_buffers(normalised):
+            _take_statistics(self.model, normalised, chunk)
             if self._each is not None:
                 parts = list(self._each.gradients(chunk, chunk.samples))
                 self._each.check()
-            if self._together is not None:
-                found = next(iter(self._together.gradients(chunk, 1))).gradients
-                together = {name: found[name][0] for name in self._others}
-                self._together.check()
-        return Drawn(parts, together)
+            if self._in_groups is not None:
+                count = min(GROUPS, chunk.samples)
+                chunk = chunk.part(0, chunk.samples // count * count)
+                found = [observation.gradients for observation in self._in_groups.gradients(chunk, count)]
+                groups = {name: torch.cat([part[name] for part in found]) for name in self._others}
+                self._in_groups.check()
+        return Drawn(parts, groups)
+
+    def divergence(self, called: Called, samples: int) -> Callable[[Mapping[str, Tensor]], float] | None:
+        """Return a function of parameters by name: how far the outputs diverge from those of now, in nats a target.
+
+        Args:
+            called, samples: see `observe`.
+
+        Returns:
+            None where the likelihood is a function, of which that is not known.
+        """
+        if callable(self._likelihood):
+            return None
+        between = output_divergence(self._given_loss, self._likelihood)
+        chunk = self._part(called, samples)
+        normalised = self._normalised()
+
+        def outputs(weights: Mapping[str, Tensor]) -> Any:
+            with running(self.model, self._device, 0), _keeping_buffers(normalised):
+                _take_statistics(self.model, normalised, chunk)
+                return call(self.model, weights, chunk.inputs)
+
+        before = outputs({})
+        return lambda weights: float(between(before, outputs(weights), chunk.targets).mean())
+
+    def _part(self, called: Called, samples: int) -> Chunk:
+        chunk = self._chunk(called)
+        return chunk.part(0, min(samples, chunk.samples))
+
+    def _normalised(self) -> list[nn.Module]:
+        """Return the BatchNorm layers that take statistics of their batch."""
+        norms = [x for x in self.model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+        return [norm for norm in norms if norm.training]
 
     def _draw(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
         assert self._sampler is not None

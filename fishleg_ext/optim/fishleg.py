@@ -1,7 +1,8 @@
 """Natural-gradient steps with a learned inverse Fisher matrix."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,22 @@ from fishleg_ext import ops
 from fishleg_ext.common.arguments import checked_count, checked_damping, checked_positive, checked_type, one_of
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
-from fishleg_ext.curvature.fishleg import LARGEST_FACTOR
+from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
-from fishleg_ext.optim.drawn import Drawn, DrawnGradients, LastInputs, checked_loss
-from fishleg_ext.optim.layers import layers_of
+from fishleg_ext.optim.drawn import Drawn, DrawnGradients, checked_loss
+from fishleg_ext.optim.forward import Called, ForwardHooks
+from fishleg_ext.optim.layers import Diagonal, Layer, layers_of
+from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
 
 # What share of its running mean each measurement of the step's length leaves of the earlier ones.
 SMOOTHING = 0.9
-STATE = ("steps", "slope", "curvature_along", "last_along", "layers", "others")
+# Samples with labels of their own from which the step's length is measured.
+MEASURED = 64
+# How much more than max_divergence a step may diverge, after how many cuts at most; then it is cut to a tenth.
+SLACK, MOST_CUTS = 1.1, 4
+STATE = ("steps", "slope", "bend", "share", "layers", "others")
 
 
 class FishLeg(torch.optim.Optimizer):
@@ -39,8 +46,11 @@ class FishLeg(torch.optim.Optimizer):
 
     Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
     loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean of (g_s^T n)^2 over all parameters
-    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. And no step is so long that
-    the outputs' distribution diverges by more than `max_divergence`, which is 1/2 s^2 n^T F n.
+    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. A step after which the
+    outputs' distribution has diverged by more than `max_divergence` is cut.
+
+    The gradients g_s are of other labels than those that Q learned from, as Q makes n short along the ones it knows.
+    But Q has learned from the inputs that g is of before it multiplies it: along those that are new n is too long.
 
     Args:
         model: any module whose samples do not influence each other in eval mode.
@@ -52,6 +62,8 @@ class FishLeg(torch.optim.Optimizer):
         params: parameters of the model, or groups of them with options of their own (lr, momentum, weight_decay), as
             other optimizers take them; None is all that require gradients.
         curvature: "fishleg", or "kronecker" for K-FAC.
+        adam: learn Q by Adam on the auxiliary loss, as the papers do, in place of closed-form updates: for comparison.
+            Its steps go on at a constant rate, and Q has no scale: `Adam(steps=None, scaled=False)`.
         momentum: share of n that a step leaves.
         weight_decay: decoupled from the gradient.
         damping: in the units of F, > 0.
@@ -84,7 +96,8 @@ class FishLeg(torch.optim.Optimizer):
         loss_fn: LossFunction | None = None,
         params: Iterable[Any] | None = None,
         curvature: str = "fishleg",
-        momentum: float = 0.9,
+        adam: Adam | None = None,
+        momentum: float = 0.8,
         weight_decay: float = 0.0,
         damping: float = 3e-5,
         max_divergence: float = 0.02,
@@ -98,6 +111,7 @@ class FishLeg(torch.optim.Optimizer):
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
         likelihood, loss_fn = checked_loss(likelihood, loss_fn)
         self.curvature_model = one_of("fishleg", "kronecker")("curvature", curvature)
+        self.adam = adam if adam is None else _checked_adam(adam, curvature)
         self.damping = checked_positive("damping", damping)
         self.max_divergence = checked_positive("max_divergence", max_divergence)
         self.samples, self.warm_up = checked_count("samples", samples), checked_count("warm_up", warm_up)
@@ -121,9 +135,7 @@ class FishLeg(torch.optim.Optimizer):
         held = [p for group in self.param_groups for p in group["params"]]
         self._parameters = {self._names[id(p)]: p for p in held}
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
-        self._layers, self._others = layers_of(
-            model, self._parameters, learned=curvature == "fishleg", largest=LARGEST_FACTOR
-        )
+        self._layers, self._others = layers_of(model, self._parameters, self._make_factors)
         self._drawn = DrawnGradients(
             model,
             {name: p for layer in self._layers for name, p in layer.parameters.items()},
@@ -133,9 +145,10 @@ class FishLeg(torch.optim.Optimizer):
             likelihood,
             loss_fn,
         )
-        self._inputs = LastInputs(model)
+        self._forward = ForwardHooks(model, self._layers)
         self._steps = 0
-        self._slope = self._curvature_along = self._last_along = 0.0
+        self._slope = self._bend = 0.0  # of the loss along n
+        self._share = 1.0  # of the step to its minimum that max_divergence allows
 
     @property
     def curvature(self) -> OptimizerCurvature:
@@ -212,23 +225,30 @@ class FishLeg(torch.optim.Optimizer):
         number = self._steps + 1
         first = number <= self.warm_up
         due = first or number % self.update_every == 0
-        drawn = self._observe(number) if due else None
+        if due:
+            self._learn(self._observe(number, self.samples))
         if first or number % self.invert_every == 0:
             for layer in self._layers:
                 layer.running.invert(layer.name, self.damping)
         self._steps = number
         moved = self._move(grads)
-        if drawn is not None:
-            self._measure(grads, moved, drawn)
+        if due:
+            self._measure(grads, moved, self._observe(-number, min(self.samples, MEASURED)))
         self._descend(moved)
         return loss
+
+    def _make_factors(self, rows: int, cols: int, like: Tensor) -> RunningFactors | DescendedFactors:
+        if self.adam is not None:
+            return DescendedFactors(rows, cols, like, self.adam, self.damping, self.seed)
+        return RunningFactors(rows, cols, like, learned=self.curvature_model == "fishleg")
 
     def _gradients(self) -> dict[str, Tensor]:
         """Name -> gradient, of the parameters that have one; checked."""
         named = dict(self.model.named_parameters())
-        grads = {}
+        grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            if named.get(name) is not parameter or parameter.shape != self._shapes[name]:
+            current = named.get(name)
+            if current is None or current is not parameter or parameter.shape != self._shapes[name]:
                 raise RuntimeError(
                     f"{name} was replaced in the model, or changed its shape, since this optimizer was made; make a "
                     "new one"
@@ -243,30 +263,48 @@ class FishLeg(torch.optim.Optimizer):
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
         return grads
 
-    def _observe(self, number: int) -> Drawn:
-        if self._inputs.called is None:
+    def _observe(self, number: int, samples: int) -> Drawn:
+        """Draw labels for some samples of the last forward pass; others for each number."""
+        called = self._called()
+        with self._paused():
+            return self._drawn.observe(called, samples, (self.seed << 32) + number)
+
+    def _called(self) -> Called:
+        if self._forward.called is None:
             raise RuntimeError(
                 "the model was not called with gradients enabled since this optimizer was made: expected loss = "
                 "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given"
             )
-        self._inputs.paused = True
+        return self._forward.called
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Run passes that are not the user's."""
+        self._forward.paused = True
         try:
-            drawn = self._drawn.observe(self._inputs.called, self.samples, self.seed + number)
+            yield
         finally:
-            self._inputs.paused = False
+            self._forward.paused = False
+
+    def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:
             layer.observe(drawn.observations, self.memory)
         for other in self._others:
-            other.observe(drawn.together[other.name], self.memory)
-        return drawn
+            other.observe(drawn.groups[other.name], self.memory)
 
     def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Update momentum by Q g, and return it, corrected for its start."""
-        layers = [layer for layer in self._layers if layer.name in grads]
-        rows, cols = [layer.running.row for layer in layers], [layer.running.col for layer in layers]
-        matrices = [layer.matrix(grads) for layer in layers]
-        products = ops.foreach_kron_mul(matrices, rows, cols, [None] * len(layers))
         directions: dict[str, Tensor] = {}
+        layers = [layer for layer in self._layers if layer.name in grads]
+        matrices = {layer.name: layer.matrix(grads) for layer in layers}
+        factors = self._forward.factors(matrices)
+        for layer in layers:
+            if layer.name in factors:
+                d, x = factors[layer.name]
+                directions |= layer.parts((d @ layer.running.row).mT @ (x @ layer.running.col))
+        layers = [layer for layer in layers if layer.name not in factors]
+        rows, cols = [layer.running.row for layer in layers], [layer.running.col for layer in layers]
+        products = ops.foreach_kron_mul([matrices[layer.name] for layer in layers], rows, cols, [None] * len(layers))
         for layer, product in zip(layers, products, strict=True):
             directions |= layer.parts(product)
         for other in self._others:
@@ -288,43 +326,69 @@ class FishLeg(torch.optim.Optimizer):
 
     def _measure(self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn) -> None:
         """Measure g^T n, n^T F n and |n|^2."""
-        along: list[Tensor] = []
         layers = [(layer, layer.matrix(moved)) for layer in self._layers if layer.name in moved]
-        for observation in drawn.observations:
-            total = sum((layer.gradients(observation).along(matrix) for layer, matrix in layers), torch.zeros(()))
-            along.append(total.square().sum() if total.dim() else total)
-        count = max(1, sum(observation.count for observation in drawn.observations))
-        slope = sum((grads[name].to(n.dtype) * n).sum() for name, n in moved.items() if name in grads)
-        squared = sum(n.square().sum() for n in moved.values())
-        apart = sum(other.along(moved[other.name]) for other in self._others if other.name in moved)
-        numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (slope, squared, apart, sum(along))]
-        g_n, n_n, of_others, of_layers = read(numbers)
-        n_f_n = of_layers / count + of_others
+        zero = torch.zeros((), dtype=torch.float64)
+        of_layers = [
+            sum((layer.gradients(observation).along(matrix).double() for layer, matrix in layers), zero)
+            for observation in drawn.observations
+        ]
+        others = [other.name for other in self._others if other.name in moved]
+        of_others = sum(
+            (drawn.groups[name].flatten(1).double() @ moved[name].flatten().double() for name in others), zero
+        )
+        slope = sum((grads[name].double() * n).sum() for name, n in moved.items() if name in grads)
+        squared = sum(n.double().square().sum() for n in moved.values())
+        alongs = [torch.cat([x.reshape(-1) for x in of_layers] or [zero[None]]), of_others]
+        numbers = [torch.as_tensor(slope), torch.as_tensor(squared), *(x.square().mean() for x in alongs)]
+        g_n, n_n, *both = read(numbers)
+        n_f_n = sum(x**0.5 for x in both) ** 2  # at most this, for any correlation of the two
         keep = SMOOTHING if self._steps > 1 else 0.0
         self._slope = keep * self._slope + (1 - keep) * max(g_n, 0.0)
-        self._curvature_along = keep * self._curvature_along + (1 - keep) * (n_f_n + self.damping * n_n)
-        self._last_along = n_f_n
+        self._bend = keep * self._bend + (1 - keep) * (n_f_n + self.damping * n_n)
+        self._share = 1.0
+        longest = max(group["lr"] for group in self.param_groups) * self._rate
+        divergence = self._drawn.divergence(self._called(), MEASURED)
+        if divergence is None:
+            predicted = 0.5 * longest**2 * n_f_n
+            self._share = min(1.0, (self.max_divergence / predicted) ** 0.5) if predicted > 0 else 1.0
+            return
+        for _ in range(MOST_CUTS if longest > 0 else 0):
+            found = divergence(self._moved(moved))
+            if found <= SLACK * self.max_divergence:
+                return
+            self._share *= (self.max_divergence / found) ** 0.5 if math.isfinite(found) else 0.1
+        self._share *= 0.1
+
+    @property
+    def _rate(self) -> float:
+        """By how much of n a step moves, but for the learning rate."""
+        return self._share * self._slope / self._bend if self._bend > 0 else 0.0
+
+    def _moved(self, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> parameter after the step, but for weight decay."""
+        found = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (n := moved.get(self._names[id(parameter)])) is not None:
+                    found[self._names[id(parameter)]] = parameter - group["lr"] * self._rate * n
+        return found
 
     def _descend(self, moved: Mapping[str, Tensor]) -> None:
-        length = self._slope / self._curvature_along if self._curvature_along > 0 else 0.0
-        longest = max((group["lr"] for group in self.param_groups), default=0.0) * length
-        if self._last_along > 0 and longest > 0:
-            length *= min(1.0, (2 * self.max_divergence / self._last_along) ** 0.5 / longest)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (n := moved.get(self._names[id(parameter)])) is None:
                     continue
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(n, alpha=group["lr"] * length)
+                parameter.sub_(n, alpha=group["lr"] * self._rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
         own = {
             "steps": self._steps,
             "slope": self._slope,
-            "curvature_along": self._curvature_along,
-            "last_along": self._last_along,
+            "bend": self._bend,
+            "share": self._share,
             "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
             "others": {other.name: other.state_dict() for other in self._others},
         }
@@ -337,19 +401,33 @@ class FishLeg(torch.optim.Optimizer):
             ValueError: the state is of another optimizer, or of other parameters; nothing is changed then.
         """
         own = state_entry(state_dict, "fishleg", "FishLeg")
-        steps, slope, curvature_along, last_along, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
-        for what, known, given in (("layers", self._layers, layers), ("parameters", self._others, others)):
+        steps, slope, bend, share, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
+        parts: tuple[tuple[str, Sequence[Layer | Diagonal], Any], ...] = (
+            ("layers", self._layers, layers),
+            ("parameters", self._others, others),
+        )
+        for what, known, given in parts:
             if (names := [part.name for part in known]) != list(given):
                 raise ValueError(f"expected the state of {what} {', '.join(names)}, got that of {', '.join(given)}")
             for part in known:
-                part.check_state(given[part.name])
+                checked = part.running if isinstance(part, Layer) else part
+                checked.check_state(part.name, given[part.name])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fishleg"})
         for layer in self._layers:
             layer.running.load_state_dict(layers[layer.name])
         for other in self._others:
             other.load_state_dict(others[other.name])
         self._steps, self._slope = int(steps), float(slope)
-        self._curvature_along, self._last_along = float(curvature_along), float(last_along)
+        self._bend, self._share = float(bend), float(share)
+
+
+def _checked_adam(adam: Any, curvature: str) -> Adam:
+    checked_type("adam", adam, Adam, "an Adam")
+    if curvature != "fishleg":
+        raise ValueError(f"expected curvature='fishleg' with adam, got {curvature!r}")
+    if adam.steps is not None or adam.scaled or adam.products != "gradients":
+        raise ValueError(f"expected adam=Adam(steps=None, scaled=False, ...) without Gauss-Newton products, got {adam}")
+    return adam
 
 
 def _checked_share(name: str, value: Any) -> float:

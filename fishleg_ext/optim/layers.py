@@ -1,7 +1,7 @@
 """The parameters of an optimizer: weight matrices with their biases, and others."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.curvature.base import curvature_entry
+from fishleg_ext.curvature.fishleg import LARGEST_FACTOR
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.curvature.learned_factors import Gradients, gradients_of
 from fishleg_ext.observation.types import Observation
-from fishleg_ext.optim.running import TENSORS, RunningFactors
+from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.sparsity.parameters import biases_of, layer_weights, orientations_of
 
 
@@ -34,7 +35,7 @@ class Layer:
     bias: str | None
     parameters: Mapping[str, nn.Parameter]
     orientation: Orientation
-    running: RunningFactors
+    running: RunningFactors | DescendedFactors
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Put a tensor of the weight's shape and one of the bias's, or zeros, together: [o, i]."""
@@ -86,45 +87,35 @@ class Layer:
             columns = torch.cat([columns, columns.new_tensor([fan_in])])
         return self.running.diagonal_rows(self.name, columns, damping)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError where a state of the factors is of other shapes."""
-        for part in TENSORS:
-            own, theirs = getattr(self.running, part), curvature_entry(state, part)
-            if own.shape != theirs.shape:
-                raise ValueError(f"expected {part} of {self.name} of shape {list(own.shape)}, got {list(theirs.shape)}")
-
 
 class Diagonal:
-    """A parameter whose F is diagonal: the running mean of squared gradients of all samples together."""
+    """A parameter whose F is diagonal: the running mean of squared gradients of groups of samples."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter, self.batches = name, parameter, 0
         self.squares = torch.zeros_like(parameter, dtype=widened(parameter.dtype))
 
-    def observe(self, gradient: Tensor, memory: float) -> None:
-        """Take in the gradient of drawn labels, whose mean square is the diagonal of F."""
+    def observe(self, gradients: Tensor, memory: float) -> None:
+        """Take in gradients [count, *shape] of drawn labels, whose mean square is the diagonal of F."""
         self.batches += 1
-        self.squares.lerp_(gradient.to(self.squares.dtype).square(), max(1 / self.batches, 1 - memory))
+        squares = gradients.to(self.squares.dtype).square().mean(0)
+        self.squares.lerp_(squares, max(1 / self.batches, 1 - memory))
 
     def solve(self, gradient: Tensor, damping: float) -> Tensor:
         """Return (F + damping I)^-1 g."""
         return gradient / (self.squares + damping)
-
-    def along(self, v: Tensor) -> Tensor:
-        """Return v^T F v."""
-        return (v.to(self.squares.dtype).square() * self.squares).sum()
 
     def factors(self, weight: Tensor, damping: float) -> Factors:
         """Return 1 / (F + damping) as the square of a scale."""
         scale = (self.squares.reshape(len(weight) if weight.dim() > 1 else 1, -1) + damping).rsqrt()
         return Factors(scale.new_ones(len(scale)), torch.eye(scale.shape[1]).to(scale), scale)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state is of another shape."""
         theirs = curvature_entry(state, "squares")
         if theirs.shape != self.squares.shape:
             raise ValueError(
-                f"expected squares of {self.name} of shape {list(self.squares.shape)}, got {list(theirs.shape)}"
+                f"expected squares of {name} of shape {list(self.squares.shape)}, got {list(theirs.shape)}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,23 +132,25 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
+Make = Callable[[int, int, Tensor], RunningFactors | DescendedFactors]
+
+
 def layers_of(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], *, learned: bool, largest: int
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], make: Make
 ) -> tuple[list[Layer], list[Diagonal]]:
     """Find the weight matrices among some parameters of a model, and the others.
 
     Args:
         model: any module.
         parameters: name -> parameter.
-        learned: see `RunningFactors`.
-        largest: size of a factor; larger matrices are among the others.
+        make: (rows, cols, like) -> factors. A matrix with more than `LARGEST_FACTOR` of either is among the others.
     """
     matrices = {id(weight) for module in model.modules() for _, weight in layer_weights(module)}
     weights = {name: p for name, p in parameters.items() if id(p) in matrices and p.dim() > 1 and p.numel()}
     orientations = orientations_of(model, weights)
     for name, orientation in orientations.items():
         rows = math.prod(orientation.matrix_shape) // orientation.fan_in
-        if max(rows, orientation.fan_in) > largest:
+        if max(rows, orientation.fan_in) > LARGEST_FACTOR:
             del weights[name]
     biases = {name: bias for name, bias in biases_of(model, weights).items() if bias in parameters}
     layers = []
@@ -166,7 +159,6 @@ def layers_of(
         held = {name: weight} if bias is None else {name: weight, bias: parameters[bias]}
         like = weight.new_empty(0, dtype=widened(weight.dtype))
         rows, cols = weight.numel() // orientation.fan_in, orientation.fan_in + (bias is not None)
-        running = RunningFactors(rows, cols, like, learned=learned)
-        layers.append(Layer(name, bias, held, orientation, running))
+        layers.append(Layer(name, bias, held, orientation, make(rows, cols, like)))
     known = {name for layer in layers for name in layer.parameters}
     return layers, [Diagonal(name, p) for name, p in parameters.items() if name not in known and p.numel()]

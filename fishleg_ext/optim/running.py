@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
+from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import CurvatureError, curvature_entry
+from fishleg_ext.curvature.fishleg_adam import Adam, AdamFactors
 from fishleg_ext.curvature.kronecker import Factors, zero_moment
 from fishleg_ext.curvature.learned_factors import Gradients
 
@@ -91,6 +93,13 @@ class RunningFactors:
         moment = self.col_moment[columns][:, columns]
         return Factors(1 / (self.row_moment.diagonal() + damping**0.5), self._inverse(name, moment, damping**0.5))
 
+    def check_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a state is of another kind, or of other shapes."""
+        for part in TENSORS:
+            own, theirs = getattr(self, part), curvature_entry(state, part)
+            if own.shape != theirs.shape:
+                raise ValueError(f"expected {part} of {name} of shape {list(own.shape)}, got {list(theirs.shape)}")
+
     def state_dict(self) -> dict[str, Any]:
         """Return moments, inverses and how many batches went into them."""
         return {"batches": self.batches, **{part: getattr(self, part) for part in TENSORS}}
@@ -100,3 +109,75 @@ class RunningFactors:
         for part in TENSORS:
             setattr(self, part, curvature_entry(state, part).to(self.row_moment).clone())
         self.batches = int(curvature_entry(state, "batches"))
+
+
+class DescendedFactors:
+    """F^-1 = P (x) M of one parameter [o, i] by the papers' way: Adam on the auxiliary loss of (F + damping I)^-1.
+
+    Garcia et al., FishLeg, ICLR 2023. It starts from the multiple of I at which the loss is least on the first batch.
+
+    Args:
+        rows, cols: o and i, a bias among the columns.
+        like: a tensor of the dtype and on the device of the factors.
+        options: of Adam, without a scale and for steps without end.
+        damping: of F.
+        seed: of probes.
+    """
+
+    def __init__(self, rows: int, cols: int, like: Tensor, options: Adam, damping: float, seed: int) -> None:
+        self._options, self._damping, self._seed = options, damping, seed
+        self.row, self.col = torch.eye(rows).to(like), torch.eye(cols).to(like)
+        self._descended: AdamFactors | None = None
+
+    def observe(self, grads: Sequence[Gradients], memory: float) -> None:
+        """Take a step of Adam for each part of a batch of gradients; `memory` is Adam's own."""
+        for part in grads:
+            if self._descended is None:
+                squared = part.squared_norm() / (len(part) * len(self.row) * len(self.col))
+                root = (squared + self._damping) ** -0.25
+                self._descended = self._begin(Factors(self.row * root, self.col * root))
+            self._descended.learn(part)
+
+    def invert(self, name: str, damping: float) -> None:
+        """Take over P and M as they have become.
+
+        Raises:
+            CurvatureError: they are not finite, by the name of the parameter.
+        """
+        if self._descended is None:
+            return
+        row, col, _ = self._descended.factors()
+        if not all(read([row.isfinite().all(), col.isfinite().all()])):
+            raise CurvatureError(f"{name}: Adam's factors are not finite; use more damping or a smaller learning_rate")
+        self.row, self.col = row, col
+
+    def diagonal_rows(self, name: str, columns: Tensor, damping: float) -> Factors:
+        """Return the inverse of each row by itself; its damping is that of what was learned."""
+        row, info = ops.block_inverse(self.row.double()[None], 0.0)
+        if int(info) < 0:
+            raise CurvatureError(f"{name}: its row factor cannot be inverted")
+        return Factors(1 / row[0].diagonal().to(self.row.dtype), self.col[columns][:, columns])
+
+    def check_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a state is of another kind, or of other shapes."""
+        for part in ("row", "col"):
+            own, theirs = getattr(self, part), curvature_entry(state, part)
+            if own.shape != theirs.shape:
+                raise ValueError(f"expected {part} of {name} of shape {list(own.shape)}, got {list(theirs.shape)}")
+        curvature_entry(state, "descended")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the factors in use, and the roots with the state of Adam."""
+        descended = None if self._descended is None else self._descended.state_dict()
+        return {"row": self.row, "col": self.col, "descended": descended}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.row, self.col = (curvature_entry(state, part).to(self.row).clone() for part in ("row", "col"))
+        descended = curvature_entry(state, "descended")
+        self._descended = None if descended is None else self._begin(Factors(self.row, self.col))
+        if self._descended is not None:
+            self._descended.load_state_dict(descended)
+
+    def _begin(self, start: Factors) -> AdamFactors:
+        return AdamFactors(self._options, self._damping, start, self._seed)

@@ -12,6 +12,7 @@ from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, CurvatureError, FishLeg
 from fishleg_ext.curvature.fishleg_adam import AdamFactors
 from fishleg_ext.curvature.kronecker import Factors
+from fishleg_ext.curvature.learned_factors import DenseGradients
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation
 
@@ -57,7 +58,7 @@ def test_the_loss_is_that_of_the_dense_matrix(loss, dense, apart, grads):
     learner = AdamFactors(Adam(loss=loss, steps=50), DAMPING, start(apart), 0)
     for _ in range(3):  # with a scale that is learned
         q = kronecker_matrix(*learner.factors())
-        assert float(learner.learn(grads)) == pytest.approx(dense(q, fisher_of(grads)), rel=1e-9)
+        assert float(learner.learn(DenseGradients(grads))) == pytest.approx(dense(q, fisher_of(grads)), rel=1e-9)
     assert learner.scale.unique().numel() > 1
 
 
@@ -71,7 +72,7 @@ def test_every_way_goes_down(setting, apart, grads):
     least = dense(torch.linalg.inv(fisher), fisher)
     before = dense(kronecker_matrix(*learner.factors()), fisher)
     for step in range(400):
-        learner.learn(grads.roll(16 * step, 0)[:64])
+        learner.learn(DenseGradients(grads.roll(16 * step, 0)[:64]))
     after = dense(kronecker_matrix(*learner.factors()), fisher)
     assert least < after < before
     assert (after - least) < 0.5 * (before - least)
@@ -132,7 +133,7 @@ def test_nothing_changes_after_the_last_step(grads):
     learner = AdamFactors(Adam(steps=2), DAMPING, start(False), 0)
     seen = []
     for _ in range(4):
-        learner.learn(grads)
+        learner.learn(DenseGradients(grads))
         seen.append(kronecker_matrix(*learner.factors()))
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[3])

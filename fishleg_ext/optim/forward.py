@@ -1,0 +1,123 @@
+"""Sees what goes into the user's own forward pass, and what comes back: inputs, and factors of gradients.
+
+The gradient of a weight is G = D^T X, X the inputs of its products in the forward pass and D the gradients by their
+outputs. P G M = (P D^T) (X M) takes n (o^2 + i^2 + o i) operations for n rows, and o i (o + i) for G itself: of a small
+batch, fewer.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishleg_ext.common.waiting import read
+from fishleg_ext.observation.products import Product
+from fishleg_ext.observation.recorder import ProductRecorder
+from fishleg_ext.optim.layers import Layer
+
+Called = tuple[tuple[Any, ...], dict[str, Any]]
+# By what share of their size two sums of the same products may differ, in roots of the precision.
+TOLERANCE = 10.0
+
+
+@dataclass(eq=False)
+class SeenProduct:
+    """One product of a weight in the user's forward pass, and the gradient by its output once it is there."""
+
+    product: Product
+    gradient: Tensor | None = None
+
+
+class ForwardHooks:
+    """Hooks of a model that keep the inputs of its last forward pass, and the products of some of its weights.
+
+    Only passes with gradients enabled count. What a copy of the model has keeps nothing.
+
+    Args:
+        model: any module.
+        layers: whose products are seen.
+
+    Attributes:
+        called: positional and keyword arguments of the last pass.
+        paused: True while passes are not the user's.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        self.called: Called | None = None
+        self.paused = False
+        self._layers = {layer.name: layer for layer in layers}
+        self._seen: list[SeenProduct] = []
+        self._recorders: list[ProductRecorder] = []
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        self.called = args, kwargs
+        self._seen = [seen for seen in self._seen if seen.gradient is not None]
+        weights = {name: layer.parameters[name] for name, layer in self._layers.items()}
+        orientations = {name: layer.orientation for name, layer in self._layers.items()}
+        recorder = ProductRecorder(weights, orientations, self._take)
+        recorder.__enter__()
+        self._recorders.append(recorder)
+
+    def _after(self, *_: Any) -> None:
+        if self._recorders:
+            self._recorders.pop().__exit__(None, None, None)
+
+    def _take(self, product: Product) -> None:
+        """Keep a product that is less work than the gradient, until its output's gradient is there."""
+        layer = self._layers[product.name]
+        rows, cols = len(layer.running.row), len(layer.running.col)
+        n = product.inputs.numel() // max(1, layer.orientation.fan_in)
+        whole = product.groups == 1 and product.outputs == (0, rows) and product.edge is not None
+        if not whole or n * (rows**2 + cols**2 + rows * cols) >= rows * cols * (rows + cols):
+            return
+        seen = SeenProduct(product)
+        self._seen.append(seen)
+        held, number = weakref.ref(seen), product.edge.output_nr  # type: ignore[union-attr]
+
+        def keep(gradients: tuple[Tensor, ...]) -> None:
+            if (mine := held()) is not None and gradients[number] is not None:
+                mine.gradient = gradients[number].detach()
+
+        product.edge.node.register_prehook(keep)  # type: ignore[union-attr]
+
+    def factors(self, matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return factors of gradients that were seen since the last call, and forget them.
+
+        Args:
+            matrices: name of a weight -> its gradient [o, i] with the bias.
+
+        Returns:
+            name of a weight -> D [n, o] and X [n, i] with D^T X the gradient, of those for which this holds: what
+            was clipped, or scaled, is so by one number, and what was accumulated is of all passes.
+        """
+        rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for seen in self._seen:
+            if seen.gradient is not None and seen.product.name in matrices:
+                pair = seen.product.output_rows(seen.gradient)[0], seen.product.input_rows()[0]
+                rows.setdefault(seen.product.name, []).append(pair)
+        self._seen = []
+        found = {}
+        for name, pairs in rows.items():
+            matrix, layer = matrices[name], self._layers[name]
+            d, x = (torch.cat(parts).to(matrix.dtype) for parts in zip(*pairs, strict=True))
+            if layer.bias is not None:
+                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            # Along a fixed random direction, which takes one look at the gradient.
+            v = torch.randn(len(matrix.mT), generator=torch.Generator().manual_seed(0)).to(matrix)
+            ours, theirs = d.mT @ (x @ v), matrix @ v
+            scale = (ours @ theirs) / (ours @ ours)
+            close = (scale * ours - theirs).norm() <= TOLERANCE * torch.finfo(matrix.dtype).eps ** 0.5 * theirs.norm()
+            found[name] = (scale * d, x, close)
+        holds = read([close for *_, close in found.values()])
+        return {name: (d, x) for (name, (d, x, _)), yes in zip(found.items(), holds, strict=True) if yes}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was seen, of which a copy of the model has no use."""
+        return {"called": None, "paused": True, "_layers": {}, "_seen": [], "_recorders": []}
