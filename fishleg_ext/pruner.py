@@ -354,7 +354,7 @@ class Pruner:
         """From now on zero pruned weights, and what the optimizer keeps for them, after each of its steps.
 
         Momentum, Adam's moments and weight decay so revive none. A hook of the optimizer: the model and its state dict
-        are as they were. It follows the masks as they change.
+        are as they were. It follows the masks as they change. `optim.FishLeg` goes along them, until `finalize`.
 
         Args:
             optimizer: of some of the pruned parameters at least; or what wraps one, as accelerate does. Each that is
@@ -374,6 +374,8 @@ class Pruner:
 
         handle = after_each_step(optimizer, self.weights.values(), keep_zeros)
         self._handles.append(handle)
+        if (follow := getattr(optimizer, "follow_masks", None)) is not None:
+            self._handles.append(follow(lambda: self._masks))
         return handle
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from fishleg_ext.observation.likelihoods import (
     LossFunction,
     checked_likelihood,
     label_sampler,
-    output_divergence,
     sample_loss,
 )
 from fishleg_ext.observation.types import Observation
@@ -138,7 +137,6 @@ class DrawnGradients:
     ) -> None:
         self.model, self._others = model, list(others)
         self._device = next(iter([*weights.values(), *others.values()])).device
-        self._likelihood, self._given_loss = likelihood, loss_fn
         self._sampler = label_sampler("model", loss_fn, likelihood)
         self._loss_fn = sample_loss(loss_fn)
         self._generator = torch.Generator(self._device)
@@ -175,29 +173,6 @@ class DrawnGradients:
                 groups = {name: torch.cat([part[name] for part in found]) for name in self._others}
                 self._in_groups.check()
         return Drawn(parts, groups)
-
-    def divergence(self, called: Called, samples: int) -> Callable[[Mapping[str, Tensor]], float] | None:
-        """Return a function of parameters by name: how far the outputs diverge from those of now, in nats a target.
-
-        Args:
-            called, samples: see `observe`.
-
-        Returns:
-            None where the likelihood is a function, of which that is not known.
-        """
-        if callable(self._likelihood):
-            return None
-        between = output_divergence(self._given_loss, self._likelihood)
-        chunk = self._part(called, samples)
-        normalised = self._normalised()
-
-        def outputs(weights: Mapping[str, Tensor]) -> Any:
-            with running(self.model, self._device, 0), _keeping_buffers(normalised):
-                _take_statistics(self.model, normalised, chunk)
-                return call(self.model, weights, chunk.inputs)
-
-        before = outputs({})
-        return lambda weights: float(between(before, outputs(weights), chunk.targets).mean())
 
     def _part(self, called: Called, samples: int) -> Chunk:
         chunk = self._chunk(called)

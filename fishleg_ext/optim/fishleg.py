@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext import ops
 from fishleg_ext.common.arguments import checked_count, checked_damping, checked_positive, checked_type, one_of
@@ -25,9 +27,9 @@ from fishleg_ext.optim.shared import OptimizerCurvature
 SMOOTHING = 0.9
 # Samples with labels of their own from which the step's length is measured.
 MEASURED = 64
-# How much more than max_divergence a step may diverge, after how many cuts at most; then it is cut to a tenth.
-SLACK, MOST_CUTS = 1.1, 4
-STATE = ("steps", "slope", "bend", "share", "layers", "others")
+# The curvature is updated and the step measured anew once gradients have so many times the norm of the last time.
+CHANGE = 2.0
+STATE = ("steps", "slope", "bend", "last_bend", "last_norm", "layers", "others")
 
 
 class FishLeg(torch.optim.Optimizer):
@@ -46,8 +48,8 @@ class FishLeg(torch.optim.Optimizer):
 
     Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
     loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean of (g_s^T n)^2 over all parameters
-    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. A step after which the
-    outputs' distribution has diverged by more than `max_divergence` is cut.
+    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. And no step is so long that
+    in this model the outputs' distribution diverges by more than `max_divergence`, 1/2 s^2 n^T F n for a step of s n.
 
     The gradients g_s are of other labels than those that Q learned from, as Q makes n short along the ones it knows.
     But Q has learned from the inputs that g is of before it multiplies it: along those that are new n is too long.
@@ -67,7 +69,7 @@ class FishLeg(torch.optim.Optimizer):
         momentum: share of n that a step leaves.
         weight_decay: decoupled from the gradient.
         damping: in the units of F, > 0.
-        max_divergence: of one step, in nats for each target.
+        max_divergence: of one step, in the units of the loss: nats for each target, of a mean over targets.
         samples: of a batch, at most, from which Q is learned.
         update_every: steps between updates of the running means.
         invert_every: steps between inversions of the factors, a multiple of update_every.
@@ -146,9 +148,9 @@ class FishLeg(torch.optim.Optimizer):
             loss_fn,
         )
         self._forward = ForwardHooks(model, self._layers)
+        self._masks: dict[int, Callable[[], Mapping[str, Tensor]]] = OrderedDict()
         self._steps = 0
-        self._slope = self._bend = 0.0  # of the loss along n
-        self._share = 1.0  # of the step to its minimum that max_divergence allows
+        self._last_norm = self._slope = self._bend = self._last_bend = 0.0  # of the loss along n
 
     @property
     def curvature(self) -> OptimizerCurvature:
@@ -189,6 +191,21 @@ class FishLeg(torch.optim.Optimizer):
                 return other.factors(weight, damping)
         raise ValueError(f"the optimizer does not have {name}; it has {', '.join(self._parameters)}")
 
+    def follow_masks(self, masks: Callable[[], Mapping[str, Tensor]]) -> RemovableHandle:
+        """Stay within the weights that masks keep, which is what `Pruner.attach` asks for.
+
+        Gradients of pruned weights are left out before Q multiplies them, and so is what Q g has for these.
+
+        Args:
+            masks: () -> name -> bool tensor, True = kept, as they are now.
+
+        Returns:
+            a handle; its `remove()` ends this.
+        """
+        handle = RemovableHandle(self._masks)
+        self._masks[handle.id] = masks
+        return handle
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group of parameters, which must be those of the model and be there from the beginning."""
         if self._made:
@@ -219,12 +236,14 @@ class FishLeg(torch.optim.Optimizer):
                 loss = closure()
             if not math.isfinite(float(loss)):
                 raise ValueError(f"expected closure to return a finite loss, got {float(loss)}")
-        grads = self._gradients()
+        grads, norm = self._gradients()
         if not grads:
             return loss
         number = self._steps + 1
-        first = number <= self.warm_up
+        changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
+        first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
+        self._last_norm = norm if due else self._last_norm
         if due:
             self._learn(self._observe(number, self.samples))
         if first or number % self.invert_every == 0:
@@ -242,8 +261,8 @@ class FishLeg(torch.optim.Optimizer):
             return DescendedFactors(rows, cols, like, self.adam, self.damping, self.seed)
         return RunningFactors(rows, cols, like, learned=self.curvature_model == "fishleg")
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """Name -> gradient, of the parameters that have one; checked."""
+    def _gradients(self) -> tuple[dict[str, Tensor], float]:
+        """Name -> gradient, of the parameters that have one, checked; and the norm of all."""
         named = dict(self.model.named_parameters())
         grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -257,11 +276,10 @@ class FishLeg(torch.optim.Optimizer):
                 if parameter.grad.layout is not torch.strided:
                     raise TypeError(f"expected dense gradients, got those of {name} as {parameter.grad.layout}")
                 grads[name] = parameter.grad
-        norms = torch._foreach_norm(list(grads.values())) if grads else []
-        if grads and not math.isfinite(sum(read(norms))):
-            bad = [name for name, norm in zip(grads, read(norms), strict=True) if not math.isfinite(norm)]
+        norms = read(torch._foreach_norm(list(grads.values()))) if grads else []
+        if bad := [name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(norm)]:
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
-        return grads
+        return grads, math.hypot(*norms)
 
     def _observe(self, number: int, samples: int) -> Drawn:
         """Draw labels for some samples of the last forward pass; others for each number."""
@@ -295,9 +313,11 @@ class FishLeg(torch.optim.Optimizer):
     def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Update momentum by Q g, and return it, corrected for its start."""
         directions: dict[str, Tensor] = {}
+        masks = {name: mask for masks in self._masks.values() for name, mask in masks().items() if name in grads}
+        grads = {name: grad * masks[name] if name in masks else grad for name, grad in grads.items()}
         layers = [layer for layer in self._layers if layer.name in grads]
         matrices = {layer.name: layer.matrix(grads) for layer in layers}
-        factors = self._forward.factors(matrices)
+        factors = self._forward.factors({name: matrix for name, matrix in matrices.items() if name not in masks})
         for layer in layers:
             if layer.name in factors:
                 d, x = factors[layer.name]
@@ -310,6 +330,8 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             if other.name in grads:
                 directions[other.name] = other.solve(grads[other.name], self.damping)
+        for name, mask in masks.items():
+            directions[name] = directions[name] * mask
         moved = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -345,42 +367,25 @@ class FishLeg(torch.optim.Optimizer):
         keep = SMOOTHING if self._steps > 1 else 0.0
         self._slope = keep * self._slope + (1 - keep) * max(g_n, 0.0)
         self._bend = keep * self._bend + (1 - keep) * (n_f_n + self.damping * n_n)
-        self._share = 1.0
-        longest = max(group["lr"] for group in self.param_groups) * self._rate
-        divergence = self._drawn.divergence(self._called(), MEASURED)
-        if divergence is None:
-            predicted = 0.5 * longest**2 * n_f_n
-            self._share = min(1.0, (self.max_divergence / predicted) ** 0.5) if predicted > 0 else 1.0
-            return
-        for _ in range(MOST_CUTS if longest > 0 else 0):
-            found = divergence(self._moved(moved))
-            if found <= SLACK * self.max_divergence:
-                return
-            self._share *= (self.max_divergence / found) ** 0.5 if math.isfinite(found) else 0.1
-        self._share *= 0.1
+        self._last_bend = n_f_n
 
     @property
     def _rate(self) -> float:
         """By how much of n a step moves, but for the learning rate."""
-        return self._share * self._slope / self._bend if self._bend > 0 else 0.0
-
-    def _moved(self, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> parameter after the step, but for weight decay."""
-        found = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if (n := moved.get(self._names[id(parameter)])) is not None:
-                    found[self._names[id(parameter)]] = parameter - group["lr"] * self._rate * n
-        return found
+        rate = self._slope / self._bend if self._bend > 0 else 0.0
+        longest = max(group["lr"] for group in self.param_groups) * rate
+        divergence = 0.5 * longest**2 * self._last_bend
+        return rate if divergence <= self.max_divergence else rate * (self.max_divergence / divergence) ** 0.5
 
     def _descend(self, moved: Mapping[str, Tensor]) -> None:
+        rate = self._rate
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (n := moved.get(self._names[id(parameter)])) is None:
                     continue
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(n, alpha=group["lr"] * self._rate)
+                parameter.sub_(n, alpha=group["lr"] * rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
@@ -388,7 +393,8 @@ class FishLeg(torch.optim.Optimizer):
             "steps": self._steps,
             "slope": self._slope,
             "bend": self._bend,
-            "share": self._share,
+            "last_bend": self._last_bend,
+            "last_norm": self._last_norm,
             "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
             "others": {other.name: other.state_dict() for other in self._others},
         }
@@ -401,7 +407,7 @@ class FishLeg(torch.optim.Optimizer):
             ValueError: the state is of another optimizer, or of other parameters; nothing is changed then.
         """
         own = state_entry(state_dict, "fishleg", "FishLeg")
-        steps, slope, bend, share, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
+        steps, slope, bend, last_bend, last_norm, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
         parts: tuple[tuple[str, Sequence[Layer | Diagonal], Any], ...] = (
             ("layers", self._layers, layers),
             ("parameters", self._others, others),
@@ -418,7 +424,7 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             other.load_state_dict(others[other.name])
         self._steps, self._slope = int(steps), float(slope)
-        self._bend, self._share = float(bend), float(share)
+        self._bend, self._last_bend, self._last_norm = float(bend), float(last_bend), float(last_norm)
 
 
 def _checked_adam(adam: Any, curvature: str) -> Adam:

@@ -153,7 +153,7 @@ def test_no_step_is_longer_than_the_divergence_allows(generator):
         before = net(x).detach().log_softmax(1)
         train(net, optimizer, x, y, 1)
         divergence = (before.exp() * (before - net(x).detach().log_softmax(1))).sum(1).mean()
-        assert 1e-5 < float(divergence) < 1.1e-4
+        assert float(divergence) == pytest.approx(1e-4, rel=0.6)  # of 64 labels, drawn
 
 
 def test_one_step_on_a_quadratic_lands_in_its_minimum(generator):
