@@ -11,7 +11,6 @@ again.
 
 import argparse
 import copy
-import gzip
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, QuantizeResult, quantize
+from fishleg_ext.bench.studies.mnist import HELD_OUT, images, labels
 from fishleg_ext.bench.studies.quantization import Study
 
 EPOCHS, BATCH = 12, 128
@@ -65,14 +65,12 @@ class Mnist:
     """Images and labels, in order."""
 
     def __init__(self, folder: Path) -> None:
-        read = lambda name: torch.frombuffer(
-            bytearray(gzip.decompress((folder / name).read_bytes())), dtype=torch.uint8
+        normal = lambda kind: (images(folder, kind).float() / 255 - 0.1307) / 0.3081
+        train = normal("train"), labels(folder, "train")
+        self.train, self.held_out = (
+            tuple(x[part] for x in train) for part in (slice(0, HELD_OUT), slice(HELD_OUT, None))
         )
-        images = lambda name: (read(name)[16:].view(-1, 1, 28, 28).float() / 255 - 0.1307) / 0.3081
-        labels = lambda name: read(name)[8:].long()
-        train = images("train-images-idx3-ubyte.gz"), labels("train-labels-idx1-ubyte.gz")
-        self.train, self.held_out = (tuple(x[part] for x in train) for part in (slice(0, 55000), slice(55000, None)))
-        self.test = images("t10k-images-idx3-ubyte.gz"), labels("t10k-labels-idx1-ubyte.gz")
+        self.test = normal("t10k"), labels(folder, "t10k")
 
     def epoch(self, generator: torch.Generator, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of training images and their targets."""

@@ -106,7 +106,7 @@ class Study:
         """Add a row unless it is there."""
         if key not in self.rows:
             self.rows[key] = row = measure() | {"commit": self.commit}
-            print(key, {name: value for name, value in row.items() if name != "sizes"}, flush=True)
+            print(key, {name: value for name, value in row.items() if name not in ("sizes", "points")}, flush=True)
             self.path.parent.mkdir(exist_ok=True, parents=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 

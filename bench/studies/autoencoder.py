@@ -1,0 +1,200 @@
+"""Trains a deep autoencoder of MNIST by FishLeg, K-FAC, Adam and SGD: loss against steps and against CPU seconds.
+
+    python bench/studies/autoencoder.py --data DIR [--batches 100 1000] [--optimizers NAME ...] [--seeds 0 1 2]
+        [--out FILE] [--cache DIR]
+
+The network is that of Hinton and Salakhutdinov (2006) with a ReLU in the place of sigmoids, 784-1000-500-250-30 and back
+(2.8 million weights), as in Garcia et al., FishLeg, ICLR 2023: Bernoulli likelihood, linear code. DIR holds the idx files
+of MNIST, gzipped; the last 5,000 training images are held out. Each optimizer trains for 5 epochs at a constant learning
+rate; this is tuned for each on one grid of half decades, by the held-out loss at the end with seed 0, from a start until
+its neighbours are worse. Then come the other seeds. Losses are sums over pixels, means over images, of the 10,000 test
+images; seconds are CPU seconds of the process. Resumable: what is in FILE is not run again.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fishleg_ext.bench.studies.mnist import HELD_OUT, images
+from fishleg_ext.bench.studies.quantization import Study
+from fishleg_ext.curvature import Adam
+from fishleg_ext.optim import FishLeg
+
+SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+CODE = 3  # number of the layer whose outputs are the code
+EPOCHS, POINTS = 5, 20
+PIXELS = 784
+
+Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+
+def fishleg(**options: Any) -> Make:
+    """Make FishLeg with these options."""
+    return lambda model, lr: FishLeg(model, lr, likelihood="bernoulli", **options)
+
+
+def descended(**options: Any) -> Make:
+    """Make FishLeg with Q learned by Adam, as often as in the published experiments."""
+    adam = Adam(steps=None, scaled=False, **options)
+    return fishleg(adam=adam, update_every=10, invert_every=10)
+
+
+# How each is made, and the exponent of the first learning rate that is tried, in half decades.
+OPTIMIZERS: dict[str, tuple[Make, int]] = {
+    "SGD": (lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), 1),
+    "Adam": (lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), -6),
+    "K-FAC": (fishleg(curvature="kronecker"), -1),
+    "FishLeg": (fishleg(), -1),
+    "FishLeg by Adam": (descended(), -1),
+    "FishLeg by Adam, Gaussian probes": (descended(probes="gaussian"), -1),
+    "FishLeg by Adam, gradient probes": (descended(probes="gradients"), -1),
+}
+
+
+def autoencoder(seed: int) -> nn.Sequential:
+    """The network with the default initial weights of PyTorch; outputs are logits of pixels."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True)):
+        layers.append(nn.Linear(inputs, outputs))
+        if number not in (CODE, len(SIZES) - 2):
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class Mnist:
+    """Images [N, 784] with values from 0 to 1, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.train, self.held_out = (images(folder, "train").flatten(1).float() / 255).tensor_split([HELD_OUT])
+        self.test = images(folder, "t10k").flatten(1).float() / 255
+
+    def epoch(self, generator: torch.Generator, batch: int) -> Iterator[Tensor]:
+        """Shuffled batches of training images, all of one size."""
+        order = torch.randperm(len(self.train), generator=generator)
+        yield from (self.train[index] for index in order.split(batch) if len(index) == batch)
+
+
+@torch.no_grad()
+def losses(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Negative log-likelihood and squared error, sums over pixels."""
+    model.eval()
+    logits = torch.cat([model(part) for part in x.split(1000)])
+    model.train()
+    likelihood = F.binary_cross_entropy_with_logits(logits, x)
+    return PIXELS * float(likelihood), PIXELS * float(F.mse_loss(logits.sigmoid(), x))
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Mnist, batch: int, seed: int, epochs: int = EPOCHS
+) -> list[dict[str, float]]:
+    """Train, and measure losses at some points; ends where the loss is not finite."""
+    generator, points, seconds, step = torch.Generator().manual_seed(seed), [], 0.0, 0
+    total = epochs * (len(data.train) // batch)
+    due = {round(total * (point + 1) / POINTS) for point in range(POINTS)}
+    for _ in range(epochs):
+        for x in data.epoch(generator, batch):
+            start = time.process_time()
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(model(x), x)
+            loss.backward()
+            if not math.isfinite(float(loss)):
+                return points
+            optimizer.step()
+            seconds += time.process_time() - start
+            if (step := step + 1) in due:
+                held_out, (test, squared) = losses(model, data.held_out)[0], losses(model, data.test)
+                names = ("step", "seconds", "held_out", "test", "squared_error")
+                points.append(dict(zip(names, (step, seconds, held_out, test, squared), strict=True)))
+    return points
+
+
+def run(name: str, batch: int, exponent: int, seed: int, data: Mnist, cache: Path | None) -> dict[str, Any]:
+    """Train one network; it and its optimizer go to the cache."""
+    model = autoencoder(seed)
+    optimizer = OPTIMIZERS[name][0](model, 10 ** (exponent / 2))
+    points = train(model, optimizer, data, batch, seed)
+    complete = len(points) == POINTS and math.isfinite(points[-1]["held_out"])
+    if cache is not None and complete:
+        cache.mkdir(exist_ok=True, parents=True)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, cache / f"{name}_{batch}_{exponent}_{seed}.pt")
+    return {"held_out": points[-1]["held_out"] if complete else 1e9, "points": points}
+
+
+def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) -> int:
+    """Walk along the grid of learning rates until both neighbours of the best are worse; return its exponent."""
+    found: dict[int, float] = {}
+
+    def loss(exponent: int) -> float:
+        if exponent not in found:
+            key = f"{name} | {batch} | {exponent} | 0"
+            study.run(key, lambda: run(name, batch, exponent, 0, data, cache))
+            found[exponent] = study.rows[key]["held_out"]
+        return found[exponent]
+
+    best = OPTIMIZERS[name][1]
+    while True:
+        neighbour = min((best - 1, best + 1), key=loss)
+        if loss(neighbour) >= loss(best):
+            return best
+        best = neighbour
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The best learning rate of each, means over seeds, and steps and seconds to where Adam ends."""
+    chosen: dict[tuple[str, int], int] = {}
+    for name, batch, exponent, _ in (key.split(" | ") for key in rows if key.endswith(" | 0")):
+        held_out = lambda e, n=name, b=batch: rows[f"{n} | {b} | {e} | 0"]["held_out"]
+        known = chosen.setdefault((name, int(batch)), int(exponent))
+        if held_out(int(exponent)) < held_out(known):
+            chosen[name, int(batch)] = int(exponent)
+    lines = []
+    for (name, batch), exponent in sorted(chosen.items(), key=lambda item: item[0][1]):
+        of = lambda n, b=batch: [r for k, r in rows.items() if k.startswith(f"{n} | {b} | {chosen[n, b]} | ")]
+        entries = of(name)
+        mean = lambda part, entries=entries: sum(row["points"][-1][part] for row in entries) / len(entries)
+        reached: list[dict[str, float]] = []
+        if ("Adam", batch) in chosen:
+            goal = sum(row["points"][-1]["test"] for row in of("Adam")) / len(of("Adam"))
+            firsts = [next((p for p in row["points"] if p["test"] <= goal), None) for row in entries]
+            reached = [point for point in firsts if point is not None]
+        to_adam = (
+            [sum(p[part] for p in reached) / len(reached) for part in ("step", "seconds")] if reached else ["", ""]
+        )
+        values = (mean("test"), mean("squared_error"), mean("step"), mean("seconds"))
+        lines.append([batch, name, f"{10 ** (exponent / 2):.2g}", *values, *to_adam, len(entries)])
+    headers = ["batch", "optimizer", "learning rate", "test loss", "squared error", "steps", "CPU s"]
+    return tabulate(lines, [*headers, "steps to Adam's loss", "CPU s to it", "seeds"], floatfmt=".1f", tablefmt="pipe")
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/autoencoder.json"))
+    parser.add_argument("--cache", type=Path, help="folder for trained networks")
+    options = parser.parse_args()
+    data, study = Mnist(options.data), Study(options.out)
+    for batch in options.batches:
+        for name in options.optimizers:
+            exponent = tuned(study, name, batch, data, options.cache)
+            for seed in options.seeds:
+                make = lambda n=name, b=batch, e=exponent, s=seed: run(n, b, e, s, data, options.cache)
+                study.run(f"{name} | {batch} | {exponent} | {seed}", make)
+    print(table(study.rows))
+
+
+if __name__ == "__main__":
+    main()
