@@ -1,10 +1,10 @@
 """Second-order pruning and quantization of neural networks: curvature models, fused ops, and one call for each.
 
 `prune` prunes a model, `quantize` gives its weights codes, `Pruner` prunes over a training run, along a `schedule`;
-`ops` holds the ops for code of your own. Importing this initialises no CUDA.
+`optim.FishLeg` trains one; `ops` holds the ops for code of your own. Importing this initialises no CUDA.
 """
 
-from fishleg_ext import checkpoint, curvature, ops, schedule
+from fishleg_ext import checkpoint, curvature, ops, optim, schedule
 from fishleg_ext.config import PruneConfig
 from fishleg_ext.curvature import CurvatureError
 from fishleg_ext.oneshot import prune
@@ -27,6 +27,7 @@ __all__ = [
     "curvature",
     "load_quantized",
     "ops",
+    "optim",
     "prune",
     "quantize",
     "schedule",

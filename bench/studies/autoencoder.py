@@ -4,11 +4,11 @@
         [--out FILE] [--cache DIR]
 
 The network is that of Hinton and Salakhutdinov (2006) with a ReLU in the place of sigmoids, 784-1000-500-250-30 and
-back (2.8 million weights), as in Garcia et al., FishLeg, ICLR 2023: Bernoulli likelihood, linear code. DIR holds the idx
-files of MNIST, gzipped; the last 5,000 training images are held out. Each optimizer trains for 5 epochs at a constant
-learning rate; this is tuned for each on one grid of half decades, by the held-out loss at the end with seed 0, from a
-start until its neighbours are worse. Then come the other seeds. Losses are sums over pixels, means over images, of the
-10,000 test images; seconds are CPU seconds of the process. Resumable: what is in FILE is not run again.
+back (2.8 million weights), as in Garcia et al., FishLeg, ICLR 2023: Bernoulli likelihood, linear code. DIR holds the
+idx files of MNIST, gzipped; the last 5,000 training images are held out. Each optimizer trains for 5 epochs at a
+constant learning rate; this is tuned for each on one grid of half decades, by the held-out loss at the end with seed 0,
+from a start until its neighbours are worse. Then come the other seeds. Losses are sums over pixels, means over images,
+of the 10,000 test images; seconds are CPU seconds of the process. Resumable: what is in FILE is not run again.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def train(
             optimizer.zero_grad()
             loss = F.binary_cross_entropy_with_logits(model(x), x)
             loss.backward()
-            if not math.isfinite(float(loss)):
+            if not math.isfinite(loss.item()):
                 return points
             optimizer.step()
             seconds += time.process_time() - start

@@ -56,7 +56,8 @@ class FishLeg(torch.optim.Optimizer):
 
     Args:
         model: any module whose samples do not influence each other in eval mode.
-        lr: share of the measured step. Learning-rate schedulers may change it.
+        lr: share of the measured step: 1 with batches of a thousand samples, less with noisy gradients of few.
+            Learning-rate schedulers may change it.
         likelihood: of the model's outputs: "categorical", "tokens", "next_token", "gaussian", "bernoulli", or a
             function (outputs, generator) -> targets.
         loss_fn: (outputs, targets) -> scalar, the loss that is minimised; None is that of a named likelihood, the mean
@@ -92,7 +93,7 @@ class FishLeg(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1.0,
+        lr: float = 0.3,
         *,
         likelihood: Likelihood | None = None,
         loss_fn: LossFunction | None = None,
@@ -234,8 +235,9 @@ class FishLeg(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if not math.isfinite(float(loss)):
-                raise ValueError(f"expected closure to return a finite loss, got {float(loss)}")
+            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            if not math.isfinite(value):
+                raise ValueError(f"expected closure to return a finite loss, got {value}")
         grads, norm = self._gradients()
         if not grads:
             return loss
