@@ -14,6 +14,7 @@ of the 10,000 test images; seconds are CPU seconds of the process. Resumable: wh
 import argparse
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,21 +151,69 @@ def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) 
         best = neighbour
 
 
+def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
+    """Median CPU seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
+    model = autoencoder(0)
+    made = {name: OPTIMIZERS[name][0](model, 1e-9) for name in OPTIMIZERS if " by Adam" not in name}
+    for optimizer in made.values():
+        if isinstance(optimizer, FishLeg):
+            optimizer.warm_up = 1
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(rounds + 1):
+        for name, optimizer in made.items():
+            start = time.process_time()
+            for step in range(steps):
+                x = data.train[step * batch : (step + 1) * batch]
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(model(x), x).backward()
+                optimizer.step()
+            if number:  # the first warms up
+                seconds[name].append((time.process_time() - start) / steps)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"seconds": medians, "to_sgd": {name: value / medians["SGD"] for name, value in medians.items()}}
+
+
+def plot(rows: dict[str, Any], target: Path) -> None:
+    """Test loss against steps and against CPU seconds, for each batch size, at each optimizer's best learning rate."""
+    from matplotlib.figure import Figure
+
+    best = chosen(rows)
+    batches = sorted({batch for _, batch in best})
+    figure = Figure(figsize=(9, 3.5 * len(batches)), layout="constrained")
+    axes = figure.subplots(len(batches), 2, squeeze=False)
+    for row, batch in zip(axes, batches, strict=True):
+        for ax, part in zip(row, ("step", "seconds"), strict=True):
+            for name in OPTIMIZERS:
+                if (name, batch) in best:
+                    points = rows[f"{name} | {batch} | {best[name, batch]} | 0"]["points"]
+                    ax.plot([p[part] for p in points], [p["test"] for p in points], label=name)
+            ax.set(xlabel="steps" if part == "step" else "CPU seconds", title=f"batches of {batch}", ylim=(50, 220))
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("test loss, nats an image")
+    axes[0, 0].legend()
+    figure.savefig(target)
+
+
+def chosen(rows: dict[str, Any]) -> dict[tuple[str, int], int]:
+    """(Optimizer, batch size) -> exponent of the learning rate with the least held-out loss, with seed 0."""
+    best: dict[tuple[str, int], tuple[float, int]] = {}
+    for key, row in rows.items():
+        if not key.startswith("cost") and key.endswith(" | 0"):
+            name, batch, exponent, _ = key.split(" | ")
+            found = row["held_out"], int(exponent)
+            best[name, int(batch)] = min(found, best.get((name, int(batch)), found))
+    return {key: exponent for key, (_, exponent) in best.items()}
+
+
 def table(rows: dict[str, Any]) -> str:
     """The best learning rate of each, means over seeds, and steps and seconds to where Adam ends."""
-    chosen: dict[tuple[str, int], int] = {}
-    for name, batch, exponent, _ in (key.split(" | ") for key in rows if key.endswith(" | 0")):
-        held_out = lambda e, n=name, b=batch: rows[f"{n} | {b} | {e} | 0"]["held_out"]
-        known = chosen.setdefault((name, int(batch)), int(exponent))
-        if held_out(int(exponent)) < held_out(known):
-            chosen[name, int(batch)] = int(exponent)
-    lines = []
-    for (name, batch), exponent in sorted(chosen.items(), key=lambda item: item[0][1]):
-        of = lambda n, b=batch: [r for k, r in rows.items() if k.startswith(f"{n} | {b} | {chosen[n, b]} | ")]
+    best, lines = chosen(rows), []
+    for (name, batch), exponent in sorted(best.items(), key=lambda item: item[0][1]):
+        of = lambda n, b=batch: [r for k, r in rows.items() if k.startswith(f"{n} | {b} | {best[n, b]} | ")]
         entries = of(name)
         mean = lambda part, entries=entries: sum(row["points"][-1][part] for row in entries) / len(entries)
         reached: list[dict[str, float]] = []
-        if ("Adam", batch) in chosen:
+        if ("Adam", batch) in best:
             goal = sum(row["points"][-1]["test"] for row in of("Adam")) / len(of("Adam"))
             firsts = [next((p for p in row["points"] if p["test"] <= goal), None) for row in entries]
             reached = [point for point in firsts if point is not None]
@@ -184,17 +233,23 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--costs", action="store_true", help="measure the cost of a step, on a quiet machine, and end")
     parser.add_argument("--out", type=Path, default=Path("bench/results/autoencoder.json"))
+    parser.add_argument("--plot", type=Path, help="image file for a figure; takes matplotlib")
     parser.add_argument("--cache", type=Path, help="folder for trained networks")
     options = parser.parse_args()
     data, study = Mnist(options.data), Study(options.out)
     for batch in options.batches:
-        for name in options.optimizers:
+        if options.costs:
+            study.run(f"cost | {batch}", lambda b=batch: costs(b, data))
+        for name in () if options.costs else options.optimizers:
             exponent = tuned(study, name, batch, data, options.cache)
             for seed in options.seeds:
                 make = lambda n=name, b=batch, e=exponent, s=seed: run(n, b, e, s, data, options.cache)
                 study.run(f"{name} | {batch} | {exponent} | {seed}", make)
     print(table(study.rows))
+    if options.plot is not None:
+        plot(study.rows, options.plot)
 
 
 if __name__ == "__main__":

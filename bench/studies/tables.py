@@ -14,6 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fishleg_ext.bench import report
+from fishleg_ext.bench.studies import autoencoder, autoencoder_pruning
 
 # What older files call by other words.
 WORDS = {
@@ -265,6 +266,26 @@ def quantization() -> str:
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
 
 
+def optimizers() -> str:
+    """Losses of the autoencoder by every optimizer, and how soon each is where Adam ends."""
+    return autoencoder.table(json.loads((RESULTS / "autoencoder.json").read_text())["rows"])
+
+
+def optimizer_costs() -> str:
+    """CPU time of a step over that of SGD."""
+    found = json.loads((RESULTS / "autoencoder.json").read_text())["rows"]
+    rows = {key.split(" | ")[1]: row["to_sgd"] for key, row in found.items() if key.startswith("cost")}
+    names = list(next(iter(rows.values())))
+    return markdown(
+        [[batch, *(f"{row[name]:.2f}" for name in names)] for batch, row in rows.items()], ["batch", *names]
+    )
+
+
+def pruned_autoencoders() -> str:
+    """Squared errors of pruned autoencoders."""
+    return autoencoder_pruning.table(json.loads((RESULTS / "autoencoder_pruning.json").read_text())["rows"])
+
+
 def quantization_layers() -> str:
     """Divergence of the outputs over what the diagonal Fisher matrix predicts, of layers quantized alone."""
     found: dict[str, dict[str, float]] = {}
@@ -319,6 +340,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization": quantization,
     "quantization_layers": quantization_layers,
     "lenet": lenet,
+    "optimizers": optimizers,
+    "optimizer_costs": optimizer_costs,
+    "pruned_autoencoders": pruned_autoencoders,
     "first_order": first_order,
     "fishleg_defaults": lambda: by_sparsity(
         renamed(runs("resnet20_fishleg"), "FishLeg, ", ", held out"), accuracies, "held-out accuracy, %"

@@ -245,9 +245,9 @@ class FishLeg(torch.optim.Optimizer):
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
-        self._last_norm = norm if due else self._last_norm
         if due:
             self._learn(self._observe(number, self.samples))
+            self._last_norm = norm
         if first or number % self.invert_every == 0:
             for layer in self._layers:
                 layer.running.invert(layer.name, self.damping)

@@ -129,7 +129,7 @@ def test_the_step_is_where_the_drawn_gradients_have_their_minimum(generator):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(24, 4, generator=generator).double(), torch.arange(24) % 3
-    optimizer = FishLeg(net, likelihood="categorical", momentum=0.0, max_divergence=1e9, damping=1e-3)
+    optimizer = FishLeg(net, 1.0, likelihood="categorical", momentum=0.0, max_divergence=1e9, damping=1e-3)
     drawn = []
     observe = optimizer._drawn.observe
     optimizer._drawn.observe = lambda *args: drawn.append(observe(*args)) or drawn[-1]
@@ -164,7 +164,9 @@ def test_one_step_on_a_quadratic_lands_in_its_minimum(generator):
     ones = torch.cat([x, torch.ones(len(x), 1).double()], 1)
     least = F.mse_loss(ones @ torch.linalg.lstsq(ones, y).solution, y).item()
     before = F.mse_loss(net(x), y).item()
-    optimizer = FishLeg(net, likelihood="gaussian", damping=1e-12, momentum=0.0, samples=len(x), max_divergence=1e9)
+    optimizer = FishLeg(
+        net, 1.0, likelihood="gaussian", damping=1e-12, momentum=0.0, samples=len(x), max_divergence=1e9
+    )
     F.mse_loss(net(x), y).backward()
     optimizer.step()
     assert F.mse_loss(net(x), y).item() - least < 1e-3 * (before - least)
@@ -180,7 +182,7 @@ def test_the_direction_is_nearer_to_the_exact_natural_gradient(generator):
     x = torch.randn(40, 20, generator=generator).double()
     y = x @ torch.randn(20, 20, generator=generator).double() / 20**0.5
     damping = 1e-2
-    optimizer = FishLeg(net, likelihood="gaussian", damping=damping, samples=40, momentum=0.9)
+    optimizer = FishLeg(net, 1.0, likelihood="gaussian", damping=damping, samples=40, momentum=0.9)
     seen = []
     for step in range(101):
         optimizer.zero_grad()
@@ -471,6 +473,48 @@ def test_pruned_weights_stay_zero_while_it_goes_on(generator):
             assert (weight[~mask] == 0).all()
             assert (optimizer.state[weight]["momentum"][~mask] == 0).all()
     assert pruner.finalize().sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_masks_are_followed_until_they_are_not(generator):
+    """Within masks the step is what Q makes of the masked gradient, masked."""
+    net, optimizer, x, y = trained(generator, momentum=0.0)
+    mask = torch.rand(16, 12, generator=generator) < 0.5
+    handle = optimizer.follow_masks(lambda: {"0.weight": mask})
+    for follows in (True, False):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        backward(net, x, y)
+        optimizer.step()
+        layer = optimizer._layers[0]
+        moved = layer.matrix({name: before[name] - net.get_parameter(name).detach() for name in ("0.weight", "0.bias")})
+        kept = torch.cat([mask if follows else torch.ones_like(mask), torch.ones(16, 1, dtype=torch.bool)], 1)
+        gradient = layer.matrix({name: net.get_parameter(name).grad for name in ("0.weight", "0.bias")}) * kept
+        direction = layer.running.row @ gradient @ layer.running.col * kept
+        torch.testing.assert_close(moved, float((moved * direction).sum() / direction.square().sum()) * direction)
+        handle.remove()
+
+
+def test_larger_gradients_are_looked_at_at_once(generator):
+    net, optimizer, x, y = trained(generator, warm_up=1, update_every=100, invert_every=100)
+    seen = optimizer._layers[0].running.batches
+    train(net, optimizer, x, y, 1)
+    assert optimizer._layers[0].running.batches == seen
+    with torch.no_grad():
+        net[2].weight *= -1
+    train(net, optimizer, x, y, 1)
+    assert optimizer._layers[0].running.batches == seen + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_steps_on_a_gpu_are_those_on_the_host(curvature, generator):
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)).double().to(device)
+        x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)).double().to(device)
+        losses.append(train(net, FishLeg(net, likelihood="categorical", **made(curvature)), x, x[:, :3].argmax(1), 10))
+    assert losses[0][0] == pytest.approx(losses[1][0])
+    assert losses[1][-1] < 0.7 * losses[1][0]  # of other labels than on the host
 
 
 def test_columns_follow_the_order_of_a_pattern(generator):
