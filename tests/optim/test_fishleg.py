@@ -96,7 +96,7 @@ def test_losses_fall_with_every_damping(damping, curvature, generator):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3)).double()
     x, y = torch.randn(48, 7, generator=generator).double(), torch.arange(48) % 3
-    losses = train(net, FishLeg(net, likelihood="categorical", damping=damping, curvature=curvature), x, y, 20)
+    losses = train(net, FishLeg(net, 1.0, likelihood="categorical", damping=damping, curvature=curvature), x, y, 20)
     assert losses[-1] < 0.9 * losses[0]
     if damping >= 1e-4:  # else the first step, of which the inverse knows 48 samples, is outside the quadratic model
         assert losses == sorted(losses, reverse=True)
