@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_count, checked_function, checked_type
 from fishleg_ext.common.grad_mode import outside_inference_mode
-from fishleg_ext.common.optimizers import after_each_step
+from fishleg_ext.common.optimizers import Handles, after_each_step
 from fishleg_ext.common.state import Restorer, of_today, state_entry
 from fishleg_ext.config import PruneConfig, config_of, documented, with_settings
 from fishleg_ext.curvature import Curvature, Estimate
@@ -168,7 +168,7 @@ class Pruner:
             )
         self._flops_per_weight: dict[str, float] = {}  # with scope="flops"
         self._first = FirstOrderStep()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Handles] = []
         self._restorer = Restorer()
         final = getattr(schedule, "final_sparsity", None)
         if final is not None:
@@ -350,11 +350,11 @@ class Pruner:
         self._step += 1
         return due
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle | Handles:
         """From now on zero pruned weights, and what the optimizer keeps for them, after each of its steps.
 
         Momentum, Adam's moments and weight decay so revive none. A hook of the optimizer: the model and its state dict
-        are as they were. It follows the masks as they change. `optim.FishLeg` goes along them, until `finalize`.
+        are as they were. It follows the masks as they change. `optim.FishLeg` takes its steps within them.
 
         Args:
             optimizer: of some of the pruned parameters at least; or what wraps one, as accelerate does. Each that is
@@ -372,10 +372,11 @@ class Pruner:
             with self._implementation(), torch.no_grad():
                 self._masks.apply(stepped.state)
 
-        handle = after_each_step(optimizer, self.weights.values(), keep_zeros)
-        self._handles.append(handle)
+        handle: RemovableHandle | Handles = after_each_step(optimizer, self.weights.values(), keep_zeros)
         if (follow := getattr(optimizer, "follow_masks", None)) is not None:
-            self._handles.append(follow(lambda: self._masks))
+            within = follow(lambda: [(self.weights[name], mask) for name, mask in self._masks.items()])
+            handle = Handles([handle, within])
+        self._handles.append(handle)
         return handle
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,12 +1,25 @@
 """Hooks into optimizers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.arguments import checked_type
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Several hooks that are removed together."""
+
+    handles: "Sequence[RemovableHandle | Handles]"
+
+    def remove(self) -> None:
+        """Remove them."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def after_each_step(

@@ -362,8 +362,8 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
     def _parts_of(self, name: str, observation: Observation) -> Iterator[Gradients]:
         """Yield the gradients of one parameter, cut where a batch ends; in factors where these are less work."""
         bias = self.biases[name] if self._has_bias(name) else None
-        dense = self.recipe.adam is not None
-        grads = gradients_of(observation, name, bias, self._like[name].dtype, dense=dense)
+        form = "least work" if self.recipe.adam is None else "dense"
+        grads = gradients_of(observation, name, bias, self._like[name].dtype, form=form)
         for part in self._cut(name, len(grads)):
             # What waits is a copy: the observer's tensor may be written again before the batch is full.
             yield grads.part(part, copy=part.stop - part.start < self.recipe.batch_size)

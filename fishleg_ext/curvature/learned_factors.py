@@ -181,21 +181,22 @@ Gradients = DenseGradients | FactoredGradients
 
 
 def gradients_of(
-    observation: Observation, name: str, bias: str | None, dtype: torch.dtype, *, dense: bool = False
+    observation: Observation, name: str, bias: str | None, dtype: torch.dtype, *, form: str = "least work"
 ) -> Gradients:
-    """Return the gradients of a weight [out, ...] as matrices, in factors where these are less work.
+    """Return the gradients of a weight [out, ...] as matrices, in factors or not.
 
     Args:
         observation: of the weight.
         name: of the weight.
         bias: name of the bias that is one more column, if there is one.
         dtype: of the result.
-        dense: whether they are to be multiplied out in any case.
+        form: "least work", "factors" wherever there are any, or "dense": multiplied out in any case.
     """
     factors = observation.gradient_factors.get(name)
-    if factors is not None and factors.whole and not dense:
+    if factors is not None and factors.whole and form != "dense":
         t, (o, i) = factors.rows, (factors.shape[0], factors.shape[1] + (bias is not None))
-        if moment_operations(o, i, t) < moment_operations(o, i) + 2 * t * o * i:  # and the product itself
+        dense_operations = moment_operations(o, i) + 2 * t * o * i  # with the product itself
+        if form == "factors" or moment_operations(o, i, t) < dense_operations:
             x, d = (part.to(dtype) for part in factors.matrices())
             if bias is not None:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)

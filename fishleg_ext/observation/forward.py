@@ -1,6 +1,7 @@
 """Runs a model without changing it."""
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fishleg_ext.observation.likelihoods import LossFunction
+
+_running = contextvars.ContextVar("running", default=False)
+
+
+def is_running() -> bool:
+    """Tell whether a model runs within `running` here, so that its passes are the library's and not the user's."""
+    return _running.get()
 
 
 @contextlib.contextmanager
@@ -33,9 +41,11 @@ def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffer
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         model.eval()
+        token = _running.set(True)
         try:
             yield
         finally:
+            _running.reset(token)
             for module, flag in training.items():
                 module.training = flag
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk, one_chunk
@@ -19,6 +18,7 @@ from fishleg_ext.observation.likelihoods import (
     LIKELIHOODS,
     Likelihood,
     LossFunction,
+    NamedLikelihood,
     checked_likelihood,
     label_sampler,
     sample_loss,
@@ -186,6 +186,11 @@ class DrawnGradients:
     def _draw(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
         assert self._sampler is not None
         assert self._loss_fn is not None
+        if targets is None and isinstance(known := self._sampler.likelihood, NamedLikelihood) and known.shift:
+            logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+            targets = torch.zeros(
+                logits.shape[:-1], dtype=torch.int64, device=logits.device
+            )  # of which the loss reads none
         drawn = self._sampler.draw(self._generator, outputs, targets, samples, count)
         if not self._checked:
             self._checked = True
@@ -193,8 +198,28 @@ class DrawnGradients:
         return drawn
 
     def _chunk(self, called: Called) -> Chunk:
-        args, kwargs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, called)
-        inputs: Any = args
-        if kwargs:
-            inputs = {**inspect.signature(self.model.forward).bind_partial(*args).arguments, **kwargs}
-        return one_chunk(inputs, kwargs.get("labels"))
+        args, kwargs = called
+        if not kwargs:
+            named = self._named(args, {})
+            return one_chunk(args, named.get("labels"))
+        named = self._named(args, kwargs)
+        return one_chunk(named if args else kwargs, named.get("labels"))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name.
+
+        Raises:
+            TypeError: some by position, which have no names, come with others by name.
+        """
+        signature = inspect.signature(self.model.forward)
+        unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        found = dict(signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if name in found and parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                found |= found.pop(name)
+            elif name in found and parameter.kind in unnamed and kwargs:
+                raise TypeError(
+                    f"expected {type(self.model).__name__} to be called with arguments by position alone, or all with "
+                    f"names, got some by position that are {name!r} in its forward, and others by name"
+                )
+        return found

@@ -1,9 +1,8 @@
 """Natural-gradient steps with a learned inverse Fisher matrix."""
 
-import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +10,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext import ops
-from fishleg_ext.common.arguments import checked_count, checked_damping, checked_positive, checked_type, one_of
+from fishleg_ext.common.arguments import (
+    checked_count,
+    checked_damping,
+    checked_integer,
+    checked_positive,
+    checked_type,
+    one_of,
+)
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.optim.drawn import Drawn, DrawnGradients, checked_loss
-from fishleg_ext.optim.forward import Called, ForwardHooks
+from fishleg_ext.optim.forward import ForwardHooks
 from fishleg_ext.optim.layers import Diagonal, Layer, layers_of
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
@@ -43,13 +49,14 @@ class FishLeg(torch.optim.Optimizer):
 
     Q = P (x) M for each weight matrix with its bias (see `RunningFactors`), and diagonal for other parameters. It is
     learned from gradients of labels that the model draws, as running means: every `update_every` steps the model runs
-    once more, in eval mode, on `samples` of the inputs of the user's own forward pass. The other steps take no pass
-    over data of their own.
+    again, in eval mode, on `samples` of the inputs of the user's own forward pass, and on `MEASURED` for the length of
+    the step. The other steps take no pass of their own.
 
     Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
-    loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean of (g_s^T n)^2 over all parameters
-    of the gradients g_s that were drawn; both are running means. lr = 1 is that whole step. And no step is so long that
-    in this model the outputs' distribution diverges by more than `max_divergence`, 1/2 s^2 n^T F n for a step of s n.
+    loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean over samples of (g_s^T n)^2, with
+    the gradients g_s that were drawn, over all weight matrices; both are running means. For other parameters it is
+    measured by itself, and a bound for both together is taken. lr = 1 is that whole step. And no step is so long that
+    the outputs' distribution diverges by more than `max_divergence` in this model: 1/2 s^2 n^T F n for a step of s n.
 
     The gradients g_s are of other labels than those that Q learned from, as Q makes n short along the ones it knows.
     But Q has learned from the inputs that g is of before it multiplies it: along those that are new n is too long.
@@ -125,37 +132,27 @@ class FishLeg(torch.optim.Optimizer):
                 f"expected invert_every to be a multiple of update_every={self.update_every}, got {invert_every}"
             )
         self.memory = _checked_share("memory", memory)
-        self.seed = seed
-        options = {
-            "lr": checked_damping("lr", lr),
-            "momentum": _checked_share("momentum", momentum),
-            "weight_decay": checked_damping("weight_decay", weight_decay),
-        }
+        self.seed = checked_integer("seed", seed)
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._made = False
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, options)
         self._made = True
         held = [p for group in self.param_groups for p in group["params"]]
         self._parameters = {self._names[id(p)]: p for p in held}
-        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._kinds = {name: (p.shape, p.dtype, p.device) for name, p in self._parameters.items()}
         self._layers, self._others = layers_of(model, self._parameters, self._make_factors)
-        self._drawn = DrawnGradients(
-            model,
-            {name: p for layer in self._layers for name, p in layer.parameters.items()},
-            {other.name: other.parameter for other in self._others},
-            {layer.name: layer.orientation for layer in self._layers},
-            {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
-            likelihood,
-            loss_fn,
-        )
+        self._likelihood, self._loss_fn = likelihood, loss_fn
+        self._memory = self._places()
+        self._drawn = self._make_drawn()
         self._forward = ForwardHooks(model, self._layers)
-        self._masks: dict[int, Callable[[], Mapping[str, Tensor]]] = OrderedDict()
+        self._masks: dict[int, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._steps = 0
         self._last_norm = self._slope = self._bend = self._last_bend = 0.0  # of the loss along n
 
     @property
     def curvature(self) -> OptimizerCurvature:
-        """A recipe for `curvature=` of `Pruner` and `prune`: whenever it is estimated, what Q has learned by then.
+        """Return a recipe for `curvature=` of `Pruner` and `prune`: each estimate is what Q has learned by then.
 
         It takes no data. See `OptimizerCurvature`.
         """
@@ -170,35 +167,36 @@ class FishLeg(torch.optim.Optimizer):
         return {name: found[name] for name in self._parameters}
 
     @torch.no_grad()
-    def factors(self, name: str, weight: Tensor, damping: float, *, has_bias: bool) -> Factors:
+    def factors(self, name: str, weight: Tensor, damping: float, bias: str | None) -> Factors:
         """Return the inverse of each row of a weight by itself, as pruning needs it.
 
         Args:
             name: of the weight.
             weight: as a matrix [o, ...].
             damping: of F.
-            has_bias: whether its bias is the last column.
+            bias: name of the bias that is the last column, if any is.
 
         Raises:
-            ValueError: the optimizer does not have the weight, or has taken no step.
+            ValueError: the optimizer does not have the weight or the bias, or has taken no step.
         """
         if not self._steps:
             raise ValueError("the optimizer has taken no step, so that it knows nothing of the curvature yet")
         for layer in self._layers:
             if layer.name == name:
-                return layer.factors(weight, damping, has_bias=has_bias)
-        for other in self._others:
-            if other.name == name and not has_bias:
-                return other.factors(weight, damping)
-        raise ValueError(f"the optimizer does not have {name}; it has {', '.join(self._parameters)}")
+                return layer.factors(weight, damping, bias)
+        others = {other.name: other for other in self._others}
+        for needed in (name, bias):
+            if needed is not None and needed not in others:
+                raise ValueError(f"the optimizer does not have {needed}; it has {', '.join(self._parameters)}")
+        return others[name].factors(weight, damping, None if bias is None else others[bias])
 
-    def follow_masks(self, masks: Callable[[], Mapping[str, Tensor]]) -> RemovableHandle:
+    def follow_masks(self, masks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> RemovableHandle:
         """Stay within the weights that masks keep, which is what `Pruner.attach` asks for.
 
         Gradients of pruned weights are left out before Q multiplies them, and so is what Q g has for these.
 
         Args:
-            masks: () -> name -> bool tensor, True = kept, as they are now.
+            masks: () -> pairs of a parameter and its bool mask, True = kept, as they are now.
 
         Returns:
             a handle; its `remove()` ends this.
@@ -207,12 +205,26 @@ class FishLeg(torch.optim.Optimizer):
         self._masks[handle.id] = masks
         return handle
 
+    def __reduce__(self) -> Any:
+        """Refuse copies: the hooks are of one model."""
+        raise TypeError(
+            "FishLeg cannot be copied or pickled, as it sees the forward passes of its own model: make one for the "
+            "other model, and give it the state_dict"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take a group of parameters, which must be those of the model and be there from the beginning."""
+        """Take a group of parameters of the model, while the optimizer is made.
+
+        Raises:
+            ValueError: they are not the model's, or an option is out of range.
+            NotImplementedError: the optimizer has been made.
+        """
         if self._made:
             raise NotImplementedError("FishLeg takes no parameters later on: make a new optimizer of all of them")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for option, check in OPTIONS.items():
+            group[option] = check(option, group[option])
         if strange := [p for p in group["params"] if id(p) not in self._names]:
             raise ValueError(
                 f"expected parameters of the model, got {len(strange)} that are not, the first of shape "
@@ -227,15 +239,19 @@ class FishLeg(torch.optim.Optimizer):
             closure: computes the loss and its gradients anew, and returns the loss.
 
         Raises:
-            ValueError: the loss or a gradient is not finite. Nothing is changed then.
+            ValueError: the loss, a gradient or a drawn gradient is not finite; the model's arguments are no batch of
+                samples, or its outputs do not fit the likelihood.
+            TypeError: gradients are sparse.
             RuntimeError: the model was not called since this was made; parameters were replaced or changed shape.
             CurvatureError: the running factors have no inverse.
+
+        If anything is raised, weights, momentum and curvature are as before, but for what Adam has learned.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
             if not math.isfinite(value):
                 raise ValueError(f"expected closure to return a finite loss, got {value}")
         grads, norm = self._gradients()
@@ -245,18 +261,43 @@ class FishLeg(torch.optim.Optimizer):
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
-        if due:
-            self._learn(self._observe(number, self.samples))
-            self._last_norm = norm
-        if first or number % self.invert_every == 0:
-            for layer in self._layers:
-                layer.running.invert(layer.name, self.damping)
+        if due:  # both before anything is changed
+            drawn = self._observe(number, self.samples)
+            measured = self._observe(-number, min(self.samples, MEASURED))
+        parts = [*(layer.running for layer in self._layers), *self._others]
+        before = [vars(part).copy() for part in parts]
+        try:
+            if due:
+                self._learn(drawn)
+            if first or number % self.invert_every == 0:
+                for layer in self._layers:
+                    layer.running.invert(layer.name, self.damping)
+        except BaseException:
+            for part, values in zip(parts, before, strict=True):
+                vars(part).update(values)
+            raise
         self._steps = number
         moved = self._move(grads)
         if due:
-            self._measure(grads, moved, self._observe(-number, min(self.samples, MEASURED)))
+            self._last_norm = norm
+            self._measure(grads, moved, measured)
         self._descend(moved)
         return loss
+
+    def _make_drawn(self) -> DrawnGradients:
+        return DrawnGradients(
+            self.model,
+            {name: p for layer in self._layers for name, p in layer.parameters.items()},
+            {other.name: other.parameter for other in self._others},
+            {layer.name: layer.orientation for layer in self._layers},
+            {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
+            self._likelihood,
+            self._loss_fn,
+        )
+
+    def _places(self) -> list[int]:
+        """Return where the values of parameters lie in memory."""
+        return [parameter.data_ptr() for parameter in self._parameters.values()]
 
     def _make_factors(self, rows: int, cols: int, like: Tensor) -> RunningFactors | DescendedFactors:
         if self.adam is not None:
@@ -264,47 +305,38 @@ class FishLeg(torch.optim.Optimizer):
         return RunningFactors(rows, cols, like, learned=self.curvature_model == "fishleg")
 
     def _gradients(self) -> tuple[dict[str, Tensor], float]:
-        """Name -> gradient, of the parameters that have one, checked; and the norm of all."""
+        """Return the gradients by name, checked, and the norm of all."""
         named = dict(self.model.named_parameters())
         grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            current = named.get(name)
-            if current is None or current is not parameter or parameter.shape != self._shapes[name]:
+            current, kind = named.get(name), (parameter.shape, parameter.dtype, parameter.device)
+            if current is None or current is not parameter or kind != self._kinds[name]:
                 raise RuntimeError(
-                    f"{name} was replaced in the model, or changed its shape, since this optimizer was made; make a "
-                    "new one"
+                    f"{name} was replaced in the model, moved, or changed its shape or dtype, since this optimizer was "
+                    "made; make a new one"
                 )
             if parameter.grad is not None:
                 if parameter.grad.layout is not torch.strided:
                     raise TypeError(f"expected dense gradients, got those of {name} as {parameter.grad.layout}")
                 grads[name] = parameter.grad
-        norms = read(torch._foreach_norm(list(grads.values()))) if grads else []
+        norms = read(torch._foreach_norm(list(grads.values()), dtype=torch.float64)) if grads else []
         if bad := [name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(norm)]:
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
+        if bad_rates := [group["lr"] for group in self.param_groups if not 0 <= float(group["lr"]) < math.inf]:
+            raise ValueError(f"expected learning rates to be finite and >= 0, got {float(bad_rates[0])}")
+        if (places := self._places()) != self._memory:  # which the observers hold
+            self._memory, self._drawn = places, self._make_drawn()
         return grads, math.hypot(*norms)
 
     def _observe(self, number: int, samples: int) -> Drawn:
         """Draw labels for some samples of the last forward pass; others for each number."""
-        called = self._called()
-        with self._paused():
-            return self._drawn.observe(called, samples, (self.seed << 32) + number)
-
-    def _called(self) -> Called:
         if self._forward.called is None:
             raise RuntimeError(
                 "the model was not called with gradients enabled since this optimizer was made: expected loss = "
-                "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given"
+                "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given; of a "
+                "compiled model give it what torch.compile returned"
             )
-        return self._forward.called
-
-    @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Run passes that are not the user's."""
-        self._forward.paused = True
-        try:
-            yield
-        finally:
-            self._forward.paused = False
+        return self._drawn.observe(self._forward.called, samples, ((self.seed << 32) + number) % 2**63)
 
     def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:
@@ -314,12 +346,17 @@ class FishLeg(torch.optim.Optimizer):
 
     def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Update momentum by Q g, and return it, corrected for its start."""
-        directions: dict[str, Tensor] = {}
-        masks = {name: mask for masks in self._masks.values() for name, mask in masks().items() if name in grads}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        pairs = [pair for masks in self._masks.values() for pair in masks() if id(pair[0]) in names]
+        masks = {names[id(parameter)]: mask for parameter, mask in pairs}
         grads = {name: grad * masks[name] if name in masks else grad for name, grad in grads.items()}
-        layers = [layer for layer in self._layers if layer.name in grads]
+        directions: dict[str, Tensor] = {}
+        layers = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(grads)]
         matrices = {layer.name: layer.matrix(grads) for layer in layers}
-        factors = self._forward.factors({name: matrix for name, matrix in matrices.items() if name not in masks})
+        whole = [
+            x.name for x in layers if x.parameters.keys() <= grads.keys() and x.parameters.keys().isdisjoint(masks)
+        ]
+        factors = self._forward.factors({name: matrices[name] for name in whole})
         for layer in layers:
             if layer.name in factors:
                 d, x = factors[layer.name]
@@ -332,25 +369,26 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             if other.name in grads:
                 directions[other.name] = other.solve(grads[other.name], self.damping)
-        for name, mask in masks.items():
-            directions[name] = directions[name] * mask
         moved = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 name = self._names[id(parameter)]
-                if name not in directions:
+                if name not in grads:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state["steps"], state["momentum"] = 0, torch.zeros_like(parameter)
                 state["steps"] += 1
                 state["momentum"].lerp_(directions[name].to(parameter.dtype), 1 - group["momentum"])
+                if name in masks:
+                    state["momentum"] *= masks[name]
                 moved[name] = state["momentum"] / (1 - group["momentum"] ** state["steps"])
         return moved
 
     def _measure(self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn) -> None:
         """Measure g^T n, n^T F n and |n|^2."""
-        layers = [(layer, layer.matrix(moved)) for layer in self._layers if layer.name in moved]
+        moving = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(moved)]
+        layers = [(layer, layer.matrix(moved)) for layer in moving]
         zero = torch.zeros((), dtype=torch.float64)
         of_layers = [
             sum((layer.gradients(observation).along(matrix).double() for layer, matrix in layers), zero)
@@ -375,7 +413,7 @@ class FishLeg(torch.optim.Optimizer):
     def _rate(self) -> float:
         """By how much of n a step moves, but for the learning rate."""
         rate = self._slope / self._bend if self._bend > 0 else 0.0
-        longest = max(group["lr"] for group in self.param_groups) * rate
+        longest = max(float(group["lr"]) for group in self.param_groups) * rate
         divergence = 0.5 * longest**2 * self._last_bend
         return rate if divergence <= self.max_divergence else rate * (self.max_divergence / divergence) ** 0.5
 
@@ -386,8 +424,8 @@ class FishLeg(torch.optim.Optimizer):
                 if (n := moved.get(self._names[id(parameter)])) is None:
                     continue
                 if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(n, alpha=group["lr"] * rate)
+                    parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+                parameter.sub_(n, alpha=float(group["lr"]) * rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
@@ -442,3 +480,13 @@ def _checked_share(name: str, value: Any) -> float:
     if not 0 <= (checked := checked_damping(name, value)) < 1:
         raise ValueError(f"expected {name} in [0, 1), got {value}")
     return checked
+
+
+def _checked_rate(name: str, value: Any) -> Any:
+    """Return a learning rate as it is, which may be a tensor, if it is finite and not negative."""
+    checked_damping(name, float(value) if isinstance(value, Tensor) else value)
+    return value
+
+
+# What a group of parameters may have of its own.
+OPTIONS = {"lr": _checked_rate, "momentum": _checked_share, "weight_decay": checked_damping}

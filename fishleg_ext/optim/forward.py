@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from fishleg_ext.common.waiting import read
+from fishleg_ext.observation.forward import is_running
 from fishleg_ext.observation.products import Product
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.optim.layers import Layer
 
 Called = tuple[tuple[Any, ...], dict[str, Any]]
-# By what share of their size two sums of the same products may differ, in roots of the precision.
-TOLERANCE = 10.0
+# By how much two sums of the same products may differ, in units of rounding of the sum of their norms.
+ROUNDING = 4.0
+# Passes whose products are kept for a step that may come.
+MOST_PASSES = 64
 
 
 @dataclass(eq=False)
@@ -34,7 +39,8 @@ class SeenProduct:
 class ForwardHooks:
     """Hooks of a model that keep the inputs of its last forward pass, and the products of some of its weights.
 
-    Only passes with gradients enabled count. What a copy of the model has keeps nothing.
+    Only passes with gradients enabled count, and not those that the library makes itself. The hooks end with this
+    object; a copy of the model has none that keep anything.
 
     Args:
         model: any module.
@@ -42,36 +48,42 @@ class ForwardHooks:
 
     Attributes:
         called: positional and keyword arguments of the last pass.
-        paused: True while passes are not the user's.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
         self.called: Called | None = None
-        self.paused = False
         self._layers = {layer.name: layer for layer in layers}
         self._seen: list[SeenProduct] = []
+        self._passes = 0  # since `factors` was called
         self._recorders: list[ProductRecorder] = []
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after, always_call=True)
+        before, after = _Weakly(self, "before"), _Weakly(self, "after")
+        before.handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        after.handle = model.register_forward_hook(after, always_call=True)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin to see a pass."""
+        if is_running() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self.called = args, kwargs
-        self._seen = [seen for seen in self._seen if seen.gradient is not None]
+        self.called = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        self._passes += 1
+        # Of what nobody asks for not everything is kept: the optimizer may not be in use.
+        self._seen = [seen for seen in self._seen if seen.gradient is not None and self._passes <= MOST_PASSES]
         weights = {name: layer.parameters[name] for name, layer in self._layers.items()}
         orientations = {name: layer.orientation for name, layer in self._layers.items()}
         recorder = ProductRecorder(weights, orientations, self._take)
         recorder.__enter__()
         self._recorders.append(recorder)
 
-    def _after(self, *_: Any) -> None:
-        if self._recorders:
+    def after(self, *_: Any) -> None:
+        """End it."""
+        if self._recorders and not is_running():
             self._recorders.pop().__exit__(None, None, None)
 
     def _take(self, product: Product) -> None:
         """Keep a product that is less work than the gradient, until its output's gradient is there."""
         layer = self._layers[product.name]
+        if layer.running.row.dtype != product.inputs.dtype:
+            return  # rounded otherwise than the gradient may be
         rows, cols = len(layer.running.row), len(layer.running.col)
         n = product.inputs.numel() // max(1, layer.orientation.fan_in)
         whole = product.groups == 1 and product.outputs == (0, rows) and product.edge is not None
@@ -102,22 +114,40 @@ class ForwardHooks:
             if seen.gradient is not None and seen.product.name in matrices:
                 pair = seen.product.output_rows(seen.gradient)[0], seen.product.input_rows()[0]
                 rows.setdefault(seen.product.name, []).append(pair)
-        self._seen = []
+        self._seen, self._passes = [], 0
         found = {}
         for name, pairs in rows.items():
             matrix, layer = matrices[name], self._layers[name]
             d, x = (torch.cat(parts).to(matrix.dtype) for parts in zip(*pairs, strict=True))
             if layer.bias is not None:
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            # Along a fixed random direction, which takes one look at the gradient.
+            # Along a fixed random direction, which takes one look at the gradient. What P and M then multiply must be
+            # the gradient but for its rounding: a small rest that D^T X lacks may be where they are largest.
             v = torch.randn(len(matrix.mT), generator=torch.Generator().manual_seed(0)).to(matrix)
-            ours, theirs = d.mT @ (x @ v), matrix @ v
+            along = x @ v
+            ours, theirs = d.mT @ along, matrix @ v
             scale = (ours @ theirs) / (ours @ ours)
-            close = (scale * ours - theirs).norm() <= TOLERANCE * torch.finfo(matrix.dtype).eps ** 0.5 * theirs.norm()
-            found[name] = (scale * d, x, close)
+            terms = (d.norm(dim=1) * along.abs()).sum() * scale.abs()
+            rounding = ROUNDING * torch.finfo(matrix.dtype).eps * terms
+            found[name] = (scale * d, x, (scale * ours - theirs).norm() <= rounding)
         holds = read([close for *_, close in found.values()])
         return {name: (d, x) for (name, (d, x, _)), yes in zip(found.items(), holds, strict=True) if yes}
 
+
+class _Weakly:
+    """A hook that calls a method of an object while there is one, and then removes itself; copies do nothing."""
+
+    def __init__(self, owner: ForwardHooks, method: str) -> None:
+        self._owner: weakref.ref[ForwardHooks] | None = weakref.ref(owner)
+        self._method = method
+        self.handle: RemovableHandle | None = None
+
+    def __call__(self, *args: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*args)
+        elif self.handle is not None:
+            self.handle.remove()
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was seen, of which a copy of the model has no use."""
-        return {"called": None, "paused": True, "_layers": {}, "_seen": [], "_recorders": []}
+        return {"_owner": None, "_method": self._method, "handle": None}

@@ -38,8 +38,9 @@ class Layer:
     running: RunningFactors | DescendedFactors
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Put a tensor of the weight's shape and one of the bias's, or zeros, together: [o, i]."""
-        weight = self.orientation.to_matrix(tensors[self.name])
+        """Put a tensor of the weight's shape and one of the bias's, or zeros for either, together: [o, i]."""
+        weight = tensors.get(self.name)
+        weight = self.orientation.to_matrix(torch.zeros_like(self.parameters[self.name]) if weight is None else weight)
         matrix = weight.reshape(len(self.running.row), -1).to(self.running.row.dtype)
         if self.bias is not None:
             bias = tensors.get(self.bias)
@@ -58,19 +59,19 @@ class Layer:
 
     def gradients(self, observation: Observation) -> Gradients:
         """Return the gradients of an observation as matrices."""
-        return gradients_of(observation, self.name, self.bias, self.running.row.dtype)
+        return gradients_of(observation, self.name, self.bias, self.running.row.dtype, form=self.running.form)
 
     def observe(self, observations: Sequence[Observation], memory: float) -> None:
         """Update the factors."""
         self.running.observe([self.gradients(observation) for observation in observations], memory)
 
-    def factors(self, weight: Tensor, damping: float, *, has_bias: bool) -> Factors:
+    def factors(self, weight: Tensor, damping: float, bias: str | None) -> Factors:
         """Return the inverse of each row of the weight by itself.
 
         Args:
             weight: as a matrix [o, ...], whose fan-in may lie in another order than here.
             damping: of F.
-            has_bias: whether its bias is the last column.
+            bias: name of the bias that is the last column, if any is.
 
         Raises:
             ValueError: the weight is not this one, or there is no bias.
@@ -81,9 +82,9 @@ class Layer:
             columns = columns.reshape(own.shape[1:]).movedim(0, -1).flatten()
             if not _equal(own.movedim(1, -1), weight):
                 raise ValueError(f"{self.name} is not the weight that the optimizer has; was the model copied?")
-        if has_bias and self.bias is None:
-            raise ValueError(f"the optimizer does not have the bias of {self.name}, which would be compensated with it")
-        if has_bias:
+        if bias is not None and self.bias != bias:
+            raise ValueError(f"the optimizer does not have {bias}, which would be compensated with {self.name}")
+        if bias is not None:
             columns = torch.cat([columns, columns.new_tensor([fan_in])])
         return self.running.diagonal_rows(self.name, columns, damping)
 
@@ -99,15 +100,18 @@ class Diagonal:
         """Take in gradients [count, *shape] of drawn labels, whose mean square is the diagonal of F."""
         self.batches += 1
         squares = gradients.to(self.squares.dtype).square().mean(0)
-        self.squares.lerp_(squares, max(1 / self.batches, 1 - memory))
+        self.squares = self.squares.lerp(squares, max(1 / self.batches, 1 - memory))
 
     def solve(self, gradient: Tensor, damping: float) -> Tensor:
         """Return (F + damping I)^-1 g."""
         return gradient / (self.squares + damping)
 
-    def factors(self, weight: Tensor, damping: float) -> Factors:
-        """Return 1 / (F + damping) as the square of a scale."""
-        scale = (self.squares.reshape(len(weight) if weight.dim() > 1 else 1, -1) + damping).rsqrt()
+    def factors(self, weight: Tensor, damping: float, bias: "Diagonal | None") -> Factors:
+        """Return 1 / (F + damping) as the square of a scale, with a bias as one more column."""
+        squares = self.squares.reshape(len(weight) if weight.dim() > 1 else 1, -1)
+        if bias is not None:
+            squares = torch.cat([squares, bias.squares.reshape(-1, 1)], dim=1)
+        scale = (squares + damping).rsqrt()
         return Factors(scale.new_ones(len(scale)), torch.eye(scale.shape[1]).to(scale), scale)
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
@@ -124,7 +128,7 @@ class Diagonal:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
-        self.squares.copy_(curvature_entry(state, "squares"))
+        self.squares = curvature_entry(state, "squares").to(self.squares).clone()
         self.batches = int(curvature_entry(state, "batches"))
 
 

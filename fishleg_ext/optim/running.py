@@ -42,6 +42,7 @@ class RunningFactors:
 
     def __init__(self, rows: int, cols: int, like: Tensor, *, learned: bool) -> None:
         self.learned, self.batches = learned, 0
+        self.form = "least work" if learned else "factors"  # of gradients, which for K-FAC are its own
         self.row_moment, self.col_moment = zero_moment(like, rows), zero_moment(like, cols)
         self.row, self.col = torch.eye(rows).to(like), torch.eye(cols).to(like)
 
@@ -65,9 +66,11 @@ class RunningFactors:
         squared = torch.stack([part.squared_norm() for part in grads]).sum() / count
         root = (squared / (len(row_moment) * len(col_moment))).sqrt()
         weight = max(1 / self.batches, 1 - memory)
+        means = []
         for mean, moment in ((self.row_moment, row_moment), (self.col_moment, col_moment)):
             diagonal = moment.diagonal().mean()
-            mean.lerp_(moment * torch.where(diagonal > 0, root / diagonal, 0), weight)
+            means.append(mean.lerp(moment * torch.where(diagonal > 0, root / diagonal, 0), weight))
+        self.row_moment, self.col_moment = means
 
     def invert(self, name: str, damping: float) -> None:
         """Compute P and M anew, in float64.
@@ -123,6 +126,8 @@ class DescendedFactors:
         damping: of F.
         seed: of probes.
     """
+
+    form = "least work"  # of gradients
 
     def __init__(self, rows: int, cols: int, like: Tensor, options: Adam, damping: float, seed: int) -> None:
         self._options, self._damping, self._seed = options, damping, seed

@@ -27,13 +27,17 @@ class OptimizerCurvature(KroneckerCurvature):
 
     Args:
         source: the optimizer.
-        damping: in the units of F, > 0.
+        damping: in the units of F, > 0. What Adam has learned has its own, that of the optimizer, and keeps it.
     """
 
     source: "FishLeg" = setting(None)
     damping: float = setting(1e-6, checked_positive)
 
     observes: ClassVar[frozenset[str]] = frozenset()
+
+    def __deepcopy__(self, memo: Any) -> "OptimizerCurvature":
+        """Stay with the same optimizer, as it is not copied."""
+        return self
 
     @override
     def start(
@@ -54,7 +58,7 @@ class OptimizerEstimate(KroneckerEstimate[OptimizerCurvature]):
     def __init__(self, recipe: OptimizerCurvature, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
         super().__init__(recipe, weights, *args, **options)
         self._factors = {
-            name: recipe.source.factors(name, weight, recipe.damping, has_bias=self._has_bias(name))
+            name: recipe.source.factors(name, weight, recipe.damping, self.biases.get(name))
             for name, weight in weights.items()
         }
 
