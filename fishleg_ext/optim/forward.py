@@ -23,7 +23,7 @@ from fishleg_ext.optim.layers import Layer
 
 Called = tuple[tuple[Any, ...], dict[str, Any]]
 # By how much two sums of the same products may differ, in units of rounding of the sum of their norms.
-ROUNDING = 4.0
+ROUNDING = 16.0
 # Passes whose products are kept for a step that may come.
 MOST_PASSES = 64
 
@@ -127,7 +127,7 @@ class ForwardHooks:
             along = x @ v
             ours, theirs = d.mT @ along, matrix @ v
             scale = (ours @ theirs) / (ours @ ours)
-            terms = (d.norm(dim=1) * along.abs()).sum() * scale.abs()
+            terms = (d.norm(dim=1) * x.norm(dim=1)).sum() * scale.abs()
             rounding = ROUNDING * torch.finfo(matrix.dtype).eps * terms
             found[name] = (scale * d, x, (scale * ours - theirs).norm() <= rounding)
         holds = read([close for *_, close in found.values()])
