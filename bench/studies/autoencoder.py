@@ -183,14 +183,14 @@ def plot(rows: dict[str, Any], target: Path) -> None:
     axes = figure.subplots(len(batches), 2, squeeze=False)
     for row, batch in zip(axes, batches, strict=True):
         for ax, part in zip(row, ("step", "seconds"), strict=True):
-            for name in OPTIMIZERS:
+            for number, name in enumerate(OPTIMIZERS):
                 if (name, batch) in best:
                     points = rows[f"{name} | {batch} | {best[name, batch]} | 0"]["points"]
-                    ax.plot([p[part] for p in points], [p["test"] for p in points], label=name)
+                    ax.plot([p[part] for p in points], [p["test"] for p in points], f"C{number}", label=name)
             ax.set(xlabel="steps" if part == "step" else "CPU seconds", title=f"batches of {batch}", ylim=(50, 220))
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test loss, nats an image")
-    axes[0, 0].legend()
+        row[0].legend()
     figure.savefig(target)
 
 
@@ -206,24 +206,39 @@ def chosen(rows: dict[str, Any]) -> dict[tuple[str, int], int]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """The best learning rate of each, means over seeds, and steps and seconds to where Adam ends."""
+    """The best learning rate of each, means over seeds, and how soon each is where Adam ends: at that rate and any."""
     best, lines = chosen(rows), []
     for (name, batch), exponent in sorted(best.items(), key=lambda item: item[0][1]):
-        of = lambda n, b=batch: [r for k, r in rows.items() if k.startswith(f"{n} | {b} | {best[n, b]} | ")]
-        entries = of(name)
-        mean = lambda part, entries=entries: sum(row["points"][-1][part] for row in entries) / len(entries)
-        reached: list[dict[str, float]] = []
+        of = lambda n, e, b=batch: [row for key, row in rows.items() if key.startswith(f"{n} | {b} | {e} | ")]
+        entries = of(name, exponent)
+        ends = [row["points"][-1] for row in entries]
+        mean = lambda part, ends=ends: statistics.mean(point[part] for point in ends)
+        goal = math.nan
         if ("Adam", batch) in best:
-            goal = sum(row["points"][-1]["test"] for row in of("Adam")) / len(of("Adam"))
-            firsts = [next((p for p in row["points"] if p["test"] <= goal), None) for row in entries]
-            reached = [point for point in firsts if point is not None]
-        to_adam = (
-            [sum(p[part] for p in reached) / len(reached) for part in ("step", "seconds")] if reached else ["", ""]
-        )
-        values = (mean("test"), mean("squared_error"), mean("step"), mean("seconds"))
-        lines.append([batch, name, f"{10 ** (exponent / 2):.2g}", *values, *to_adam, len(entries)])
+            goal = statistics.mean(row["points"][-1]["test"] for row in of("Adam", best["Adam", batch]))
+        tried = {int(key.split(" | ")[2]) for key in rows if key.startswith(f"{name} | {batch} | ")}
+        soonest = [(*_reached(of(name, e), goal), e) for e in tried if _reached(of(name, e), goal)]
+        cells = [f"{mean('test'):.1f}", f"{mean('squared_error'):.2f}", f"{mean('step'):.0f}", f"{mean('seconds'):.0f}"]
+        own = [f"{value:.0f}" for value in _reached(entries, goal)] or ["", ""]
+        steps, seconds, rate = min(soonest) if soonest else (math.inf, math.inf, 0)
+        fewest = f"{steps:.0f} ({seconds:.0f} s, at {_rate(rate)})" if soonest else ""
+        lines.append([batch, name, _rate(exponent), *cells, *own, fewest, len(entries)])
     headers = ["batch", "optimizer", "learning rate", "test loss", "squared error", "steps", "CPU s"]
-    return tabulate(lines, [*headers, "steps to Adam's loss", "CPU s to it", "seeds"], floatfmt=".1f", tablefmt="pipe")
+    headers += ["steps to Adam's loss", "CPU s to it", "fewest steps at any rate", "seeds"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _rate(exponent: int) -> str:
+    return f"{10 ** (exponent / 2):.2g}"
+
+
+def _reached(entries: list[dict[str, Any]], goal: float) -> tuple[float, ...]:
+    """Mean step and CPU seconds at which the test loss is first at the goal; nothing where a run never is."""
+    firsts = [next((point for point in row["points"] if point["test"] <= goal), None) for row in entries]
+    found = [point for point in firsts if point is not None]
+    if len(found) < len(entries):
+        return ()
+    return tuple(statistics.mean(point[part] for point in found) for part in ("step", "seconds"))
 
 
 def main() -> None:
