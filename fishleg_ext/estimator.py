@@ -139,8 +139,8 @@ class Estimator:
             num_grads: fewer than usual.
         """
         self.release()
-        label_sampler(self._labels(loss_fn), loss_fn, self.recipe.likelihood)
         if self.recipe.observes:
+            label_sampler(self._labels(loss_fn), loss_fn, self.recipe.likelihood)
             name = type(self.recipe).__name__
             if data is None:
                 raise ValueError(f"{name} needs data, got None")

@@ -553,7 +553,11 @@ def test_it_prunes_without_data(generator):
     net, optimizer, x, y = trained(generator)
     blind = copy.deepcopy(net)
     prune(blind, None, sparsity=0.7, curvature="identity", progress=False)
+    with_data = copy.deepcopy(net)
     result = prune(net, None, sparsity=0.7, curvature=optimizer.curvature, progress=False)
+    # What is given anyway is not read, nor asked for a likelihood.
+    prune(with_data, [(x, y)], F.mse_loss, sparsity=0.7, curvature=optimizer.curvature, progress=False)
+    assert torch.equal(with_data[0].weight, net[0].weight)
     assert result.sparsity == pytest.approx(0.7, abs=0.01)
     loss = lambda model: F.cross_entropy(model(x), y).item()
     assert loss(net) < loss(blind)
