@@ -31,7 +31,7 @@ class OptimizerCurvature(KroneckerCurvature):
     """
 
     source: "FishLeg" = setting(None)
-    damping: float = setting(1e-6, checked_positive)
+    damping: float = setting(1e-8, checked_positive)
 
     observes: ClassVar[frozenset[str]] = frozenset()
 
