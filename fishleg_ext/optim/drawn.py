@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ from fishleg_ext.observation.likelihoods import (
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.optim.forward import Called
 
-# Memory for gradients that have no factors, at a time.
-CHUNK_BYTES = 2**28
+# Memory for gradients that have no factors: at a time, and in all; samples beyond that are left out.
+CHUNK_BYTES, HELD_BYTES = 2**27, 2**29
 # Gradients by parameters that are no matrices: each of as many samples, so that few are computed.
 GROUPS = 8
 
@@ -141,30 +142,37 @@ class DrawnGradients:
         self._loss_fn = sample_loss(loss_fn)
         self._generator = torch.Generator(self._device)
         self._checked = False
+        self._most = sys.maxsize  # samples of which memory is there for the gradients
         tensors = {weight: (bias, weights[bias]) for weight, bias in biases.items()}
+        self._weights, self._biases = weights, tensors
         each = GradientObserver(model, self._loss_fn, weights, {}, self._draw, orientations, tensors, CHUNK_BYTES)
         in_groups = GradientObserver(model, self._loss_fn, others, {}, self._draw, {}, {}, CHUNK_BYTES)
         self._each, self._in_groups = each if weights else None, in_groups if others else None
 
-    def observe(self, called: Called, samples: int, seed: int) -> Drawn:
+    def observe(self, called: Called, samples: int, seed: int, *, last: bool = False) -> Drawn:
         """Run the model in eval mode on some of what it was called with, and draw labels.
 
         Args:
             called: positional and keyword arguments.
-            samples: how many at most.
+            samples: how many at most; fewer where gradients without factors would take more than `HELD_BYTES`.
             seed: of the labels.
+            last: take the last samples, not the first.
 
         Raises:
             TypeError, ValueError: the arguments are no batch of samples, or gradients are not finite.
         """
-        chunk, normalised = self._part(called, samples), self._normalised()
+        chunk, normalised = self._part(called, samples, last=last), self._normalised()
         self._generator.manual_seed(seed)
         parts: list[Observation] = []
         groups: dict[str, Tensor] = {}
         with running(self.model, self._device, seed), _keeping_buffers(normalised):
             _take_statistics(self.model, normalised, chunk)
             if self._each is not None:
-                parts = list(self._each.gradients(chunk, chunk.samples))
+                for observation in self._each.gradients(chunk, chunk.samples):
+                    parts.append(observation)
+                    if self._held(parts) >= HELD_BYTES:
+                        self._most = sum(part.count for part in parts)
+                        break
                 self._each.check()
             if self._in_groups is not None:
                 count = min(GROUPS, chunk.samples)
@@ -174,9 +182,17 @@ class DrawnGradients:
                 self._in_groups.check()
         return Drawn(parts, groups)
 
-    def _part(self, called: Called, samples: int) -> Chunk:
+    def _held(self, observations: Sequence[Observation]) -> int:
+        """Count the bytes of gradients that have no factors."""
+        known = {bias for name, (bias, _) in self._biases.items() if name in observations[0].gradient_factors}
+        known |= observations[0].gradient_factors.keys()
+        each = sum(w.numel() * w.element_size() for name, w in self._weights.items() if name not in known)
+        return each * sum(observation.count for observation in observations)
+
+    def _part(self, called: Called, samples: int, *, last: bool) -> Chunk:
         chunk = self._chunk(called)
-        return chunk.part(0, min(samples, chunk.samples))
+        count = min(samples, chunk.samples, self._most)
+        return chunk.part(chunk.samples - count if last else 0, chunk.samples if last else count)
 
     def _normalised(self) -> list[nn.Module]:
         """Return the BatchNorm layers that take statistics of their batch."""

@@ -31,7 +31,8 @@ from fishleg_ext.optim.shared import OptimizerCurvature
 
 # What share of its running mean each measurement of the step's length leaves of the earlier ones.
 SMOOTHING = 0.9
-# Samples with labels of their own from which the step's length is measured.
+# Samples with labels of their own from which the step's length is measured: the last of a batch, of which Q learns the
+# first, since n may be long along inputs that Q does not know.
 MEASURED = 64
 # The curvature is updated and the step measured anew once gradients have so many times the norm of the last time.
 CHANGE = 2.0
@@ -78,7 +79,8 @@ class FishLeg(torch.optim.Optimizer):
         weight_decay: decoupled from the gradient.
         damping: in the units of F, > 0.
         max_divergence: of one step, in the units of the loss: nats for each target, of a mean over targets.
-        samples: of a batch, at most, from which Q is learned.
+        samples: of a batch, at most, from which Q is learned: as many as 512 MiB hold gradients of, where these have no
+            factors.
         update_every: steps between updates of the running means.
         invert_every: steps between inversions of the factors, a multiple of update_every.
         warm_up: first steps, in each of which all of this is done: a network that has just been initialised changes
@@ -263,7 +265,7 @@ class FishLeg(torch.optim.Optimizer):
         due = first or number % self.update_every == 0
         if due:  # both before anything is changed
             drawn = self._observe(number, self.samples)
-            measured = self._observe(-number, min(self.samples, MEASURED))
+            measured = self._observe(-number, MEASURED, last=True)
         parts = [*(layer.running for layer in self._layers), *self._others]
         before = [vars(part).copy() for part in parts]
         try:
@@ -328,7 +330,7 @@ class FishLeg(torch.optim.Optimizer):
             self._memory, self._drawn = places, self._make_drawn()
         return grads, math.hypot(*norms)
 
-    def _observe(self, number: int, samples: int) -> Drawn:
+    def _observe(self, number: int, samples: int, *, last: bool = False) -> Drawn:
         """Draw labels for some samples of the last forward pass; others for each number."""
         if self._forward.called is None:
             raise RuntimeError(
@@ -336,7 +338,8 @@ class FishLeg(torch.optim.Optimizer):
                 "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given; of a "
                 "compiled model give it what torch.compile returned"
             )
-        return self._drawn.observe(self._forward.called, samples, ((self.seed << 32) + number) % 2**63)
+        seed = ((self.seed << 32) + number) % 2**63
+        return self._drawn.observe(self._forward.called, samples, seed, last=last)
 
     def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import Adam, CurvatureError
-from fishleg_ext.optim import FishLeg
+from fishleg_ext.optim import FishLeg, drawn, fishleg
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")  # nn.GRU
 CURVATURES = ["fishleg", "kronecker", "adam"]
@@ -133,7 +133,7 @@ def test_the_step_is_where_the_drawn_gradients_have_their_minimum(generator):
     optimizer = FishLeg(net, 1.0, likelihood="categorical", momentum=0.0, max_divergence=1e9, damping=1e-3)
     drawn = []
     observe = optimizer._drawn.observe
-    optimizer._drawn.observe = lambda *args: drawn.append(observe(*args)) or drawn[-1]
+    optimizer._drawn.observe = lambda *args, **options: drawn.append(observe(*args, **options)) or drawn[-1]
     before = copy.deepcopy(net.state_dict())
     backward(net, x, y)
     grads = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -157,8 +157,9 @@ def test_no_step_is_longer_than_the_divergence_allows(generator):
         assert float(divergence) == pytest.approx(1e-4, rel=0.6)  # of 64 labels, drawn
 
 
-def test_one_step_on_a_quadratic_lands_in_its_minimum(generator):
-    """What is left is the error of the factors, from labels drawn: its square, by 1 / samples."""
+def test_one_step_on_a_quadratic_lands_in_its_minimum(generator, monkeypatch):
+    """What is left is the error of the factors and of the length, from labels drawn: its square, by 1 / samples."""
+    monkeypatch.setattr(fishleg, "MEASURED", 20_000)
     x = torch.randn(20_000, 4, generator=generator).double() @ torch.diag(torch.tensor([0.3, 1.0, 2.0, 5.0])).double()
     y = x @ torch.randn(4, 3, generator=generator).double() + 1 + torch.randn(20_000, 3, generator=generator).double()
     net = nn.Linear(4, 3).double()
@@ -444,6 +445,24 @@ def test_next_tokens(how, generator):
     before = net.head.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(net.head.weight, before)
+
+
+def test_gradients_without_factors_take_bounded_memory(generator, monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * 1.0, self.bias)
+
+    monkeypatch.setattr(drawn, "CHUNK_BYTES", 3 * 10_000)
+    monkeypatch.setattr(drawn, "HELD_BYTES", 60_000)
+    torch.manual_seed(0)
+    net = nn.Sequential(Scaled(40, 30), nn.Linear(30, 3))  # 4,920 bytes a gradient
+    x, y = torch.randn(64, 40, generator=generator), torch.arange(64) % 3
+    optimizer = FishLeg(net, likelihood="categorical")
+    counts, learn = [], optimizer._learn
+    optimizer._learn = lambda seen: counts.append(sum(part.count for part in seen.observations)) or learn(seen)
+    losses = train(net, optimizer, x, y, 10)
+    assert 60_000 / 4_920 <= min(counts) <= max(counts) < 60_000 / 4_920 + 10
+    assert losses[-1] < losses[0]
 
 
 def test_kfac_has_factors_of_layers_for_convolutions(generator):
