@@ -143,7 +143,8 @@ def table(rows: dict[str, Any]) -> str:
                     key = f"{method} | {sparsity} | "
                     values = [r["squared_error"] for k, r in rows.items() if k.startswith(key)]
                 cells.append(sum(values) / len(values) if values and sparsity in sparsities else "")
-            lines.append([stage, method, *cells])
+            if any(cells):
+                lines.append([stage, method, *cells])
     headers = ["", "method", *(f"{100 * sparsity:.0f} %" for sparsity in AT_ONCE)]
     return tabulate(lines, headers, floatfmt=".2f", tablefmt="pipe")
 
