@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fishleg_ext.curvature import Adam, CurvatureError
 from fishleg_ext.curvature.learned_factors import DenseGradients, FactoredGradients
+from fishleg_ext.optim.layers import Diagonal
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 
 ROWS, COLS = 5, 7
@@ -129,3 +131,14 @@ def test_adam_comes_nearer_to_the_inverse(probes, factored):
     least = -0.5 * float(torch.linalg.inv(fisher).trace())
     assert least < loss() < first
     assert first - loss() > 0.2 * (first - least)
+
+
+def test_a_diagonal_is_a_running_mean_of_squares(generator):
+    """A mean at first, then one that forgets."""
+    diagonal, expected = Diagonal("w", nn.Parameter(torch.zeros(3))), torch.zeros(3)
+    for number in range(1, 7):
+        gradients = torch.randn(4, 3, generator=generator)
+        diagonal.observe(gradients, 0.6)
+        expected += max(1 / number, 0.4) * (gradients.square().mean(0) - expected)
+        torch.testing.assert_close(diagonal.squares, expected)
+    torch.testing.assert_close(diagonal.solve(torch.ones(3), 0.1), 1 / (expected + 0.1))
