@@ -344,19 +344,9 @@ class LearnedFactors:
         damping = self.damping * squared
         if moment.dim() == 1:
             return (moment + damping).reciprocal()
-        wide = moment.to(torch.float64, copy=True)
-        # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
-        rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
-        self.raised = rounding > damping
-        wide.diagonal().add_(torch.maximum(damping, rounding))
-        if wide.device.type == "cpu":
-            inverse, failed = (found[0] for found in ops.block_inverse(wide[None], 0.0))
-        else:  # where block_inverse looks whether damping must be raised
-            factor, failed = torch.linalg.cholesky_ex(wide)
-            inverse = torch.cholesky_inverse(factor)
-            inverse = ((inverse + inverse.mT) / 2).contiguous()
+        inverse, failed, self.raised = damped_inverse(moment, damping)
         self.failed = self.failed + failed
-        return inverse.to(moment.dtype)
+        return inverse
 
     def _loss(self, moment: Tensor, rescale: bool) -> Tensor:
         """Return the auxiliary loss where the mean of G^T P^2 G is `moment`: E|Q g|^2 = tr(M moment M).
@@ -368,6 +358,26 @@ class LearnedFactors:
         if rescale:  # 1/2 c^2 squared - c is least for c = 1 / squared
             self.trace = 1 / squared
         return 0.5 * self.trace**2 * squared - self.trace
+
+
+def damped_inverse(moment: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (moment + damping I)^-1, computed in float64 without waiting for a GPU.
+
+    Returns:
+        the inverse; not 0 where there is none; and True where more than the damping was added, as much as the rounding
+        of the moment.
+    """
+    wide = moment.to(torch.float64, copy=True)
+    # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
+    rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
+    wide.diagonal().add_(torch.maximum(damping, rounding))
+    if wide.device.type == "cpu":
+        inverse, failed = (found[0] for found in ops.block_inverse(wide[None], 0.0))
+    else:  # where block_inverse looks whether damping must be raised
+        factor, failed = torch.linalg.cholesky_ex(wide)
+        inverse = torch.cholesky_inverse(factor)
+        inverse = ((inverse + inverse.mT) / 2).contiguous()
+    return inverse.to(moment.dtype), failed, rounding > damping
 
 
 def _update_mean_(mean: Tensor, moment: Tensor, weight: float, rescale: bool) -> None:

@@ -1,14 +1,15 @@
 """Recomputes the running statistics of BatchNorm."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.observation.batches import chunks
+from fishleg_ext.observation.batches import Chunk, chunks
 from fishleg_ext.observation.forward import call, running
 
 BATCHNORM_SAMPLES = 128
@@ -64,3 +65,34 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
             for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum
     return used
+
+
+@contextlib.contextmanager
+def statistics_of(model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk) -> Iterator[None]:
+    """Give BatchNorm layers the statistics of these samples within this block, and then those that they had.
+
+    In eval mode they so normalise as in training, by constants; the running statistics lag behind.
+
+    Args:
+        model: in eval mode.
+        norms: BatchNorm layers of it; a single sample has no statistics, and leaves them as they are.
+        chunk: the samples.
+    """
+    # BatchNorm writes to its buffers unseen, without a new version.
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        if norms and chunk.samples > 1:
+            for norm in norms:
+                norm.momentum = 1.0  # type: ignore[assignment]
+                norm.train()
+            call(model, {}, chunk.inputs)
+            for norm in norms:
+                norm.eval()
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.copy_(values)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

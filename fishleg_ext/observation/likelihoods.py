@@ -29,6 +29,7 @@ class NamedLikelihood:
 
     Attributes:
         sample: (outputs, generator) -> targets.
+        loss: (outputs, targets) -> the mean negative logarithm, but for constants.
         hessian: (outputs, v) -> H v, H the second derivative of the mean loss by the outputs; None where none is there.
         sample_by_importance: (outputs [N, C], generator) -> a target for each sample, and a factor [N] for its
             gradient; None where targets are drawn as they are distributed.
@@ -39,6 +40,7 @@ class NamedLikelihood:
     """
 
     sample: Callable[[Tensor, torch.Generator], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
     hessian: LossHessian | None = None
     sample_by_importance: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
     class_dim: int | None = None
@@ -87,7 +89,7 @@ class LabelSampler:
             self.likelihood = _own_likelihood(outputs, targets)
         if not isinstance(self.likelihood, NamedLikelihood):
             return self._drawn_by_function(self.likelihood(outputs, generator), samples), (samples / count) ** 0.5
-        logits = _logits(outputs)
+        logits = logits_of(outputs)
         known = self.likelihood
         if known.sample_by_importance is not None and samples == count and logits.dim() == 2:
             drawn, factor = known.sample_by_importance(logits, generator)
@@ -97,6 +99,8 @@ class LabelSampler:
             return torch.where(ignored, targets, drawn), torch.where(ignored, 0, factor)
         drawn = known.sample(logits, generator)
         if known.shift:
+            if targets is None:
+                targets = torch.zeros_like(drawn)  # of which the loss reads none of the first
             if not isinstance(targets, Tensor) or targets.shape != drawn.shape:
                 raise ValueError(_unlike(drawn, targets))
             drawn = torch.cat([targets[:, : known.shift], drawn[:, : -known.shift]], dim=1)
@@ -176,7 +180,7 @@ def _unlike(drawn: Tensor, targets: Any) -> str:
     )
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
     """The tensor that targets are drawn from."""
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
@@ -202,7 +206,7 @@ def _output_gradients(loss_fn: LossFunction, outputs: Any, targets: Any) -> list
 
 def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
     """The named likelihood that the loss in a model's outputs is of."""
-    logits = _logits(outputs)
+    logits = logits_of(outputs)
     loss = getattr(outputs, "loss", None)
     if isinstance(labels, Tensor) and isinstance(loss, Tensor) and not labels.is_floating_point():
         for name in ("categorical", "tokens", "next_token"):
@@ -305,7 +309,7 @@ def output_divergence(loss_fn: LossFunction | None, likelihood: Likelihood | Non
     def between(outputs: Any, others: Any, targets: Any) -> Tensor:
         known = named if named is not None else _own_likelihood(outputs, targets)
         assert known.divergence is not None
-        values = known.divergence(_logits(outputs).double(), _logits(others).double())
+        values = known.divergence(logits_of(outputs).double(), logits_of(others).double())
         weights = torch.ones_like(values)
         if known.class_dim is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
             shifted = targets[:, known.shift :] if known.shift else targets
@@ -428,13 +432,31 @@ def _bernoulli_divergence(logits: Tensor, others: Tensor) -> Tensor:
     return _categorical_divergence(as_classes(logits), as_classes(others))
 
 
+def _tokens_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.movedim(-1, 1), targets)
+
+
+def _next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return _tokens_loss(logits[:, :-1], targets[:, 1:])
+
+
 _tokens_divergence = functools.partial(_categorical_divergence, dim=-1)
 LIKELIHOODS = {
     "categorical": NamedLikelihood(
-        _categorical, _categorical_hessian, _informative_classes, class_dim=1, divergence=_categorical_divergence
+        _categorical,
+        nn.functional.cross_entropy,
+        _categorical_hessian,
+        _informative_classes,
+        class_dim=1,
+        divergence=_categorical_divergence,
     ),
-    "tokens": NamedLikelihood(_tokens, class_dim=-1, divergence=_tokens_divergence),
-    "next_token": NamedLikelihood(_tokens, class_dim=-1, shift=1, divergence=_tokens_divergence),
-    "gaussian": NamedLikelihood(_gaussian, _gaussian_hessian, divergence=_gaussian_divergence),
-    "bernoulli": NamedLikelihood(_bernoulli, _bernoulli_hessian, divergence=_bernoulli_divergence),
+    "tokens": NamedLikelihood(_tokens, _tokens_loss, class_dim=-1, divergence=_tokens_divergence),
+    "next_token": NamedLikelihood(_tokens, _next_token_loss, class_dim=-1, shift=1, divergence=_tokens_divergence),
+    "gaussian": NamedLikelihood(_gaussian, nn.functional.mse_loss, _gaussian_hessian, divergence=_gaussian_divergence),
+    "bernoulli": NamedLikelihood(
+        _bernoulli,
+        nn.functional.binary_cross_entropy_with_logits,
+        _bernoulli_hessian,
+        divergence=_bernoulli_divergence,
+    ),
 }

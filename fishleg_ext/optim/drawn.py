@@ -1,27 +1,26 @@
 """Gradients of labels that a model draws itself, on the inputs of the forward pass that the user made."""
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk, one_chunk
-from fishleg_ext.observation.forward import call, running
+from fishleg_ext.observation.batchnorm import statistics_of
+from fishleg_ext.observation.forward import running
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.likelihoods import (
     LIKELIHOODS,
     Likelihood,
     LossFunction,
-    NamedLikelihood,
     checked_likelihood,
     label_sampler,
+    logits_of,
     sample_loss,
 )
 from fishleg_ext.observation.types import Observation
@@ -31,23 +30,6 @@ from fishleg_ext.optim.forward import Called
 CHUNK_BYTES, HELD_BYTES = 2**27, 2**29
 # Gradients by parameters that are no matrices: each of as many samples, so that few are computed.
 GROUPS = 8
-
-
-def _next_token(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].movedim(-1, 1), targets[:, 1:])
-
-
-def _logits(outputs: Any) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs.logits
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "categorical": F.cross_entropy,
-    "tokens": lambda logits, targets: F.cross_entropy(logits.movedim(-1, 1), targets),
-    "next_token": _next_token,
-    "gaussian": F.mse_loss,
-    "bernoulli": F.binary_cross_entropy_with_logits,
-}
 
 
 def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) -> tuple[Likelihood, LossFunction]:
@@ -65,8 +47,8 @@ def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) ->
     if loss_fn is None:
         if not isinstance(likelihood, str):
             raise ValueError("expected loss_fn=, the loss that is minimised, beside a likelihood that is a function")
-        named = LOSSES[likelihood]
-        loss_fn = lambda outputs, targets: named(_logits(outputs), targets)
+        named = LIKELIHOODS[likelihood].loss
+        loss_fn = lambda outputs, targets: named(logits_of(outputs), targets)
     return likelihood, loss_fn
 
 
@@ -82,36 +64,6 @@ class Drawn:
 
     observations: Sequence[Observation]
     groups: Mapping[str, Tensor]
-
-
-def _take_statistics(model: nn.Module, normalised: Sequence[nn.Module], chunk: Chunk) -> None:
-    """Write statistics of these samples into BatchNorm layers, as those that training normalises by.
-
-    The running ones, which lag behind, would be of another function than the one that is trained.
-    """
-    if not normalised or chunk.samples == 1:
-        return
-    before = [module.momentum for module in normalised]
-    for module in normalised:
-        module.momentum = 1.0  # type: ignore[assignment]
-        module.train()
-    try:
-        call(model, {}, chunk.inputs)
-    finally:
-        for module, momentum in zip(normalised, before, strict=True):
-            module.momentum = momentum
-            module.eval()
-
-
-@contextlib.contextmanager
-def _keeping_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the buffers of these modules back: BatchNorm writes to them unseen, without a new version."""
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, values in before:
-            buffer.copy_(values)
 
 
 class DrawnGradients:
@@ -165,8 +117,7 @@ class DrawnGradients:
         self._generator.manual_seed(seed)
         parts: list[Observation] = []
         groups: dict[str, Tensor] = {}
-        with running(self.model, self._device, seed), _keeping_buffers(normalised):
-            _take_statistics(self.model, normalised, chunk)
+        with running(self.model, self._device, seed), statistics_of(self.model, normalised, chunk):
             if self._each is not None:
                 for observation in self._each.gradients(chunk, chunk.samples):
                     parts.append(observation)
@@ -202,11 +153,6 @@ class DrawnGradients:
     def _draw(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
         assert self._sampler is not None
         assert self._loss_fn is not None
-        if targets is None and isinstance(known := self._sampler.likelihood, NamedLikelihood) and known.shift:
-            logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-            targets = torch.zeros(
-                logits.shape[:-1], dtype=torch.int64, device=logits.device
-            )  # of which the loss reads none
         drawn = self._sampler.draw(self._generator, outputs, targets, samples, count)
         if not self._checked:
             self._checked = True
@@ -215,11 +161,8 @@ class DrawnGradients:
 
     def _chunk(self, called: Called) -> Chunk:
         args, kwargs = called
-        if not kwargs:
-            named = self._named(args, {})
-            return one_chunk(args, named.get("labels"))
         named = self._named(args, kwargs)
-        return one_chunk(named if args else kwargs, named.get("labels"))
+        return one_chunk(named if kwargs else args, named.get("labels"))
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by name.

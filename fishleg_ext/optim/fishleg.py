@@ -25,7 +25,7 @@ from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
 from fishleg_ext.optim.drawn import Drawn, DrawnGradients, checked_loss
 from fishleg_ext.optim.forward import ForwardHooks
-from fishleg_ext.optim.layers import Diagonal, Layer, layers_of
+from fishleg_ext.optim.layers import Diagonal, Layer, check_inverted, layers_of
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
 
@@ -64,7 +64,7 @@ class FishLeg(torch.optim.Optimizer):
 
     Args:
         model: any module whose samples do not influence each other in eval mode.
-        lr: share of the measured step: 1 with batches of a thousand samples, less with noisy gradients of few.
+        lr: share of the measured step: up to 1 with large batches, less with the noisy gradients of small ones.
             Learning-rate schedulers may change it.
         likelihood: of the model's outputs: "categorical", "tokens", "next_token", "gaussian", "bernoulli", or a
             function (outputs, generator) -> targets.
@@ -145,7 +145,7 @@ class FishLeg(torch.optim.Optimizer):
         self._kinds = {name: (p.shape, p.dtype, p.device) for name, p in self._parameters.items()}
         self._layers, self._others = layers_of(model, self._parameters, self._make_factors)
         self._likelihood, self._loss_fn = likelihood, loss_fn
-        self._memory = self._places()
+        self._held_at = self._places()
         self._drawn = self._make_drawn()
         self._forward = ForwardHooks(model, self._layers)
         self._masks: dict[int, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = OrderedDict()
@@ -272,8 +272,7 @@ class FishLeg(torch.optim.Optimizer):
             if due:
                 self._learn(drawn)
             if first or number % self.invert_every == 0:
-                for layer in self._layers:
-                    layer.running.invert(layer.name, self.damping)
+                check_inverted({layer.name: layer.running.invert(self.damping) for layer in self._layers})
         except BaseException:
             for part, values in zip(parts, before, strict=True):
                 vars(part).update(values)
@@ -326,8 +325,8 @@ class FishLeg(torch.optim.Optimizer):
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
         if bad_rates := [group["lr"] for group in self.param_groups if not 0 <= float(group["lr"]) < math.inf]:
             raise ValueError(f"expected learning rates to be finite and >= 0, got {float(bad_rates[0])}")
-        if (places := self._places()) != self._memory:  # which the observers hold
-            self._memory, self._drawn = places, self._make_drawn()
+        if (places := self._places()) != self._held_at:  # by the observers
+            self._held_at, self._drawn = places, self._make_drawn()
         return grads, math.hypot(*norms)
 
     def _observe(self, number: int, samples: int, *, last: bool = False) -> Drawn:
@@ -349,9 +348,8 @@ class FishLeg(torch.optim.Optimizer):
 
     def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Update momentum by Q g, and return it, corrected for its start."""
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        pairs = [pair for masks in self._masks.values() for pair in masks() if id(pair[0]) in names]
-        masks = {names[id(parameter)]: mask for parameter, mask in pairs}
+        pairs = [pair for masks in self._masks.values() for pair in masks() if id(pair[0]) in self._names]
+        masks = {self._names[id(parameter)]: mask for parameter, mask in pairs}
         grads = {name: grad * masks[name] if name in masks else grad for name, grad in grads.items()}
         directions: dict[str, Tensor] = {}
         layers = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(grads)]
@@ -401,7 +399,7 @@ class FishLeg(torch.optim.Optimizer):
         of_others = sum(
             (drawn.groups[name].flatten(1).double() @ moved[name].flatten().double() for name in others), zero
         )
-        slope = sum((grads[name].double() * n).sum() for name, n in moved.items() if name in grads)
+        slope = sum((grads[name].double() * n).sum() for name, n in moved.items())
         squared = sum(n.double().square().sum() for n in moved.values())
         alongs = [torch.cat([x.reshape(-1) for x in of_layers] or [zero[None]]), of_others]
         numbers = [torch.as_tensor(slope), torch.as_tensor(squared), *(x.square().mean() for x in alongs)]

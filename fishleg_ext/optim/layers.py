@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.curvature.base import curvature_entry
+from fishleg_ext.common.waiting import read_by_name
+from fishleg_ext.curvature.base import CurvatureError, curvature_entry
 from fishleg_ext.curvature.fishleg import LARGEST_FACTOR
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.curvature.learned_factors import Gradients, gradients_of
 from fishleg_ext.observation.types import Observation
-from fishleg_ext.optim.running import DescendedFactors, RunningFactors
+from fishleg_ext.optim.running import DescendedFactors, RunningFactors, check_shapes
 from fishleg_ext.sparsity.parameters import biases_of, layer_weights, orientations_of
 
 
@@ -75,6 +76,7 @@ class Layer:
 
         Raises:
             ValueError: the weight is not this one, or there is no bias.
+            CurvatureError: there is no inverse.
         """
         fan_in, own = self.orientation.fan_in, self.orientation.to_matrix(self.parameters[self.name])
         columns = torch.arange(fan_in, device=weight.device)
@@ -86,7 +88,9 @@ class Layer:
             raise ValueError(f"the optimizer does not have {bias}, which would be compensated with {self.name}")
         if bias is not None:
             columns = torch.cat([columns, columns.new_tensor([fan_in])])
-        return self.running.diagonal_rows(self.name, columns, damping)
+        factors, failed = self.running.diagonal_rows(columns, damping)
+        check_inverted({self.name: failed})
+        return factors
 
 
 class Diagonal:
@@ -116,11 +120,7 @@ class Diagonal:
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state is of another shape."""
-        theirs = curvature_entry(state, "squares")
-        if theirs.shape != self.squares.shape:
-            raise ValueError(
-                f"expected squares of {name} of shape {list(self.squares.shape)}, got {list(theirs.shape)}"
-            )
+        check_shapes(name, {"squares": self.squares}, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mean and how many updates went into it."""
@@ -130,6 +130,12 @@ class Diagonal:
         """Take what `state_dict` returned."""
         self.squares = curvature_entry(state, "squares").to(self.squares).clone()
         self.batches = int(curvature_entry(state, "batches"))
+
+
+def check_inverted(failed: Mapping[str, Tensor]) -> None:
+    """Raise CurvatureError where factors have no inverse, by the name of the weight -> not 0."""
+    if bad := [name for name, value in read_by_name(failed).items() if value != 0]:
+        raise CurvatureError(f"the factors of {', '.join(bad)} have no inverse; use more damping or a smaller lr")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

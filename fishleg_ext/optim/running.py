@@ -6,15 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
-from fishleg_ext.common.waiting import read
-from fishleg_ext.curvature.base import CurvatureError, curvature_entry
+from fishleg_ext.curvature.base import curvature_entry
 from fishleg_ext.curvature.fishleg_adam import Adam, AdamFactors
 from fishleg_ext.curvature.kronecker import Factors, zero_moment
-from fishleg_ext.curvature.learned_factors import Gradients
+from fishleg_ext.curvature.learned_factors import Gradients, damped_inverse
 
 TENSORS = ("row_moment", "col_moment", "row", "col")
+
+
+def check_shapes(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Raise ValueError where the tensors of a state are missing or of other shapes."""
+    for part, tensor in own.items():
+        theirs = curvature_entry(state, part)
+        if tensor.shape != theirs.shape:
+            raise ValueError(f"expected {part} of {name} of shape {list(tensor.shape)}, got {list(theirs.shape)}")
 
 
 class RunningFactors:
@@ -72,36 +78,26 @@ class RunningFactors:
             means.append(mean.lerp(moment * torch.where(diagonal > 0, root / diagonal, 0), weight))
         self.row_moment, self.col_moment = means
 
-    def invert(self, name: str, damping: float) -> None:
-        """Compute P and M anew, in float64.
+    def invert(self, damping: float) -> Tensor:
+        """Compute P and M anew, and return what is not 0 where there is none: nothing is read from a GPU."""
+        self.row, row_failed, _ = damped_inverse(self.row_moment, self._root(damping))
+        self.col, col_failed, _ = damped_inverse(self.col_moment, self._root(damping))
+        return row_failed.abs() + col_failed.abs()
 
-        Raises:
-            CurvatureError: a moment cannot be inverted, by the name of the parameter.
+    def _root(self, damping: float) -> Tensor:
+        return torch.as_tensor(damping**0.5, dtype=torch.float64, device=self.row.device)
+
+    def diagonal_rows(self, columns: Tensor, damping: float) -> tuple[Factors, Tensor]:
+        """Return a diagonal P, and M of these columns, by another damping: the inverse of each row by itself.
+
+        Beside them is what is not 0 where there is none.
         """
-        row, col = (self._inverse(name, moment, damping**0.5) for moment in (self.row_moment, self.col_moment))
-        self.row, self.col = row, col
-
-    def _inverse(self, name: str, moment: Tensor, damping: float) -> Tensor:
-        wide = moment.to(torch.float64, copy=True)
-        # Rounding of the moment may have made it indefinite: by its spectral norm, of a random matrix of roundings.
-        rounding = 2 * torch.finfo(moment.dtype).eps * len(moment) ** 0.5 * wide.diagonal().mean()
-        wide.diagonal().add_(rounding.clamp(min=damping))
-        inverse, info = ops.block_inverse(wide[None], 0.0)
-        if int(info) < 0:
-            raise CurvatureError(f"{name}: its running factors cannot be inverted; use more damping or a smaller lr")
-        return inverse[0].to(moment.dtype)
-
-    def diagonal_rows(self, name: str, columns: Tensor, damping: float) -> Factors:
-        """Return a diagonal P, and M of these columns, by another damping: the inverse of each row by itself."""
-        moment = self.col_moment[columns][:, columns]
-        return Factors(1 / (self.row_moment.diagonal() + damping**0.5), self._inverse(name, moment, damping**0.5))
+        col, failed, _ = damped_inverse(self.col_moment[columns][:, columns], self._root(damping))
+        return Factors(1 / (self.row_moment.diagonal() + damping**0.5), col), failed
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state is of another kind, or of other shapes."""
-        for part in TENSORS:
-            own, theirs = getattr(self, part), curvature_entry(state, part)
-            if own.shape != theirs.shape:
-                raise ValueError(f"expected {part} of {name} of shape {list(own.shape)}, got {list(theirs.shape)}")
+        check_shapes(name, {part: getattr(self, part) for part in TENSORS}, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return moments, inverses and how many batches went into them."""
@@ -143,32 +139,20 @@ class DescendedFactors:
                 self._descended = self._begin(Factors(self.row * root, self.col * root))
             self._descended.learn(part)
 
-    def invert(self, name: str, damping: float) -> None:
-        """Take over P and M as they have become.
+    def invert(self, damping: float) -> Tensor:
+        """Take over P and M as they have become, and return what is not 0 where they are not finite."""
+        if self._descended is not None:
+            self.row, self.col, _ = self._descended.factors()
+        return 1 - (self.row.isfinite().all() & self.col.isfinite().all()).int()
 
-        Raises:
-            CurvatureError: they are not finite, by the name of the parameter.
-        """
-        if self._descended is None:
-            return
-        row, col, _ = self._descended.factors()
-        if not all(read([row.isfinite().all(), col.isfinite().all()])):
-            raise CurvatureError(f"{name}: Adam's factors are not finite; use more damping or a smaller learning_rate")
-        self.row, self.col = row, col
-
-    def diagonal_rows(self, name: str, columns: Tensor, damping: float) -> Factors:
+    def diagonal_rows(self, columns: Tensor, damping: float) -> tuple[Factors, Tensor]:
         """Return the inverse of each row by itself; its damping is that of what was learned."""
-        row, info = ops.block_inverse(self.row.double()[None], 0.0)
-        if int(info) < 0:
-            raise CurvatureError(f"{name}: its row factor cannot be inverted")
-        return Factors(1 / row[0].diagonal().to(self.row.dtype), self.col[columns][:, columns])
+        row, failed, _ = damped_inverse(self.row, torch.zeros((), dtype=torch.float64, device=self.row.device))
+        return Factors(1 / row.diagonal(), self.col[columns][:, columns]), failed
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state is of another kind, or of other shapes."""
-        for part in ("row", "col"):
-            own, theirs = getattr(self, part), curvature_entry(state, part)
-            if own.shape != theirs.shape:
-                raise ValueError(f"expected {part} of {name} of shape {list(own.shape)}, got {list(theirs.shape)}")
+        check_shapes(name, {"row": self.row, "col": self.col}, state)
         curvature_entry(state, "descended")
 
     def state_dict(self) -> dict[str, Any]:

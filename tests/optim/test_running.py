@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg_ext.curvature import Adam, CurvatureError
+from fishleg_ext.curvature import Adam
 from fishleg_ext.curvature.learned_factors import DenseGradients, FactoredGradients
 from fishleg_ext.optim.layers import Diagonal
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
@@ -58,7 +58,7 @@ def test_two_batches_of_closed_form_updates(factored, as_dense):
     for number, part in enumerate((slice(0, 16), slice(16, 40))):
         batch = FactoredGradients(factored.inputs[part], factored.output_gradients[part])
         factors.observe([multiplied_out(batch) if as_dense else batch], memory)
-        factors.invert("w", damping)
+        factors.invert(damping)
         moments = []
         for moment in (
             torch.einsum("soi,ij,spj->op", g[part], col @ col, g[part]),
@@ -85,14 +85,14 @@ def test_independent_factors_are_found_exactly(generator):
         factors = running(learned=learned)
         for _ in range(3):
             factors.observe([pairs], 0.0)
-            factors.invert("w", 1e-9)
+            factors.invert(1e-9)
         torch.testing.assert_close(torch.kron(factors.row_moment, factors.col_moment), fisher)
 
 
 def test_no_gradients_leave_damping_alone():
     factors = running()
     factors.observe([DenseGradients(torch.zeros(3, ROWS, COLS, dtype=torch.float64))], 0.9)
-    factors.invert("w", 1e-4)
+    factors.invert(1e-4)
     torch.testing.assert_close(torch.kron(factors.row, factors.col), 1e4 * torch.eye(ROWS * COLS).double())
 
 
@@ -104,11 +104,10 @@ def test_parts_of_a_batch_are_one_batch(factored):
     torch.testing.assert_close(parts.col_moment, whole.col_moment)
 
 
-def test_what_is_not_finite_is_named():
+def test_what_is_not_finite_is_told():
     factors = running()
     factors.observe([DenseGradients(torch.full((3, ROWS, COLS), torch.inf, dtype=torch.float64))], 0.9)
-    with pytest.raises(CurvatureError, match="w: its running factors cannot be inverted"):
-        factors.invert("w", 1e-4)
+    assert int(factors.invert(1e-4)) != 0
 
 
 @pytest.mark.parametrize("probes", [None, "gaussian", "gradients"])
@@ -122,12 +121,12 @@ def test_adam_comes_nearer_to_the_inverse(probes, factored):
         return float(0.5 * (q @ fisher @ q).trace() - q.trace())
 
     factors.observe([factored], 0.9)
-    factors.invert("w", 1.0)
+    factors.invert(1.0)
     first = loss()
     for step in range(200):
         x, d = (part.roll(7 * step, 0) for part in (factored.inputs, factored.output_gradients))
         factors.observe([FactoredGradients(x, d)], 0.9)
-    factors.invert("w", 1.0)
+    factors.invert(1.0)
     least = -0.5 * float(torch.linalg.inv(fisher).trace())
     assert least < loss() < first
     assert first - loss() > 0.2 * (first - least)
