@@ -135,7 +135,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Any]:
-    """What a call was given, with the entries of lists and tuples."""
+    """Yield what a call was given, with the entries of lists and tuples."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, (list, tuple)):
             yield from pytree.tree_leaves(value)
@@ -144,7 +144,7 @@ def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _is_composite(func: Callable[..., Any]) -> bool:
-    """Whether it is written in Python, so that its own calls can be seen."""
+    """Tell whether it is written in Python, so that its own calls can be seen."""
     return isinstance(func, types.FunctionType) and str(func.__module__).startswith("torch")
 
 

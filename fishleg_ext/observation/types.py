@@ -1,4 +1,4 @@
-"""What an observation is, and what is asked of who observes."""
+"""Defines what an observation is, and what is asked of who observes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,7 +80,7 @@ class Observation:
 
 
 class Observer(Protocol):
-    """What `observe` asks of a curvature model."""
+    """Says what `observe` asks of a curvature model."""
 
     @property
     def observes(self) -> frozenset[str]:

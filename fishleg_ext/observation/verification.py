@@ -60,7 +60,7 @@ class _Made:
 
 
 class Comparisons:
-    """What is found where two tensors differ; all are read at once, as each read waits for a GPU."""
+    """Collects what is found where two tensors differ; all are read at once, as each read waits for a GPU."""
 
     def __init__(self) -> None:
         self._found: list[tuple[Tensor | bool, str | NotProducts]] = []
@@ -350,7 +350,7 @@ def _parts(product: Product, gradients: Sequence[Tensor]) -> Iterator[list[Tenso
 
 
 def tolerance(eps: float) -> float:
-    """By what share the results of a network may differ for another size of its batch."""
+    """Return by what share the results of a network may differ for another size of its batch."""
     return min(10 * eps**0.5, 0.2)
 
 

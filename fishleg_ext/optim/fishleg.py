@@ -28,15 +28,14 @@ from fishleg_ext.optim.forward import ForwardHooks
 from fishleg_ext.optim.layers import Diagonal, Layer, check_inverted, layers_of
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
+from fishleg_ext.optim.step_length import StepLength
 
-# What share of its running mean each measurement of the step's length leaves of the earlier ones.
-SMOOTHING = 0.9
 # Samples with labels of their own from which the step's length is measured: the last of a batch, of which Q learns the
 # first, since n may be long along inputs that Q does not know.
 MEASURED = 64
 # The curvature is updated and the step measured anew once gradients have so many times the norm of the last time.
 CHANGE = 2.0
-STATE = ("steps", "slope", "bend", "last_bend", "last_norm", "layers", "others")
+STATE = ("steps", "last_norm", "length", "layers", "others")
 
 
 class FishLeg(torch.optim.Optimizer):
@@ -125,7 +124,7 @@ class FishLeg(torch.optim.Optimizer):
         self.curvature_model = one_of("fishleg", "kronecker")("curvature", curvature)
         self.adam = adam if adam is None else _checked_adam(adam, curvature)
         self.damping = checked_positive("damping", damping)
-        self.max_divergence = checked_positive("max_divergence", max_divergence)
+        self._length = StepLength(self.damping, checked_positive("max_divergence", max_divergence))
         self.samples, self.warm_up = checked_count("samples", samples), checked_count("warm_up", warm_up)
         self.update_every = checked_count("update_every", update_every)
         self.invert_every = checked_count("invert_every", invert_every)
@@ -150,7 +149,7 @@ class FishLeg(torch.optim.Optimizer):
         self._forward = ForwardHooks(model, self._layers)
         self._masks: dict[int, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._steps = 0
-        self._last_norm = self._slope = self._bend = self._last_bend = 0.0  # of the loss along n
+        self._last_norm = 0.0  # of gradients, when the length was measured
 
     @property
     def curvature(self) -> OptimizerCurvature:
@@ -162,7 +161,7 @@ class FishLeg(torch.optim.Optimizer):
 
     @property
     def structure(self) -> dict[str, str]:
-        """Name of a parameter -> structure of its Q: "kronecker", "diagonal", or "bias of" a weight."""
+        """Map each parameter by name to the structure of its Q: "kronecker", "diagonal", or "bias of" a weight."""
         found = dict.fromkeys((other.name for other in self._others), "diagonal")
         for layer in self._layers:
             found |= {layer.name: "kronecker"} | ({} if layer.bias is None else {layer.bias: f"bias of {layer.name}"})
@@ -405,21 +404,10 @@ class FishLeg(torch.optim.Optimizer):
         numbers = [torch.as_tensor(slope), torch.as_tensor(squared), *(x.square().mean() for x in alongs)]
         g_n, n_n, *both = read(numbers)
         n_f_n = sum(x**0.5 for x in both) ** 2  # at most this, for any correlation of the two
-        keep = SMOOTHING if self._steps > 1 else 0.0
-        self._slope = keep * self._slope + (1 - keep) * max(g_n, 0.0)
-        self._bend = keep * self._bend + (1 - keep) * (n_f_n + self.damping * n_n)
-        self._last_bend = n_f_n
-
-    @property
-    def _rate(self) -> float:
-        """By how much of n a step moves, but for the learning rate."""
-        rate = self._slope / self._bend if self._bend > 0 else 0.0
-        longest = max(float(group["lr"]) for group in self.param_groups) * rate
-        divergence = 0.5 * longest**2 * self._last_bend
-        return rate if divergence <= self.max_divergence else rate * (self.max_divergence / divergence) ** 0.5
+        self._length.measure(g_n, n_f_n, n_n)
 
     def _descend(self, moved: Mapping[str, Tensor]) -> None:
-        rate = self._rate
+        rate = self._length.rate(max(float(group["lr"]) for group in self.param_groups))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (n := moved.get(self._names[id(parameter)])) is None:
@@ -432,10 +420,8 @@ class FishLeg(torch.optim.Optimizer):
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
         own = {
             "steps": self._steps,
-            "slope": self._slope,
-            "bend": self._bend,
-            "last_bend": self._last_bend,
             "last_norm": self._last_norm,
+            "length": self._length.state_dict(),
             "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
             "others": {other.name: other.state_dict() for other in self._others},
         }
@@ -448,7 +434,7 @@ class FishLeg(torch.optim.Optimizer):
             ValueError: the state is of another optimizer, or of other parameters; nothing is changed then.
         """
         own = state_entry(state_dict, "fishleg", "FishLeg")
-        steps, slope, bend, last_bend, last_norm, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
+        steps, last_norm, length, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
         parts: tuple[tuple[str, Sequence[Layer | Diagonal], Any], ...] = (
             ("layers", self._layers, layers),
             ("parameters", self._others, others),
@@ -464,8 +450,8 @@ class FishLeg(torch.optim.Optimizer):
             layer.running.load_state_dict(layers[layer.name])
         for other in self._others:
             other.load_state_dict(others[other.name])
-        self._steps, self._slope = int(steps), float(slope)
-        self._bend, self._last_bend, self._last_norm = float(bend), float(last_bend), float(last_norm)
+        self._steps, self._last_norm = int(steps), float(last_norm)
+        self._length.load_state_dict(length)
 
 
 def _checked_adam(adam: Any, curvature: str) -> Adam:
