@@ -1,18 +1,20 @@
 """Trains a deep autoencoder of MNIST by FishLeg, K-FAC, Adam and SGD: loss against steps and against CPU seconds.
 
     python bench/studies/autoencoder.py --data DIR [--batches 100 1000] [--optimizers NAME ...] [--seeds 0 1 2]
-        [--out FILE] [--cache DIR]
+        [--out FILE] [--cache DIR] [--device cuda --tuned FILE]
 
 The network is that of Hinton and Salakhutdinov (2006) with a ReLU in the place of sigmoids, 784-1000-500-250-30 and
 back (2.8 million weights), as in Garcia et al., FishLeg, ICLR 2023: Bernoulli likelihood, linear code. DIR holds the
 idx files of MNIST, gzipped; the last 5,000 training images are held out. Each optimizer trains for 5 epochs at a
 constant learning rate; this is tuned for each on one grid of half decades, by the held-out loss at the end with seed 0,
 from a start until its neighbours are worse. Then come the other seeds. Losses are sums over pixels, means over images,
-of the 10,000 test images; seconds are CPU seconds of the process. Resumable: what is in FILE is not run again.
+of the 10,000 test images; seconds are CPU seconds of the process, on a GPU those that pass. With --tuned, learning
+rates are those that were best in another file. Resumable: what is in FILE is not run again.
 """
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import time
@@ -75,14 +77,24 @@ def autoencoder(seed: int) -> nn.Sequential:
 class Mnist:
     """Images [N, 784] with values from 0 to 1, in order."""
 
-    def __init__(self, folder: Path) -> None:
-        self.train, self.held_out = (images(folder, "train").flatten(1).float() / 255).tensor_split([HELD_OUT])
-        self.test = images(folder, "t10k").flatten(1).float() / 255
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        read = lambda part: images(folder, part).flatten(1).float().to(device) / 255
+        self.device = torch.device(device)
+        self.train, self.held_out = read("train").tensor_split([HELD_OUT])
+        self.test = read("t10k")
 
     def epoch(self, generator: torch.Generator, batch: int) -> Iterator[Tensor]:
         """Shuffled batches of training images, all of one size."""
-        order = torch.randperm(len(self.train), generator=generator)
+        order = torch.randperm(len(self.train), generator=generator).to(self.device)
         yield from (self.train[index] for index in order.split(batch) if len(index) == batch)
+
+
+def clock(device: torch.device) -> float:
+    """CPU seconds of the process; with a GPU those that have passed, once it is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -104,14 +116,14 @@ def train(
     due = {round(total * ((point + 1) / POINTS) ** 1.5) for point in range(POINTS)}
     for _ in range(epochs):
         for x in data.epoch(generator, batch):
-            start = time.process_time()
+            start = clock(data.device)
             optimizer.zero_grad()
             loss = F.binary_cross_entropy_with_logits(model(x), x)
             loss.backward()
             if not math.isfinite(loss.item()):
                 return points
             optimizer.step()
-            seconds += time.process_time() - start
+            seconds += clock(data.device) - start
             if (step := step + 1) in due:
                 held_out, (test, squared) = losses(model, data.held_out)[0], losses(model, data.test)
                 names = ("step", "seconds", "held_out", "test", "squared_error")
@@ -121,7 +133,7 @@ def train(
 
 def run(name: str, batch: int, exponent: int, seed: int, data: Mnist, cache: Path | None) -> dict[str, Any]:
     """Train one network; it and its optimizer go to the cache."""
-    model = autoencoder(seed)
+    model = autoencoder(seed).to(data.device)
     optimizer = OPTIMIZERS[name][0](model, 10 ** (exponent / 2))
     points = train(model, optimizer, data, batch, seed)
     complete = len(points) == POINTS and math.isfinite(points[-1]["held_out"])
@@ -152,8 +164,8 @@ def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) 
 
 
 def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
-    """Median CPU seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
-    model = autoencoder(0)
+    """Median seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
+    model = autoencoder(0).to(data.device)
     made = {name: OPTIMIZERS[name][0](model, 1e-9) for name in OPTIMIZERS if " by Adam" not in name}
     for optimizer in made.values():
         if isinstance(optimizer, FishLeg):
@@ -161,14 +173,14 @@ def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(rounds + 1):
         for name, optimizer in made.items():
-            start = time.process_time()
+            start = clock(data.device)
             for step in range(steps):
                 x = data.train[step * batch : (step + 1) * batch]
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(model(x), x).backward()
                 optimizer.step()
             if number:  # the first warms up
-                seconds[name].append((time.process_time() - start) / steps)
+                seconds[name].append((clock(data.device) - start) / steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {"seconds": medians, "to_sgd": {name: value / medians["SGD"] for name, value in medians.items()}}
 
@@ -252,13 +264,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/autoencoder.json"))
     parser.add_argument("--plot", type=Path, help="image file for a figure; takes matplotlib")
     parser.add_argument("--cache", type=Path, help="folder for trained networks")
+    parser.add_argument("--device", default="cpu", help="where to train")
+    parser.add_argument("--tuned", type=Path, help="results of this study, whose best learning rates are taken")
     options = parser.parse_args()
-    data, study = Mnist(options.data), Study(options.out)
+    data, study = Mnist(options.data, options.device), Study(options.out)
+    if data.device.type == "cuda":
+        study.content["device"] = torch.cuda.get_device_name()
+    known = {} if options.tuned is None else chosen(json.loads(options.tuned.read_text())["rows"])
     for batch in options.batches:
         if options.costs:
             study.run(f"cost | {batch}", lambda b=batch: costs(b, data))
         for name in () if options.costs else options.optimizers:
-            exponent = tuned(study, name, batch, data, options.cache)
+            exponent = known.get((name, batch))
+            if exponent is None:
+                exponent = tuned(study, name, batch, data, options.cache)
             for seed in options.seeds:
                 make = lambda n=name, b=batch, e=exponent, s=seed: run(n, b, e, s, data, options.cache)
                 study.run(f"{name} | {batch} | {exponent} | {seed}", make)
