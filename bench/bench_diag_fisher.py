@@ -32,6 +32,7 @@ def foreach(fisher, grads):
 
 BASELINES = {"mul_ and addcmul_ per tensor": per_tensor, "_foreach_mul_ and _foreach_addcmul_": foreach}
 IMPLEMENTATIONS = [*BASELINES, "torch.compile of _foreach calls", "fishleg_ext reference", "fishleg_ext triton"]
+IMPLEMENTATIONS += ["fishleg_ext triton, CUDA graph"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -48,7 +49,7 @@ def bench_fisher_diag_update(measure, network, implementation):
     buffers = [(new(), new()) for _ in range(harness.copies(8 * numel))]
 
     if implementation.startswith("fishleg_ext"):
-        impl = implementation.split()[1]
+        impl = implementation.removesuffix(", CUDA graph").split()[1]
         update = lambda fisher, grads: ops.fisher_diag_update_(fisher, grads, BETA, impl=impl)
     else:
         update = torch.compile(foreach) if "compile" in implementation else BASELINES[implementation]
@@ -57,10 +58,12 @@ def bench_fisher_diag_update(measure, network, implementation):
         """Against float64."""
         fisher, grads = buffers[0]
         expected = [BETA * f.double() + (1 - BETA) * g.double() ** 2 for f, g in zip(fisher, grads, strict=True)]
-        update(fisher, grads)
+        calls[0]()
         error = max(float(((f - e).abs() / e.abs().max()).max()) for f, e in zip(fisher, expected, strict=True))
         return error, 4 * torch.finfo(torch.float32).eps
 
     calls = [lambda fisher=fisher, grads=grads: update(fisher, grads) for fisher, grads in buffers]
+    if "graph" in implementation:
+        calls = [harness.captured(call)[0].replay for call in calls]
     case = f"{network}, {numel} weights in {len(shapes)} tensors, float32"
     measure("fisher_diag_update_", case, implementation, calls, harness.Work(12 * numel, 3 * numel), gate)

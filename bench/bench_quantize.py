@@ -146,8 +146,8 @@ def bench_assign_codes(measure, rows, implementation):
 
     def usual(weight, importance):
         codes = torch.searchsorted(boundaries, weight)
-        sums = weight.new_zeros(rows, CODES, 2)
-        terms = torch.stack([importance, importance * weight], dim=2)
+        sums = weight.new_zeros(rows, CODES, 2, dtype=torch.float64)  # so many float32 terms would be off by 1e-3
+        terms = torch.stack([importance, importance * weight], dim=2).double()
         return codes.to(torch.uint8), sums.scatter_add_(1, codes[..., None].expand(-1, -1, 2), terms)
 
     assign = usual

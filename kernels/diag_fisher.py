@@ -14,18 +14,28 @@ from fishleg_ext.kernels import capturing, launch_on, wrong_device
 from fishleg_ext.kernels.kron import ELEMENTS
 from fishleg_ext.kernels.tables import BLOCK, is_kept, table_of
 
+NUM_WARPS = 8
+
 
 @triton.jit
-def fisher_diag_update_kernel(table_ptr, beta, rest, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Update one tile; rest = 1 - beta."""
+def fisher_diag_update_kernel(table_ptr, beta, rest, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Update one tile; rest = 1 - beta. ALIGNED: all addresses are multiples of 16 bytes."""
     row_ptr = table_ptr + 3 * tl.program_id(0).to(tl.int64)
     fisher_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))
     grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        fisher_ptr, grad_ptr = tl.multiple_of(fisher_ptr, 16), tl.multiple_of(grad_ptr, 16)
+    size = tl.load(row_ptr + 2)
     offsets = tl.arange(0, BLOCK)
-    real = offsets < tl.load(row_ptr + 2)
-    fisher = tl.load(fisher_ptr + offsets, mask=real, other=0.0)
-    grad = tl.load(grad_ptr + offsets, mask=real, other=0.0).to(tl.float32)
-    tl.store(fisher_ptr + offsets, beta * fisher + rest * grad * grad, mask=real)
+    if size >= BLOCK:  # no masks, so that each access may be of 16 bytes
+        fisher = tl.load(fisher_ptr + offsets)
+        grad = tl.load(grad_ptr + offsets).to(tl.float32)
+        tl.store(fisher_ptr + offsets, beta * fisher + rest * grad * grad)
+    else:
+        real = offsets < size
+        fisher = tl.load(fisher_ptr + offsets, mask=real, other=0.0)
+        grad = tl.load(grad_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        tl.store(fisher_ptr + offsets, beta * fisher + rest * grad * grad, mask=real)
 
 
 def supports_fisher_diag_update_(fisher: list[Tensor], grads: list[Tensor], beta: float) -> tuple[bool, str]:
@@ -46,8 +56,11 @@ def fisher_diag_update_(fisher: list[Tensor], grads: list[Tensor], beta: float) 
     """One launch for each device and dtype of gradients."""
     for dtype, key in _groups(fisher, grads):
         table = table_of(key)
+        aligned = all((average | grad) % 16 == 0 for average, grad, _ in key[2])
         with launch_on(key[0]):
-            fisher_diag_update_kernel[(len(table),)](table, float(beta), 1 - float(beta), ELEMENTS[dtype], BLOCK)
+            fisher_diag_update_kernel[(len(table),)](
+                table, float(beta), 1 - float(beta), ELEMENTS[dtype], aligned, BLOCK, num_warps=NUM_WARPS
+            )
 
 
 def _groups(fisher: list[Tensor], grads: list[Tensor]) -> list[tuple]:

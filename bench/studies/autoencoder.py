@@ -165,8 +165,9 @@ def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) 
 
 def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
     """Median seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
-    model = autoencoder(0).to(data.device)
-    made = {name: OPTIMIZERS[name][0](model, 1e-9) for name in OPTIMIZERS if " by Adam" not in name}
+    names = [name for name in OPTIMIZERS if " by Adam" not in name]
+    models = {name: autoencoder(0).to(data.device) for name in names}  # since FishLeg looks at every pass of its own
+    made = {name: OPTIMIZERS[name][0](models[name], 1e-9) for name in names}
     for optimizer in made.values():
         if isinstance(optimizer, FishLeg):
             optimizer.warm_up = 1
@@ -177,7 +178,7 @@ def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str
             for step in range(steps):
                 x = data.train[step * batch : (step + 1) * batch]
                 optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(model(x), x).backward()
+                F.binary_cross_entropy_with_logits(models[name](x), x).backward()
                 optimizer.step()
             if number:  # the first warms up
                 seconds[name].append((clock(data.device) - start) / steps)

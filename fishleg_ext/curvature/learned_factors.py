@@ -11,6 +11,7 @@ from torch import Tensor
 from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
 from fishleg_ext.curvature.kronecker import Factors, add_moment_, diagonal_of, zero_moment
+from fishleg_ext.observation.gradient_factors import GradientFactors
 from fishleg_ext.observation.types import Observation
 
 LEARNED_TENSORS = ("row", "col", "row_moment", "col_moment", "trace")
@@ -193,14 +194,11 @@ def gradients_of(
         form: "least work", "factors" wherever there are any, or "dense": multiplied out in any case.
     """
     factors = observation.gradient_factors.get(name)
-    if factors is not None and factors.whole and form != "dense":
-        t, (o, i) = factors.rows, (factors.shape[0], factors.shape[1] + (bias is not None))
-        dense_operations = moment_operations(o, i) + 2 * t * o * i  # with the product itself
-        if form == "factors" or moment_operations(o, i, t) < dense_operations:
-            x, d = (part.to(dtype) for part in factors.matrices())
-            if bias is not None:
-                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-            return FactoredGradients(x, d)
+    if factors is not None and kept_in_factors(factors, bias, form):
+        x, d = (part.to(dtype) for part in factors.matrices())
+        if bias is not None:
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+        return FactoredGradients(x, d)
     values = observation.gradients[name]
     values = values.reshape(len(values), values.shape[1] if values.dim() > 2 else 1, -1)
     if bias is not None:
@@ -208,6 +206,14 @@ def gradients_of(
         column = values.new_zeros(len(values), values.shape[1]) if column is None else column
         values = torch.cat([values, column.reshape(*values.shape[:2], 1)], dim=2)
     return DenseGradients(values.to(dtype))
+
+
+def kept_in_factors(factors: GradientFactors, bias: str | None, form: str) -> bool:
+    """Tell whether `gradients_of` returns gradients of a weight in factors, by the same arguments."""
+    t, (o, i) = factors.rows, (factors.shape[0], factors.shape[1] + (bias is not None))
+    dense_operations = moment_operations(o, i) + 2 * t * o * i  # with the product itself
+    less = moment_operations(o, i, t) < dense_operations
+    return factors.whole and (form == "factors" or (form == "least work" and less))
 
 
 class Directions:

@@ -40,6 +40,8 @@ class GradientObserver:
         orientations: name -> how a parameter is seen as a matrix.
         biases: name of a weight -> name and tensor of a bias that is added to each of its products.
         chunk_bytes: memory for gradients at a time.
+        kept: (name of a weight, factors) -> whether its gradients will not be asked for but in factors, so that they
+            take no such memory.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class GradientObserver:
         orientations: Mapping[str, Orientation],
         biases: Mapping[str, tuple[str, Tensor]],
         chunk_bytes: int,
+        kept: Callable[[str, GradientFactors], bool] = lambda _, __: False,
     ) -> None:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
-        self._orientations, self._chunk_bytes = orientations, chunk_bytes
+        self._orientations, self._chunk_bytes, self._kept = orientations, chunk_bytes, kept
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.vectorized: bool | None = None
         self._in_factors: FactorObserver | None = None
@@ -108,7 +111,7 @@ class GradientObserver:
                 self._seen.see(name, gradient, nonzero=True)
         known = {*factors, *(bias for bias, name in self._bias_of.items() if name in factors)}
         others = {name: weight for name, weight in self.weights.items() if name not in known}
-        largest = [self.weights[name] for name in factors]
+        largest = [self.weights[name] for name, of_name in factors.items() if not self._kept(name, of_name)]
         needed = max((weight.numel() * weight.element_size() for weight in largest), default=0)
         step = max(1, min(count, self._chunk_bytes // max(1, needed + gradient_bytes(others.values()))))
         group = chunk.samples // count

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk, one_chunk
 from fishleg_ext.observation.batchnorm import statistics_of
 from fishleg_ext.observation.forward import running
+from fishleg_ext.observation.gradient_factors import GradientFactors
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.likelihoods import (
     LIKELIHOODS,
@@ -76,6 +77,7 @@ class DrawnGradients:
         orientations: name of a weight -> how it is seen as a matrix.
         biases: name of a weight -> name of the bias that is added to its products.
         likelihood, loss_fn: see `checked_loss`.
+        kept: whether gradients of a weight are not asked for but in factors, see `GradientObserver`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class DrawnGradients:
         biases: Mapping[str, str],
         likelihood: Likelihood,
         loss_fn: LossFunction,
+        kept: Callable[[str, GradientFactors], bool],
     ) -> None:
         self.model, self._others = model, list(others)
         self._device = next(iter([*weights.values(), *others.values()])).device
@@ -97,8 +100,9 @@ class DrawnGradients:
         self._most = sys.maxsize  # samples of which memory is there for the gradients
         tensors = {weight: (bias, weights[bias]) for weight, bias in biases.items()}
         self._weights, self._biases = weights, tensors
-        each = GradientObserver(model, self._loss_fn, weights, {}, self._draw, orientations, tensors, CHUNK_BYTES)
-        in_groups = GradientObserver(model, self._loss_fn, others, {}, self._draw, {}, {}, CHUNK_BYTES)
+        loss, draw = self._loss_fn, self._draw
+        each = GradientObserver(model, loss, weights, {}, draw, orientations, tensors, CHUNK_BYTES, kept)
+        in_groups = GradientObserver(model, loss, others, {}, draw, {}, {}, CHUNK_BYTES)
         self._each, self._in_groups = each if weights else None, in_groups if others else None
 
     def observe(self, called: Called, samples: int, seed: int, *, last: bool = False) -> Drawn:

@@ -285,6 +285,7 @@ class FishLeg(torch.optim.Optimizer):
         return loss
 
     def _make_drawn(self) -> DrawnGradients:
+        layers = {layer.name: layer for layer in self._layers}
         return DrawnGradients(
             self.model,
             {name: p for layer in self._layers for name, p in layer.parameters.items()},
@@ -293,6 +294,7 @@ class FishLeg(torch.optim.Optimizer):
             {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
             self._likelihood,
             self._loss_fn,
+            lambda name, factors: name in layers and layers[name].keeps(factors),
         )
 
     def _places(self) -> list[int]:

@@ -56,6 +56,7 @@ class ForwardHooks:
         self._seen: list[SeenProduct] = []
         self._passes = 0  # since `factors` was called
         self._recorders: list[ProductRecorder] = []
+        self._directions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         before, after = _Weakly(self, "before"), _Weakly(self, "after")
         before.handle = model.register_forward_pre_hook(before, with_kwargs=True)
         after.handle = model.register_forward_hook(after, always_call=True)
@@ -99,6 +100,13 @@ class ForwardHooks:
 
         product.edge.node.register_prehook(keep)  # type: ignore[union-attr]
 
+    def _direction(self, matrix: Tensor) -> Tensor:
+        """Return a fixed random vector of as many numbers as a matrix has columns."""
+        key = matrix.shape[1], matrix.dtype, matrix.device
+        if key not in self._directions:
+            self._directions[key] = torch.randn(key[0], generator=torch.Generator().manual_seed(0)).to(matrix)
+        return self._directions[key]
+
     def factors(self, matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return factors of gradients that were seen since the last call, and forget them.
 
@@ -123,7 +131,7 @@ class ForwardHooks:
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
             # Along a fixed random direction, which takes one look at the gradient. What P and M then multiply must be
             # the gradient but for its rounding: a small rest that D^T X lacks may be where they are largest.
-            v = torch.randn(len(matrix.mT), generator=torch.Generator().manual_seed(0)).to(matrix)
+            v = self._direction(matrix)
             along = x @ v
             ours, theirs = d.mT @ along, matrix @ v
             scale = (ours @ theirs) / (ours @ ours)

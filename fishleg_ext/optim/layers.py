@@ -14,7 +14,8 @@ from fishleg_ext.common.waiting import read_by_name
 from fishleg_ext.curvature.base import CurvatureError, curvature_entry
 from fishleg_ext.curvature.fishleg import LARGEST_FACTOR
 from fishleg_ext.curvature.kronecker import Factors
-from fishleg_ext.curvature.learned_factors import Gradients, gradients_of
+from fishleg_ext.curvature.learned_factors import Gradients, gradients_of, kept_in_factors
+from fishleg_ext.observation.gradient_factors import GradientFactors
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors, check_shapes
 from fishleg_ext.sparsity.parameters import biases_of, layer_weights, orientations_of
@@ -61,6 +62,10 @@ class Layer:
     def gradients(self, observation: Observation) -> Gradients:
         """Return the gradients of an observation as matrices."""
         return gradients_of(observation, self.name, self.bias, self.running.row.dtype, form=self.running.form)
+
+    def keeps(self, factors: GradientFactors) -> bool:
+        """Tell whether `gradients` leaves these in factors."""
+        return kept_in_factors(factors, self.bias, self.running.form)
 
     def observe(self, observations: Sequence[Observation], memory: float) -> None:
         """Update the factors."""

@@ -85,7 +85,7 @@ class RunningFactors:
         return row_failed.abs() + col_failed.abs()
 
     def _root(self, damping: float) -> Tensor:
-        return torch.as_tensor(damping**0.5, dtype=torch.float64, device=self.row.device)
+        return torch.full((), damping**0.5, dtype=torch.float64, device=self.row.device)
 
     def diagonal_rows(self, columns: Tensor, damping: float) -> tuple[Factors, Tensor]:
         """Return a diagonal P, and M of these columns, by another damping: the inverse of each row by itself.

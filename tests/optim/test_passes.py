@@ -265,6 +265,15 @@ def test_gradients_without_factors_take_bounded_memory(generator, monkeypatch):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("length", "parts"), [(1, 1), (200, 64)])
+def test_gradients_come_all_at_once_where_they_stay_in_factors(length, parts, generator, monkeypatch):
+    monkeypatch.setattr(drawn, "CHUNK_BYTES", 40 * 30 * 4)  # one gradient
+    net = nn.Linear(40, 30)
+    optimizer = FishLeg(net, likelihood="gaussian")
+    F.mse_loss(net(torch.randn(64, length, 40, generator=generator)), torch.zeros(64, length, 30)).backward()
+    assert len(optimizer._observe(1, 64).observations) == parts
+
+
 def test_kfac_has_factors_of_layers_for_convolutions(generator):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Flatten(), nn.Linear(288, 3)).double()
