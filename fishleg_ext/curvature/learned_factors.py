@@ -142,6 +142,10 @@ class FactoredGradients:
     def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
         """Add alpha * sum D^T (X M M^T X^T) D, or of its diagonal where the moment is a vector; M [i, any]."""
         by_col = self.inputs @ col
+        if self.inputs.shape[1] == 1:
+            rows = torch.linalg.vector_norm(by_col, dim=2, keepdim=True) * self.output_gradients
+            add_moment_(moment, rows.flatten(0, 1), alpha)
+            return
         weighted = torch.bmm(torch.bmm(by_col, by_col.mT), self.output_gradients)  # [m, T, o]
         if moment.dim() == 1:
             moment.add_((weighted * self.output_gradients).sum((0, 1)), alpha=alpha)

@@ -42,6 +42,12 @@ class Chunk:
         inputs, targets = pytree.tree_map(cut, (self.inputs, self.targets))
         return dataclasses.replace(self, inputs=inputs, targets=targets, samples=stop - start)
 
+    def joined(self, other: "Chunk") -> "Chunk":
+        """The samples of both, whose trees are alike."""
+        join = lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a
+        inputs, targets = pytree.tree_map(join, (self.inputs, self.targets), (other.inputs, other.targets))
+        return dataclasses.replace(self, inputs=inputs, targets=targets, samples=self.samples + other.samples)
+
     def with_targets(self, targets: Any) -> "Chunk":
         """The same samples with other targets."""
         inputs = self.inputs | {"labels": targets} if self.own_loss else self.inputs
@@ -122,7 +128,7 @@ def chunks(
             if held is not None and held.samples and not _alike(held, given):
                 yield held
                 held = None
-            held = given if held is None or not held.samples else _joined(held, given)
+            held = given if held is None or not held.samples else held.joined(given)
             while held.samples >= size:
                 yield held.part(0, size)
                 held = held.part(size, held.samples)
@@ -214,12 +220,6 @@ def _alike(held: Chunk, given: Chunk) -> bool:
         else type(a) is type(b) and a == b
         for a, b in pairs
     )
-
-
-def _joined(held: Chunk, given: Chunk) -> Chunk:
-    join = lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a
-    inputs, targets = pytree.tree_map(join, (held.inputs, held.targets), (given.inputs, given.targets))
-    return dataclasses.replace(held, inputs=inputs, targets=targets, samples=held.samples + given.samples)
 
 
 def _leaves(chunk: Chunk) -> list[Any]:

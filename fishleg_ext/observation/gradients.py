@@ -28,6 +28,11 @@ def gradient_bytes(weights: Iterable[Tensor]) -> int:
     return COPIES * sum(weight.numel() * weight.element_size() for weight in weights)
 
 
+def _steps(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    """Cut a range into ranges of at most `step`."""
+    return [(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
 class GradientObserver:
     """Gradients of the mean loss over groups of samples: in factors where that can be, by vmap or one by one else.
 
@@ -72,11 +77,13 @@ class GradientObserver:
         """Tell whether any gradient so far is not zero."""
         return self._seen.any_nonzero
 
-    def gradients(self, chunk: Chunk, count: int, product: FisherProduct | None = None) -> Iterator[Observation]:
+    def gradients(
+        self, chunk: Chunk, count: int, product: FisherProduct | None = None, *, cut: int = 0
+    ) -> Iterator[Observation]:
         """Yield `count` gradients, each of as many of the samples, as many at a time as memory is given for.
 
-        With the last of them goes the product with the Fisher matrix. Where a GPU has no memory for the activations of
-        all samples, halves of them are tried, whose labels are drawn anew.
+        An observation ends after `cut` of them. With the last goes the product with the Fisher matrix. Where a GPU has
+        no memory for the activations of all samples, halves of them are tried, whose labels are drawn anew.
         """
         factors: dict[str, GradientFactors] = {}
         found: tuple[Any, float | Tensor] | None = None
@@ -94,8 +101,8 @@ class GradientObserver:
                 self._most_at_once = count // 2
         if self._in_factors is not None and count > self._most_at_once:
             half, group = count // 2, chunk.samples // count
-            yield from self.gradients(chunk.part(0, half * group), half)
-            yield from self.gradients(chunk.part(half * group, chunk.samples), count - half, product)
+            yield from self.gradients(chunk.part(0, half * group), half, cut=cut)
+            yield from self.gradients(chunk.part(half * group, chunk.samples), count - half, product, cut=cut - half)
             return
         if found is None and self.draw is not None:
             outputs = call(self.model, self.weights, chunk.inputs)
@@ -115,8 +122,8 @@ class GradientObserver:
         needed = max((weight.numel() * weight.element_size() for weight in largest), default=0)
         step = max(1, min(count, self._chunk_bytes // max(1, needed + gradient_bytes(others.values()))))
         group = chunk.samples // count
-        for start in range(0, count, step):
-            stop = min(start + step, count)
+        cut = min(max(0, cut), count)
+        for start, stop in [*_steps(0, cut, step), *_steps(cut, count, step)]:
             values: dict[str, Tensor] = {}
             if others:
                 part_scale = scale[start:stop] if isinstance(scale, Tensor) else scale

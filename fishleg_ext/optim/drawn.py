@@ -105,49 +105,67 @@ class DrawnGradients:
         in_groups = GradientObserver(model, loss, others, {}, draw, {}, {}, CHUNK_BYTES)
         self._each, self._in_groups = each if weights else None, in_groups if others else None
 
-    def observe(self, called: Called, samples: int, seed: int, *, last: bool = False) -> Drawn:
-        """Run the model in eval mode on some of what it was called with, and draw labels.
+    def observe(self, called: Called, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn]:
+        """Run the model once in eval mode on the first and on the last of the samples that it was called with.
+
+        Labels of both are drawn by themselves, also of samples that are among both.
 
         Args:
             called: positional and keyword arguments.
-            samples: how many at most; fewer where gradients without factors would take more than `HELD_BYTES`.
+            samples, measured: how many at most, of the first and of the last; fewer where gradients without factors
+                would take more than `HELD_BYTES`.
             seed: of the labels.
-            last: take the last samples, not the first.
+
+        Returns:
+            what was drawn for the first, and for the last.
 
         Raises:
             TypeError, ValueError: the arguments are no batch of samples, or gradients are not finite.
         """
-        chunk, normalised = self._part(called, samples, last=last), self._normalised()
+        chunk = self._chunk(called)
+        while (drawn := self._observe(chunk, samples, measured, seed)) is None:
+            pass  # of fewer samples
+        return drawn
+
+    def _observe(self, chunk: Chunk, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn] | None:
+        """Observe; or find out that memory is for fewer samples, and return None."""
+        n = chunk.samples
+        last = min(measured, n, max(1, self._most // 5))
+        first = min(samples, n, max(1, self._most - last))
+        ends = chunk.part(0, first), chunk.part(n - last, n)
+        both = ends[0].joined(ends[1])
+        normalised, by = self._normalised(), chunk if first + last >= n else both
         self._generator.manual_seed(seed)
-        parts: list[Observation] = []
-        groups: dict[str, Tensor] = {}
-        with running(self.model, self._device, seed), statistics_of(self.model, normalised, chunk):
+        parts: tuple[list[Observation], list[Observation]] = [], []
+        groups: list[dict[str, Tensor]] = [{}, {}]
+        with running(self.model, self._device, seed), statistics_of(self.model, normalised, by):
             if self._each is not None:
-                for observation in self._each.gradients(chunk, chunk.samples):
-                    parts.append(observation)
-                    if self._held(parts) >= HELD_BYTES:
-                        self._most = sum(part.count for part in parts)
-                        break
+                seen = 0
+                for observation in self._each.gradients(both, both.samples, cut=first):
+                    most = max(2, HELD_BYTES // max(1, self._held(observation)))
+                    if most < both.samples and most < self._most:
+                        self._most = most
+                        return None
+                    parts[seen >= first].append(observation)
+                    seen += observation.count
                 self._each.check()
             if self._in_groups is not None:
-                count = min(GROUPS, chunk.samples)
-                chunk = chunk.part(0, chunk.samples // count * count)
-                found = [observation.gradients for observation in self._in_groups.gradients(chunk, count)]
-                groups = {name: torch.cat([part[name] for part in found]) for name in self._others}
-                self._in_groups.check()
-        return Drawn(parts, groups)
+                groups = [self._of_groups(self._in_groups, end) for end in ends]
+        return Drawn(parts[0], groups[0]), Drawn(parts[1], groups[1])
 
-    def _held(self, observations: Sequence[Observation]) -> int:
-        """Count the bytes of gradients that have no factors."""
-        known = {bias for name, (bias, _) in self._biases.items() if name in observations[0].gradient_factors}
-        known |= observations[0].gradient_factors.keys()
-        each = sum(w.numel() * w.element_size() for name, w in self._weights.items() if name not in known)
-        return each * sum(observation.count for observation in observations)
+    def _of_groups(self, observer: GradientObserver, chunk: Chunk) -> dict[str, Tensor]:
+        count = min(GROUPS, chunk.samples)
+        chunk = chunk.part(0, chunk.samples // count * count)
+        found = [observation.gradients for observation in observer.gradients(chunk, count)]
+        groups = {name: torch.cat([part[name] for part in found]) for name in self._others}
+        observer.check()
+        return groups
 
-    def _part(self, called: Called, samples: int, *, last: bool) -> Chunk:
-        chunk = self._chunk(called)
-        count = min(samples, chunk.samples, self._most)
-        return chunk.part(chunk.samples - count if last else 0, chunk.samples if last else count)
+    def _held(self, observation: Observation) -> int:
+        """Count the bytes of one gradient by what has no factors."""
+        known = {bias for name, (bias, _) in self._biases.items() if name in observation.gradient_factors}
+        known |= observation.gradient_factors.keys()
+        return sum(w.numel() * w.element_size() for name, w in self._weights.items() if name not in known)
 
     def _normalised(self) -> list[nn.Module]:
         """Return the BatchNorm layers that take statistics of their batch."""

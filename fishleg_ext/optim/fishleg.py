@@ -262,9 +262,8 @@ class FishLeg(torch.optim.Optimizer):
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
-        if due:  # both before anything is changed
-            drawn = self._observe(number, self.samples)
-            measured = self._observe(-number, MEASURED, last=True)
+        if due:  # before anything is changed
+            drawn, measured = self._observe(number)
         parts = [*(layer.running for layer in self._layers), *self._others]
         before = [vars(part).copy() for part in parts]
         try:
@@ -330,8 +329,8 @@ class FishLeg(torch.optim.Optimizer):
             self._held_at, self._drawn = places, self._make_drawn()
         return grads, math.hypot(*norms)
 
-    def _observe(self, number: int, samples: int, *, last: bool = False) -> Drawn:
-        """Draw labels for some samples of the last forward pass; others for each number."""
+    def _observe(self, number: int) -> tuple[Drawn, Drawn]:
+        """Draw labels for samples of the last forward pass, to learn from and to measure by; others for each number."""
         if self._forward.called is None:
             raise RuntimeError(
                 "the model was not called with gradients enabled since this optimizer was made: expected loss = "
@@ -339,7 +338,7 @@ class FishLeg(torch.optim.Optimizer):
                 "compiled model give it what torch.compile returned"
             )
         seed = ((self.seed << 32) + number) % 2**63
-        return self._drawn.observe(self._forward.called, samples, seed, last=last)
+        return self._drawn.observe(self._forward.called, self.samples, MEASURED, seed)
 
     def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:
@@ -371,20 +370,24 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             if other.name in grads:
                 directions[other.name] = other.solve(grads[other.name], self.damping)
-        moved = {}
+        moved: dict[str, Tensor] = {}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                name = self._names[id(parameter)]
-                if name not in grads:
-                    continue
+            by_name = {self._names[id(p)]: p for p in group["params"] if self._names[id(p)] in grads}
+            if not by_name:
+                continue
+            for parameter in by_name.values():
                 state = self.state[parameter]
                 if not state:
                     state["steps"], state["momentum"] = 0, torch.zeros_like(parameter)
                 state["steps"] += 1
-                state["momentum"].lerp_(directions[name].to(parameter.dtype), 1 - group["momentum"])
+            momenta = [self.state[parameter]["momentum"] for parameter in by_name.values()]
+            found = [directions[name].to(momentum.dtype) for name, momentum in zip(by_name, momenta, strict=True)]
+            torch._foreach_lerp_(momenta, found, 1 - group["momentum"])
+            for name, momentum in zip(by_name, momenta, strict=True):
                 if name in masks:
-                    state["momentum"] *= masks[name]
-                moved[name] = state["momentum"] / (1 - group["momentum"] ** state["steps"])
+                    momentum *= masks[name]
+            shares = [1 - group["momentum"] ** self.state[parameter]["steps"] for parameter in by_name.values()]
+            moved |= zip(by_name, torch._foreach_div(momenta, shares), strict=True)
         return moved
 
     def _measure(self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn) -> None:
@@ -400,23 +403,25 @@ class FishLeg(torch.optim.Optimizer):
         of_others = sum(
             (drawn.groups[name].flatten(1).double() @ moved[name].flatten().double() for name in others), zero
         )
-        slope = sum((grads[name].double() * n).sum() for name, n in moved.items())
-        squared = sum(n.double().square().sum() for n in moved.values())
+        given, directions = [grads[name].to(n.dtype) for name, n in moved.items()], list(moved.values())
+        slopes = [product.sum(dtype=torch.float64) for product in torch._foreach_mul(given, directions)]
+        norms = torch._foreach_norm(directions, dtype=torch.float64)
         alongs = [torch.cat([x.reshape(-1) for x in of_layers] or [zero[None]]), of_others]
-        numbers = [torch.as_tensor(slope), torch.as_tensor(squared), *(x.square().mean() for x in alongs)]
-        g_n, n_n, *both = read(numbers)
-        n_f_n = sum(x**0.5 for x in both) ** 2  # at most this, for any correlation of the two
-        self._length.measure(g_n, n_f_n, n_n)
+        numbers = read([*(x.square().mean() for x in alongs), *slopes, *norms])
+        n_f_n = sum(x**0.5 for x in numbers[:2]) ** 2  # at most this, for any correlation of the two
+        slopes_and_norms = numbers[2 : 2 + len(moved)], numbers[2 + len(moved) :]
+        self._length.measure(sum(slopes_and_norms[0]), n_f_n, sum(x**2 for x in slopes_and_norms[1]))
 
     def _descend(self, moved: Mapping[str, Tensor]) -> None:
         rate = self._length.rate(max(float(group["lr"]) for group in self.param_groups))
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if (n := moved.get(self._names[id(parameter)])) is None:
-                    continue
-                if group["weight_decay"]:
-                    parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
-                parameter.sub_(n, alpha=float(group["lr"]) * rate)
+            parameters = [p for p in group["params"] if self._names[id(p)] in moved]
+            if not parameters:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - float(group["lr"]) * group["weight_decay"])
+            directions = [moved[self._names[id(parameter)]] for parameter in parameters]
+            torch._foreach_sub_(parameters, directions, alpha=float(group["lr"]) * rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""

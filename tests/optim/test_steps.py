@@ -60,15 +60,14 @@ def test_the_step_is_where_the_drawn_gradients_have_their_minimum(generator):
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(24, 4, generator=generator).double(), torch.arange(24) % 3
     optimizer = FishLeg(net, 1.0, likelihood="categorical", momentum=0.0, max_divergence=1e9, damping=1e-3)
-    drawn = []
-    observe = optimizer._drawn.observe
-    optimizer._drawn.observe = lambda *args, **options: drawn.append(observe(*args, **options)) or drawn[-1]
+    drawn, observe = [], optimizer._drawn.observe
+    optimizer._drawn.observe = lambda *args: drawn.append(observe(*args)) or drawn[-1]
     before = copy.deepcopy(net.state_dict())
     backward(net, x, y)
     grads = {name: p.grad.clone() for name, p in net.named_parameters()}
     optimizer.step()
     moved = {name: before[name] - p.detach() for name, p in net.named_parameters()}
-    along = sum(torch.einsum("s...,...->s", drawn[1].observations[0].gradients[name], moved[name]) for name in moved)
+    along = sum(torch.einsum("s...,...->s", drawn[0][1].observations[0].gradients[name], moved[name]) for name in moved)
     squared = sum(v.square().sum() for v in moved.values())
     slope = sum((grads[name] * moved[name]).sum() for name in moved)
     assert float(slope / (along.square().mean() + 1e-3 * squared)) == pytest.approx(1)
