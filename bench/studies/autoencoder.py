@@ -1,15 +1,17 @@
-"""Trains a deep autoencoder of MNIST by FishLeg, K-FAC, Adam and SGD: loss against steps and against CPU seconds.
+"""Trains a deep autoencoder by FishLeg, K-FAC, Adam and SGD: loss against steps and against CPU seconds.
 
-    python bench/studies/autoencoder.py --data DIR [--batches 100 1000] [--optimizers NAME ...] [--seeds 0 1 2]
-        [--out FILE] [--cache DIR] [--device cuda --tuned FILE]
+    python bench/studies/autoencoder.py --data DIR [--curves] [--batches 100 1000] [--optimizers NAME ...]
+        [--seeds 0 1 2] [--out FILE] [--cache DIR] [--device cuda --tuned FILE]
 
-The network is that of Hinton and Salakhutdinov (2006) with a ReLU in the place of sigmoids, 784-1000-500-250-30 and
-back (2.8 million weights), as in Garcia et al., FishLeg, ICLR 2023: Bernoulli likelihood, linear code. DIR holds the
-idx files of MNIST, gzipped; the last 5,000 training images are held out. Each optimizer trains for 5 epochs at a
-constant learning rate; this is tuned for each on one grid of half decades, by the held-out loss at the end with seed 0,
-from a start until its neighbours are worse. Then come the other seeds. Losses are sums over pixels, means over images,
-of the 10,000 test images; seconds are CPU seconds of the process, on a GPU those that pass. With --tuned, learning
-rates are those that were best in another file. Resumable: what is in FILE is not run again.
+The networks are those of Hinton and Salakhutdinov (2006) with a ReLU in the place of sigmoids, as in Garcia et al.,
+FishLeg, ICLR 2023: 784-1000-500-250-30 and back (2.8 million weights) for MNIST, of which DIR holds the idx files,
+gzipped, and whose last 5,000 training images are held out; with --curves 784-400-200-100-50-25-6 and back (0.8
+million) for 20,000 curves that are drawn here, with 5,000 held out. The likelihood is Bernoulli, the code linear. Each
+optimizer trains for 5 epochs at a constant learning rate; this is tuned for each on one grid of half decades, by the
+held-out loss at the end with seed 0, from a start until its neighbours are worse. Then come the other seeds. Losses are
+sums over pixels, means over images, of the 10,000 test images; seconds are CPU seconds of the process, on a GPU those
+that pass. With --tuned, learning rates are those that were best in another file. Resumable: what is in FILE is not run
+again.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,10 @@ from fishleg_ext.bench.studies.quantization import Study
 from fishleg_ext.curvature import Adam
 from fishleg_ext.optim import FishLeg
 
-SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-CODE = 3  # number of the layer whose outputs are the code
+MNIST, CURVES = (784, 1000, 500, 250, 30), (784, 400, 200, 100, 50, 25, 6)  # sizes up to the code
 EPOCHS, POINTS = 5, 25  # the points nearer to each other at first
 PIXELS = 784
+RESULTS = Path("bench/results")
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
@@ -63,30 +66,56 @@ OPTIMIZERS: dict[str, tuple[Make, int]] = {
 }
 
 
-def autoencoder(seed: int) -> nn.Sequential:
+def autoencoder(seed: int, encoder: tuple[int, ...] = MNIST) -> nn.Sequential:
     """The network with the default initial weights of PyTorch; outputs are logits of pixels."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(SIZES)):
-        layers.append(nn.Linear(inputs, outputs))
-        if number not in (CODE, len(SIZES) - 2):
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    for inputs, outputs in itertools.pairwise((*encoder, *encoder[-2::-1])):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        if outputs == encoder[-1]:
+            layers.pop()
+    return nn.Sequential(*layers[:-1])
 
 
-class Mnist:
-    """Images [N, 784] with values from 0 to 1, in order."""
+@dataclass(eq=False)
+class Images:
+    """Images [N, 784] with values from 0 to 1, and the sizes of the network for them."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        read = lambda part: images(folder, part).flatten(1).float().to(device) / 255
-        self.device = torch.device(device)
-        self.train, self.held_out = read("train").tensor_split([HELD_OUT])
-        self.test = read("t10k")
+    train: Tensor
+    held_out: Tensor
+    test: Tensor
+    encoder: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.train.device
 
     def epoch(self, generator: torch.Generator, batch: int) -> Iterator[Tensor]:
         """Shuffled batches of training images, all of one size."""
         order = torch.randperm(len(self.train), generator=generator).to(self.device)
         yield from (self.train[index] for index in order.split(batch) if len(index) == batch)
+
+
+def mnist(folder: Path, device: str = "cpu") -> Images:
+    """Handwritten digits, in order."""
+    read = lambda part: images(folder, part).flatten(1).float().to(device) / 255
+    return Images(*read("train").tensor_split([HELD_OUT]), read("t10k"), MNIST)
+
+
+def curves(device: str = "cpu", size: int = 28, points: int = 48) -> Images:
+    """Quadratic Bezier curves by three random points each, as strokes with the profile of a normal distribution."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.linspace(0, 1, points)
+    weights = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], dim=1)
+    parts = []
+    for _ in range(35):
+        ends = (0.1 + 0.8 * torch.rand(1000, 3, 2, generator=generator)) * size
+        along = (weights @ ends)[..., None] - torch.arange(size)  # [images, points, 2, size]
+        x, y = (-along.square() / 2).exp().unbind(2)
+        parts.append(torch.stack([(a[:, :, None] * b[:, None]).amax(0) for a, b in zip(x, y, strict=True)]))
+    whole = torch.cat(parts).flatten(1).to(device)
+    return Images(*whole.split([20_000, 5_000, 10_000]), CURVES)
 
 
 def clock(device: torch.device) -> float:
@@ -108,7 +137,7 @@ def losses(model: nn.Module, x: Tensor) -> tuple[float, float]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Mnist, batch: int, seed: int, epochs: int = EPOCHS
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Images, batch: int, seed: int, epochs: int = EPOCHS
 ) -> list[dict[str, float]]:
     """Train, and measure losses at some points; ends where the loss is not finite."""
     generator, points, seconds, step = torch.Generator().manual_seed(seed), [], 0.0, 0
@@ -131,9 +160,9 @@ def train(
     return points
 
 
-def run(name: str, batch: int, exponent: int, seed: int, data: Mnist, cache: Path | None) -> dict[str, Any]:
+def run(name: str, batch: int, exponent: int, seed: int, data: Images, cache: Path | None) -> dict[str, Any]:
     """Train one network; it and its optimizer go to the cache."""
-    model = autoencoder(seed).to(data.device)
+    model = autoencoder(seed, data.encoder).to(data.device)
     optimizer = OPTIMIZERS[name][0](model, 10 ** (exponent / 2))
     points = train(model, optimizer, data, batch, seed)
     complete = len(points) == POINTS and math.isfinite(points[-1]["held_out"])
@@ -144,7 +173,7 @@ def run(name: str, batch: int, exponent: int, seed: int, data: Mnist, cache: Pat
     return {"held_out": points[-1]["held_out"] if complete else 1e9, "points": points}
 
 
-def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) -> int:
+def tuned(study: Study, name: str, batch: int, data: Images, cache: Path | None) -> int:
     """Walk along the grid of learning rates until both neighbours of the best are worse; return its exponent."""
     found: dict[int, float] = {}
 
@@ -163,10 +192,12 @@ def tuned(study: Study, name: str, batch: int, data: Mnist, cache: Path | None) 
         best = neighbour
 
 
-def costs(batch: int, data: Mnist, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
+def costs(batch: int, data: Images, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
     """Median seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
     names = [name for name in OPTIMIZERS if " by Adam" not in name]
-    models = {name: autoencoder(0).to(data.device) for name in names}  # since FishLeg looks at every pass of its own
+    models = {
+        name: autoencoder(0, data.encoder).to(data.device) for name in names
+    }  # since FishLeg looks at every pass of its own
     made = {name: OPTIMIZERS[name][0](models[name], 1e-9) for name in names}
     for optimizer in made.values():
         if isinstance(optimizer, FishLeg):
@@ -195,12 +226,14 @@ def plot(rows: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(9, 3.5 * len(batches)), layout="constrained")
     axes = figure.subplots(len(batches), 2, squeeze=False)
     for row, batch in zip(axes, batches, strict=True):
+        ends = [rows[f"{name} | {b} | {e} | 0"]["points"][-1]["test"] for (name, b), e in best.items() if b == batch]
+        bounds = 0.9 * min(ends), 3 * min(ends)
         for ax, part in zip(row, ("step", "seconds"), strict=True):
             for number, name in enumerate(OPTIMIZERS):
                 if (name, batch) in best:
                     points = rows[f"{name} | {batch} | {best[name, batch]} | 0"]["points"]
                     ax.plot([p[part] for p in points], [p["test"] for p in points], f"C{number}", label=name)
-            ax.set(xlabel="steps" if part == "step" else "CPU seconds", title=f"batches of {batch}", ylim=(50, 220))
+            ax.set(xlabel="steps" if part == "step" else "CPU seconds", title=f"batches of {batch}", ylim=bounds)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test loss, nats an image")
         row[0].legend()
@@ -257,18 +290,22 @@ def _reached(entries: list[dict[str, Any]], goal: float) -> tuple[float, ...]:
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of MNIST")
+    parser.add_argument("--curves", action="store_true", help="the other network, for curves")
     parser.add_argument("--batches", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--costs", action="store_true", help="measure the cost of a step, on a quiet machine, and end")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/autoencoder.json"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/autoencoder.json, or autoencoder_curves.json")
     parser.add_argument("--plot", type=Path, help="image file for a figure; takes matplotlib")
     parser.add_argument("--cache", type=Path, help="folder for trained networks")
     parser.add_argument("--device", default="cpu", help="where to train")
     parser.add_argument("--tuned", type=Path, help="results of this study, whose best learning rates are taken")
     options = parser.parse_args()
-    data, study = Mnist(options.data, options.device), Study(options.out)
+    if options.data is None and not options.curves:
+        parser.error("expected --data, the folder of MNIST, or --curves")
+    data = curves(options.device) if options.curves else mnist(options.data, options.device)
+    study = Study(options.out or RESULTS / f"autoencoder{'_curves' if options.curves else ''}.json")
     if data.device.type == "cuda":
         study.content["device"] = torch.cuda.get_device_name()
     known = {} if options.tuned is None else chosen(json.loads(options.tuned.read_text())["rows"])

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import CurvatureError, Pruner
-from fishleg_ext.bench.studies.autoencoder import OPTIMIZERS, Mnist, autoencoder, losses
+from fishleg_ext.bench.studies.autoencoder import OPTIMIZERS, Images, autoencoder, losses, mnist
 from fishleg_ext.bench.studies.quantization import Study
 from fishleg_ext.optim import FishLeg, OptimizerCurvature
 from fishleg_ext.schedule import Cubic
@@ -71,7 +71,7 @@ def at_once(
     cache: Path,
     exponent: int,
     seed: int,
-    data: Mnist,
+    data: Images,
     damping: float | None,
     sparsities: tuple[float, ...],
 ) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def at_once(
     return {"at": found, "estimate_seconds": seconds, "damping": damping}
 
 
-def tried(method: str, cache: Path, exponent: int, data: Mnist, damping: float | None) -> dict[str, Any]:
+def tried(method: str, cache: Path, exponent: int, data: Images, damping: float | None) -> dict[str, Any]:
     """What a damping gives at 90 %, with seed 0; an error beyond all others where nothing can be inverted."""
     try:
         return at_once(method, cache, exponent, 0, data, damping, (0.9,))
@@ -103,7 +103,7 @@ def tried(method: str, cache: Path, exponent: int, data: Mnist, damping: float |
 
 
 def step_by_step(
-    method: str, cache: Path, exponent: int, seed: int, data: Mnist, damping: float | None, sparsity: float
+    method: str, cache: Path, exponent: int, seed: int, data: Images, damping: float | None, sparsity: float
 ) -> dict[str, Any]:
     """Squared error after one epoch of training, pruned along the way; and CPU seconds of estimates and prunings."""
     model, optimizer = loaded(cache, exponent, seed)
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["once", "steps"], choices=["once", "steps"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/autoencoder_pruning.json"))
     options = parser.parse_args()
-    data, study, where = Mnist(options.data), Study(options.out), (options.cache, options.exponent)
+    data, study, where = mnist(options.data), Study(options.out), (options.cache, options.exponent)
     for method in options.methods:
         dampings: dict[float | None, float] = {}
         for damping in [None] if method == "magnitude" else DAMPINGS:
