@@ -112,8 +112,9 @@ class DrawnGradients:
 
         Args:
             called: positional and keyword arguments.
-            samples, measured: how many at most, of the first and of the last; fewer where gradients without factors
-                would take more than `HELD_BYTES`.
+            samples, measured: how many at most, of the first and of the last. Of a small batch the first are those that
+                are not the last, or as many as these. Fewer where gradients without factors would take more than
+                `HELD_BYTES`.
             seed: of the labels.
 
         Returns:
@@ -129,11 +130,11 @@ class DrawnGradients:
 
     def _observe(self, chunk: Chunk, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn] | None:
         """Observe; or find out that memory is for fewer samples, and return None."""
-        n = chunk.samples
-        last = min(measured, n, max(1, self._most // 5))
-        first = min(samples, n, max(1, self._most - last))
+        n, most = chunk.samples, self._most
+        last = min(measured, n, max(1, most // 5))
+        first = min(samples, max(n - last, min(n, measured)), max(1, most - last))
         ends = chunk.part(0, first), chunk.part(n - last, n)
-        both = ends[0].joined(ends[1])
+        both = chunk if first + last == n else ends[0].joined(ends[1])
         normalised, by = self._normalised(), chunk if first + last >= n else both
         self._generator.manual_seed(seed)
         parts: tuple[list[Observation], list[Observation]] = [], []
@@ -142,9 +143,9 @@ class DrawnGradients:
             if self._each is not None:
                 seen = 0
                 for observation in self._each.gradients(both, both.samples, cut=first):
-                    most = max(2, HELD_BYTES // max(1, self._held(observation)))
-                    if most < both.samples and most < self._most:
-                        self._most = most
+                    fits = max(2, HELD_BYTES // max(1, self._held(observation)))
+                    if fits < both.samples and fits < self._most:
+                        self._most = fits
                         return None
                     parts[seen >= first].append(observation)
                     seen += observation.count

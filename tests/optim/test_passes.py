@@ -274,6 +274,21 @@ def test_gradients_without_factors_take_bounded_memory(generator, monkeypatch):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("batch", "first", "last"), [(1, 1, 1), (40, 40, 40), (100, 64, 64), (128, 64, 64), (200, 136, 64), (400, 256, 64)]
+)
+def test_large_batches_are_learned_from_and_measured_by_other_samples(batch, first, last, generator):
+    net = nn.Linear(4, 3).double()
+    optimizer = FishLeg(net, likelihood="gaussian")
+    x = torch.randn(batch, 4, generator=generator).double()
+    F.mse_loss(net(x), torch.zeros(batch, 3).double()).backward()
+    for drawn, expected in zip(optimizer._observe(1), (x[:first], x[-last:]), strict=True):
+        grads = torch.cat([part.gradients["weight"] for part in drawn.observations])
+        assert len(grads) == len(expected)
+        ratio = grads / expected[:, None]  # of an outer product, that of each row is one number
+        torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+
+
 @pytest.mark.parametrize(("length", "parts"), [(1, 1), (200, 64)])
 def test_gradients_come_all_at_once_where_they_stay_in_factors(length, parts, generator, monkeypatch):
     monkeypatch.setattr(drawn, "CHUNK_BYTES", 40 * 30 * 4)  # one gradient
