@@ -266,11 +266,6 @@ def quantization() -> str:
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
 
 
-def optimizers() -> str:
-    """Losses of the autoencoder by every optimizer, and how soon each is where Adam ends."""
-    return autoencoder.table(json.loads((RESULTS / "autoencoder.json").read_text())["rows"])
-
-
 def optimizer_costs() -> str:
     """CPU time of a step over that of SGD."""
     found = json.loads((RESULTS / "autoencoder.json").read_text())["rows"]
@@ -340,7 +335,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization": quantization,
     "quantization_layers": quantization_layers,
     "lenet": lenet,
-    "optimizers": optimizers,
+    "optimizers": lambda: autoencoder.table(runs("autoencoder")),
+    "optimizers_of_curves": lambda: autoencoder.table(runs("autoencoder_curves")),
     "optimizer_costs": optimizer_costs,
     "pruned_autoencoders": pruned_autoencoders,
     "first_order": first_order,

@@ -45,8 +45,8 @@ class GradientObserver:
         orientations: name -> how a parameter is seen as a matrix.
         biases: name of a weight -> name and tensor of a bias that is added to each of its products.
         chunk_bytes: memory for gradients at a time.
-        kept: (name of a weight, factors) -> whether its gradients will not be asked for but in factors, so that they
-            take no such memory.
+        bytes_of: (name of a weight, factors) -> memory of one gradient as it will be asked for; None is that of the
+            weight itself.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class GradientObserver:
         orientations: Mapping[str, Orientation],
         biases: Mapping[str, tuple[str, Tensor]],
         chunk_bytes: int,
-        kept: Callable[[str, GradientFactors], bool] = lambda _, __: False,
+        bytes_of: Callable[[str, GradientFactors], int] | None = None,
     ) -> None:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
-        self._orientations, self._chunk_bytes, self._kept = orientations, chunk_bytes, kept
+        self._orientations, self._chunk_bytes = orientations, chunk_bytes
         self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self._bytes_of = bytes_of or (lambda name, _: self.weights[name].numel() * self.weights[name].element_size())
         self.vectorized: bool | None = None
         self._in_factors: FactorObserver | None = None
         if loss_fn is not None:
@@ -118,8 +119,7 @@ class GradientObserver:
                 self._seen.see(name, gradient, nonzero=True)
         known = {*factors, *(bias for bias, name in self._bias_of.items() if name in factors)}
         others = {name: weight for name, weight in self.weights.items() if name not in known}
-        largest = [self.weights[name] for name, of_name in factors.items() if not self._kept(name, of_name)]
-        needed = max((weight.numel() * weight.element_size() for weight in largest), default=0)
+        needed = max((self._bytes_of(name, of_name) for name, of_name in factors.items()), default=0)
         step = max(1, min(count, self._chunk_bytes // max(1, needed + gradient_bytes(others.values()))))
         group = chunk.samples // count
         cut = min(max(0, cut), count)

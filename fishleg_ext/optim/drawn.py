@@ -77,7 +77,7 @@ class DrawnGradients:
         orientations: name of a weight -> how it is seen as a matrix.
         biases: name of a weight -> name of the bias that is added to its products.
         likelihood, loss_fn: see `checked_loss`.
-        kept: whether gradients of a weight are not asked for but in factors, see `GradientObserver`.
+        bytes_of: memory of one gradient of a weight, see `GradientObserver`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DrawnGradients:
         biases: Mapping[str, str],
         likelihood: Likelihood,
         loss_fn: LossFunction,
-        kept: Callable[[str, GradientFactors], bool],
+        bytes_of: Callable[[str, GradientFactors], int],
     ) -> None:
         self.model, self._others = model, list(others)
         self._device = next(iter([*weights.values(), *others.values()])).device
@@ -101,14 +101,15 @@ class DrawnGradients:
         tensors = {weight: (bias, weights[bias]) for weight, bias in biases.items()}
         self._weights, self._biases = weights, tensors
         loss, draw = self._loss_fn, self._draw
-        each = GradientObserver(model, loss, weights, {}, draw, orientations, tensors, CHUNK_BYTES, kept)
+        each = GradientObserver(model, loss, weights, {}, draw, orientations, tensors, CHUNK_BYTES, bytes_of)
         in_groups = GradientObserver(model, loss, others, {}, draw, {}, {}, CHUNK_BYTES)
         self._each, self._in_groups = each if weights else None, in_groups if others else None
 
     def observe(self, called: Called, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn]:
-        """Run the model once in eval mode on the first and on the last of the samples that it was called with.
+        """Run the model in eval mode on the first and on the last of the samples that it was called with.
 
-        Labels of both are drawn by themselves, also of samples that are among both.
+        That is one pass; one more of the first and of the last for parameters that are no matrices, and one for the
+        statistics of BatchNorm. Labels of both are drawn by themselves, also of samples that are among both.
 
         Args:
             called: positional and keyword arguments.
@@ -131,7 +132,7 @@ class DrawnGradients:
     def _observe(self, chunk: Chunk, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn] | None:
         """Observe; or find out that memory is for fewer samples, and return None."""
         n, most = chunk.samples, self._most
-        last = min(measured, n, max(1, most // 5))
+        last = min(measured, n, most // 2)
         first = min(samples, max(n - last, min(n, measured)), max(1, most - last))
         ends = chunk.part(0, first), chunk.part(n - last, n)
         both = chunk if first + last == n else ends[0].joined(ends[1])

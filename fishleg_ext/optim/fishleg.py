@@ -18,6 +18,7 @@ from fishleg_ext.common.arguments import (
     checked_type,
     one_of,
 )
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.fishleg_adam import Adam
@@ -30,8 +31,8 @@ from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
 from fishleg_ext.optim.step_length import StepLength
 
-# Samples with labels of their own from which the step's length is measured: the last of a batch, of which Q learns the
-# first, since n may be long along inputs that Q does not know.
+# Samples with labels of their own from which the step's length is measured: the last of a batch, since n may be long
+# along inputs that Q does not know. It learns from those before them, or of a small batch from as many.
 MEASURED = 64
 # The curvature is updated and the step measured anew once gradients have so many times the norm of the last time.
 CHANGE = 2.0
@@ -49,8 +50,8 @@ class FishLeg(torch.optim.Optimizer):
 
     Q = P (x) M for each weight matrix with its bias (see `RunningFactors`), and diagonal for other parameters. It is
     learned from gradients of labels that the model draws, as running means: every `update_every` steps the model runs
-    again, in eval mode, on `samples` of the inputs of the user's own forward pass, and on `MEASURED` for the length of
-    the step. The other steps take no pass of their own.
+    once more, in eval mode, on the first `samples` of the inputs of the user's own forward pass, and on the last
+    `MEASURED` for the length of the step. The other steps take no pass of their own.
 
     Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
     loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean over samples of (g_s^T n)^2, with
@@ -59,7 +60,7 @@ class FishLeg(torch.optim.Optimizer):
     the outputs' distribution diverges by more than `max_divergence` in this model: 1/2 s^2 n^T F n for a step of s n.
 
     The gradients g_s are of other labels than those that Q learned from, as Q makes n short along the ones it knows.
-    But Q has learned from the inputs that g is of before it multiplies it: along those that are new n is too long.
+    But before Q multiplies g, it has learned from inputs that g is of: along those that are new n is too long.
 
     Args:
         model: any module whose samples do not influence each other in eval mode.
@@ -73,13 +74,14 @@ class FishLeg(torch.optim.Optimizer):
             other optimizers take them; None is all that require gradients.
         curvature: "fishleg", or "kronecker" for K-FAC.
         adam: learn Q by Adam on the auxiliary loss, as the papers do, in place of closed-form updates: for comparison.
-            Its steps go on at a constant rate, and Q has no scale: `Adam(steps=None, scaled=False)`.
+            Its steps, one for each part of a batch's gradients that memory is for, go on at a constant rate, and Q has
+            no scale: `Adam(steps=None, scaled=False)`.
         momentum: share of n that a step leaves.
         weight_decay: decoupled from the gradient.
         damping: in the units of F, > 0.
         max_divergence: of one step, in the units of the loss: nats for each target, of a mean over targets.
-        samples: of a batch, at most, from which Q is learned: as many as 512 MiB hold gradients of, where these have no
-            factors.
+        samples: of a batch, at most, from which Q is learned; of a batch below 320 those by which the length is not
+            measured, or as many as these. Where gradients have no factors, they are as many as 512 MiB hold.
         update_every: steps between updates of the running means.
         invert_every: steps between inversions of the factors, a multiple of update_every.
         warm_up: first steps, in each of which all of this is done: a network that has just been initialised changes
@@ -262,24 +264,27 @@ class FishLeg(torch.optim.Optimizer):
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
-        if due:  # before anything is changed
-            drawn, measured = self._observe(number)
+        drawn, measured = self._observe(number) if due else (None, None)
         parts = [*(layer.running for layer in self._layers), *self._others]
         before = [vars(part).copy() for part in parts]
         try:
-            if due:
+            if drawn is not None:
                 self._learn(drawn)
             if first or number % self.invert_every == 0:
                 check_inverted({layer.name: layer.running.invert(self.damping) for layer in self._layers})
+            momenta, moved = self._move(grads)
+            numbers = None if measured is None else self._measure(grads, moved, measured)
         except BaseException:
             for part, values in zip(parts, before, strict=True):
                 vars(part).update(values)
             raise
         self._steps = number
-        moved = self._move(grads)
-        if due:
+        for name, momentum in momenta.items():
+            state = self.state[self._parameters[name]]
+            state["steps"], state["momentum"] = state.get("steps", 0) + 1, momentum
+        if numbers is not None:
             self._last_norm = norm
-            self._measure(grads, moved, measured)
+            self._length.measure(*numbers)
         self._descend(moved)
         return loss
 
@@ -293,7 +298,7 @@ class FishLeg(torch.optim.Optimizer):
             {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
             self._likelihood,
             self._loss_fn,
-            lambda name, factors: name in layers and layers[name].keeps(factors),
+            lambda name, factors: layers[name].bytes_of(factors),
         )
 
     def _places(self) -> list[int]:
@@ -346,8 +351,8 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             other.observe(drawn.groups[other.name], self.memory)
 
-    def _move(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Update momentum by Q g, and return it, corrected for its start."""
+    def _move(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the momentum of each parameter after Q g, and n, which is corrected for its start."""
         pairs = [pair for masks in self._masks.values() for pair in masks() if id(pair[0]) in self._names]
         masks = {self._names[id(parameter)]: mask for parameter, mask in pairs}
         grads = {name: grad * masks[name] if name in masks else grad for name, grad in grads.items()}
@@ -370,28 +375,28 @@ class FishLeg(torch.optim.Optimizer):
         for other in self._others:
             if other.name in grads:
                 directions[other.name] = other.solve(grads[other.name], self.damping)
+        momenta: dict[str, Tensor] = {}
         moved: dict[str, Tensor] = {}
         for group in self.param_groups:
             by_name = {self._names[id(p)]: p for p in group["params"] if self._names[id(p)] in grads}
             if not by_name:
                 continue
-            for parameter in by_name.values():
-                state = self.state[parameter]
-                if not state:
-                    state["steps"], state["momentum"] = 0, torch.zeros_like(parameter)
-                state["steps"] += 1
-            momenta = [self.state[parameter]["momentum"] for parameter in by_name.values()]
-            found = [directions[name].to(momentum.dtype) for name, momentum in zip(by_name, momenta, strict=True)]
-            torch._foreach_lerp_(momenta, found, 1 - group["momentum"])
-            for name, momentum in zip(by_name, momenta, strict=True):
-                if name in masks:
-                    momentum *= masks[name]
-            shares = [1 - group["momentum"] ** self.state[parameter]["steps"] for parameter in by_name.values()]
-            moved |= zip(by_name, torch._foreach_div(momenta, shares), strict=True)
-        return moved
+            states = [self.state.get(parameter, {}) for parameter in by_name.values()]
+            held_by = zip(states, by_name.values(), strict=True)
+            held = [state["momentum"] if state else torch.zeros_like(parameter) for state, parameter in held_by]
+            found = [directions[name].to(parameter.dtype) for name, parameter in by_name.items()]
+            new = dict(zip(by_name, torch._foreach_lerp(held, found, 1 - group["momentum"]), strict=True))
+            for name in new.keys() & masks.keys():
+                new[name].mul_(masks[name])
+            shares = [1 - group["momentum"] ** (state.get("steps", 0) + 1) for state in states]
+            momenta |= new
+            moved |= zip(by_name, torch._foreach_div(list(new.values()), shares), strict=True)
+        return momenta, moved
 
-    def _measure(self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn) -> None:
-        """Measure g^T n, n^T F n and |n|^2."""
+    def _measure(
+        self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn
+    ) -> tuple[float, float, float]:
+        """Return g^T n, n^T F n and |n|^2."""
         moving = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(moved)]
         layers = [(layer, layer.matrix(moved)) for layer in moving]
         zero = torch.zeros((), dtype=torch.float64)
@@ -403,14 +408,15 @@ class FishLeg(torch.optim.Optimizer):
         of_others = sum(
             (drawn.groups[name].flatten(1).double() @ moved[name].flatten().double() for name in others), zero
         )
-        given, directions = [grads[name].to(n.dtype) for name, n in moved.items()], list(moved.values())
+        directions = [n.to(widened(n.dtype)) for n in moved.values()]
+        given = [grads[name].to(n.dtype) for name, n in zip(moved, directions, strict=True)]
         slopes = [product.sum(dtype=torch.float64) for product in torch._foreach_mul(given, directions)]
         norms = torch._foreach_norm(directions, dtype=torch.float64)
         alongs = [torch.cat([x.reshape(-1) for x in of_layers] or [zero[None]]), of_others]
         numbers = read([*(x.square().mean() for x in alongs), *slopes, *norms])
         n_f_n = sum(x**0.5 for x in numbers[:2]) ** 2  # at most this, for any correlation of the two
-        slopes_and_norms = numbers[2 : 2 + len(moved)], numbers[2 + len(moved) :]
-        self._length.measure(sum(slopes_and_norms[0]), n_f_n, sum(x**2 for x in slopes_and_norms[1]))
+        slope, squared = sum(numbers[2 : 2 + len(moved)]), sum(x**2 for x in numbers[2 + len(moved) :])
+        return slope, n_f_n, squared
 
     def _descend(self, moved: Mapping[str, Tensor]) -> None:
         rate = self._length.rate(max(float(group["lr"]) for group in self.param_groups))

@@ -63,9 +63,11 @@ class Layer:
         """Return the gradients of an observation as matrices."""
         return gradients_of(observation, self.name, self.bias, self.running.row.dtype, form=self.running.form)
 
-    def keeps(self, factors: GradientFactors) -> bool:
-        """Tell whether `gradients` leaves these in factors."""
-        return kept_in_factors(factors, self.bias, self.running.form)
+    def bytes_of(self, factors: GradientFactors) -> int:
+        """Count the memory of one gradient as `gradients` returns it, with products of its factors among themselves."""
+        rows, cols, t = len(self.running.row), len(self.running.col), factors.rows
+        kept = kept_in_factors(factors, self.bias, self.running.form)
+        return (t * (rows + cols + 2 * t) if kept else rows * cols) * self.running.row.element_size()
 
     def observe(self, observations: Sequence[Observation], memory: float) -> None:
         """Update the factors."""

@@ -131,7 +131,10 @@ class DescendedFactors:
         self._descended: AdamFactors | None = None
 
     def observe(self, grads: Sequence[Gradients], memory: float) -> None:
-        """Take a step of Adam for each part of a batch of gradients; `memory` is Adam's own."""
+        """Take a step of Adam for each part of a batch of gradients, which is one where they stay in factors.
+
+        `memory` is Adam's own.
+        """
         for part in grads:
             if self._descended is None:
                 squared = part.squared_norm() / (len(part) * len(self.row) * len(self.col))

@@ -149,6 +149,21 @@ def test_a_likelihood_that_fails_changes_nothing(generator):
     intact(optimizer, net, optimizer.step, ValueError, "the likelihood fails")
 
 
+@pytest.mark.parametrize("where", ["masks", "_measure"])
+def test_errors_within_a_step_change_nothing(where, generator):
+    net, optimizer, x, y = trained(generator, warm_up=100)
+    backward(net, x, y)
+
+    def failing(*args):
+        raise RuntimeError("out of memory")
+
+    if where == "masks":
+        optimizer.follow_masks(failing)
+    else:
+        optimizer._measure = failing
+    intact(optimizer, net, optimizer.step, RuntimeError, "out of memory")
+
+
 def test_moments_that_cannot_be_inverted_change_nothing(generator, monkeypatch):
     net, optimizer, x, y = trained(generator, warm_up=100)
     backward(net, x, y)

@@ -270,7 +270,7 @@ def test_gradients_without_factors_take_bounded_memory(generator, monkeypatch):
 
     optimizer._observe = counted
     losses = train(net, optimizer, x, y, 10)
-    assert counts == [[10, 2]] * 10  # 60,000 / 4,920 = 12.2, a fifth of which measures
+    assert counts == [[6, 6]] * 10  # 60,000 / 4,920 = 12.2
     assert losses[-1] < losses[0]
 
 
@@ -282,18 +282,21 @@ def test_large_batches_are_learned_from_and_measured_by_other_samples(batch, fir
     optimizer = FishLeg(net, likelihood="gaussian")
     x = torch.randn(batch, 4, generator=generator).double()
     F.mse_loss(net(x), torch.zeros(batch, 3).double()).backward()
-    for drawn, expected in zip(optimizer._observe(1), (x[:first], x[-last:]), strict=True):
-        grads = torch.cat([part.gradients["weight"] for part in drawn.observations])
+    for found, expected in zip(optimizer._observe(1), (x[:first], x[-last:]), strict=True):
+        grads = torch.cat([part.gradients["weight"] for part in found.observations])
         assert len(grads) == len(expected)
         ratio = grads / expected[:, None]  # of an outer product, that of each row is one number
         torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
 
 
-@pytest.mark.parametrize(("length", "parts"), [(1, 1), (200, 64)])
-def test_gradients_come_all_at_once_where_they_stay_in_factors(length, parts, generator, monkeypatch):
-    monkeypatch.setattr(drawn, "CHUNK_BYTES", 40 * 30 * 4)  # one gradient
+@pytest.mark.parametrize(
+    ("curvature", "length", "parts"), [("fishleg", 1, 1), ("fishleg", 200, 22), ("kronecker", 10, 13)]
+)
+def test_gradients_come_in_parts_by_what_they_take(curvature, length, parts, generator, monkeypatch):
+    """Of T rows 4 (T (o + i) + 2 T^2) bytes in factors, and 4 o i multiplied out."""
+    monkeypatch.setattr(drawn, "CHUNK_BYTES", 64 * 4 * (30 + 41 + 2))
     net = nn.Linear(40, 30)
-    optimizer = FishLeg(net, likelihood="gaussian")
+    optimizer = FishLeg(net, likelihood="gaussian", curvature=curvature)
     F.mse_loss(net(torch.randn(64, length, 40, generator=generator)), torch.zeros(64, length, 30)).backward()
     assert len(optimizer._observe(1)[0].observations) == parts
 

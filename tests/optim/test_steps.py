@@ -73,6 +73,23 @@ def test_the_step_is_where_the_drawn_gradients_have_their_minimum(generator):
     assert float(slope / (along.square().mean() + 1e-3 * squared)) == pytest.approx(1)
 
 
+def test_small_gradients_in_half_precision_are_measured_exactly(generator):
+    """Products of g and n are below the least positive float16, 6e-8."""
+    torch.manual_seed(0)
+    net = nn.Linear(40, 30, dtype=torch.float16)
+    optimizer = FishLeg(net, likelihood="gaussian", damping=1.0)
+    x = torch.randn(64, 40, generator=generator).half()
+    F.mse_loss(net(x), net(x).detach() + 1e-3).backward()
+    numbers, measure = [], optimizer._length.measure
+    optimizer._length.measure = lambda *args: numbers.append(args) or measure(*args)
+    optimizer.step()
+    n = [optimizer.state[p]["momentum"].double() / 0.2 for p in net.parameters()]  # after one step: 1 - 0.8
+    slope = sum(float((p.grad.double() * v).sum()) for p, v in zip(net.parameters(), n, strict=True))
+    assert max(float((p.grad * v).abs().median()) for p, v in zip(net.parameters(), n, strict=True)) < 6e-8
+    assert numbers[0][0] == pytest.approx(slope, rel=1e-2)
+    assert numbers[0][2] == pytest.approx(float(sum(v.square().sum() for v in n)), rel=1e-2)
+
+
 def test_no_step_is_longer_than_the_divergence_allows(generator):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
