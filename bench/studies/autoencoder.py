@@ -217,8 +217,8 @@ def costs(batch: int, data: Images, rounds: int = 5, steps: int = 20) -> dict[st
     return {"seconds": medians, "to_sgd": {name: value / medians["SGD"] for name, value in medians.items()}}
 
 
-def plot(rows: dict[str, Any], target: Path) -> None:
-    """Test loss against steps and against CPU seconds, for each batch size, at each optimizer's best learning rate."""
+def plot(rows: dict[str, Any], target: Path, unit: str) -> None:
+    """Test loss against steps and against seconds, for each batch size, at each optimizer's best learning rate."""
     from matplotlib.figure import Figure
 
     best = chosen(rows)
@@ -233,7 +233,7 @@ def plot(rows: dict[str, Any], target: Path) -> None:
                 if (name, batch) in best:
                     points = rows[f"{name} | {batch} | {best[name, batch]} | 0"]["points"]
                     ax.plot([p[part] for p in points], [p["test"] for p in points], f"C{number}", label=name)
-            ax.set(xlabel="steps" if part == "step" else "CPU seconds", title=f"batches of {batch}", ylim=bounds)
+            ax.set(xlabel="steps" if part == "step" else unit, title=f"batches of {batch}", ylim=bounds)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test loss, nats an image")
         row[0].legend()
@@ -251,7 +251,7 @@ def chosen(rows: dict[str, Any]) -> dict[tuple[str, int], int]:
     return {key: exponent for key, (_, exponent) in best.items()}
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(rows: dict[str, Any], unit: str = "CPU s") -> str:
     """The best learning rate of each, means over seeds, and how soon each is where Adam ends: at that rate and any."""
     best, lines = chosen(rows), []
     for (name, batch), exponent in sorted(best.items(), key=lambda item: item[0][1]):
@@ -269,8 +269,8 @@ def table(rows: dict[str, Any]) -> str:
         steps, seconds, rate = min(soonest) if soonest else (math.inf, math.inf, 0)
         fewest = f"{steps:.0f} ({seconds:.0f} s, at {_rate(rate)})" if soonest else ""
         lines.append([batch, name, _rate(exponent), *cells, *own, fewest, len(entries)])
-    headers = ["batch", "optimizer", "learning rate", "test loss", "squared error", "steps", "CPU s"]
-    headers += ["steps to Adam's loss", "CPU s to it", "fewest steps at any rate", "seeds"]
+    headers = ["batch", "optimizer", "learning rate", "test loss", "squared error", "steps", unit]
+    headers += ["steps to Adam's loss", f"{unit} to it", "fewest steps at any rate", "seeds"]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -304,6 +304,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is None and not options.curves:
         parser.error("expected --data, the folder of MNIST, or --curves")
+    if options.device != "cpu" and options.out is None:
+        parser.error("expected --out with another --device, as the results in the repository are of a CPU")
     data = curves(options.device) if options.curves else mnist(options.data, options.device)
     study = Study(options.out or RESULTS / f"autoencoder{'_curves' if options.curves else ''}.json")
     if data.device.type == "cuda":
@@ -319,9 +321,10 @@ def main() -> None:
             for seed in options.seeds:
                 make = lambda n=name, b=batch, e=exponent, s=seed: run(n, b, e, s, data, options.cache)
                 study.run(f"{name} | {batch} | {exponent} | {seed}", make)
-    print(table(study.rows))
+    unit = "CPU s" if options.device == "cpu" else "s"
+    print(table(study.rows, unit))
     if options.plot is not None:
-        plot(study.rows, options.plot)
+        plot(study.rows, options.plot, unit)
 
 
 if __name__ == "__main__":
