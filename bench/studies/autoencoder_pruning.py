@@ -4,7 +4,8 @@
 
 CACHE is the folder in which `autoencoder.py` left networks and optimizers; EXPONENT says which learning rate, in half
 decades. At once: every method from 2,048 training images, and the optimizer's own Q from none. The damping of each is
-chosen on one grid of decades by the squared error of 5,000 held-out images at 90 % sparsity, with seed 0. Step by step:
+chosen on one grid of decades by the squared error of 5,000 held-out images at 90 % sparsity, with seed 0; a network
+whose factors cannot be inverted with it gets the next decade with which they can. Step by step:
 one epoch of FishLeg, pruned ten times along a cubic schedule, by the optimizer's own Q or by estimates that are made
 anew each time from 2,048 images. Squared errors are of the 10,000 test images, sums over pixels, means over images.
 """
@@ -12,6 +13,7 @@ anew each time from 2,048 images. Squared errors are of the 10,000 test images, 
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,17 @@ def tried(method: str, cache: Path, exponent: int, data: Images, damping: float 
         return {"at": {"0.9": {"held_out": 1e9}}, "damping": damping, "error": str(error)}
 
 
+def inverted(run: Callable[[float | None], dict[str, Any]], damping: float | None) -> dict[str, Any]:
+    """Run with this damping, or with the next decade at which the factors of this network can be inverted."""
+    while True:
+        try:
+            return run(damping)
+        except CurvatureError:
+            if damping is None or damping > DAMPINGS[-1]:
+                raise
+            damping *= 10
+
+
 def step_by_step(
     method: str, cache: Path, exponent: int, seed: int, data: Images, damping: float | None, sparsity: float
 ) -> dict[str, Any]:
@@ -170,11 +183,11 @@ def main() -> None:
         best = min(dampings, key=lambda damping: dampings[damping])
         for seed in options.seeds:
             if "once" in options.stages:
-                run = lambda m=method, s=seed, d=best: at_once(m, *where, s, data, d, AT_ONCE)
-                study.run(f"{method} | at once | {seed}", run)
+                run = lambda d, m=method, s=seed: at_once(m, *where, s, data, d, AT_ONCE)
+                study.run(f"{method} | at once | {seed}", lambda run=run, d=best: inverted(run, d))
             for sparsity in STEP_BY_STEP if method in GRADUAL and "steps" in options.stages else ():
-                make = lambda m=method, s=seed, d=best, p=sparsity: step_by_step(m, *where, s, data, d, p)
-                study.run(f"{method} | {sparsity} | {seed}", make)
+                run = lambda d, m=method, s=seed, p=sparsity: step_by_step(m, *where, s, data, d, p)
+                study.run(f"{method} | {sparsity} | {seed}", lambda run=run, d=best: inverted(run, d))
     print(table(study.rows))
 
 
