@@ -5,9 +5,9 @@
 CACHE is the folder in which `autoencoder.py` left networks and optimizers; EXPONENT says which learning rate, in half
 decades. At once: every method from 2,048 training images, and the optimizer's own Q from none. The damping of each is
 chosen on one grid of decades by the squared error of 5,000 held-out images at 90 % sparsity, with seed 0; a network
-whose factors cannot be inverted with it gets the next decade with which they can. Step by step:
-one epoch of FishLeg, pruned ten times along a cubic schedule, by the optimizer's own Q or by estimates that are made
-anew each time from 2,048 images. Squared errors are of the 10,000 test images, sums over pixels, means over images.
+whose factors cannot be inverted with it gets the next decade with which they can. Step by step: one epoch of FishLeg,
+pruned ten times along a cubic schedule, by the optimizer's own Q or by estimates that are made anew each time from
+2,048 images. Squared errors are of the 10,000 test images, sums over pixels, means over images.
 """
 
 import argparse
@@ -106,13 +106,12 @@ def tried(method: str, cache: Path, exponent: int, data: Images, damping: float 
 
 def inverted(run: Callable[[float | None], dict[str, Any]], damping: float | None) -> dict[str, Any]:
     """Run with this damping, or with the next decade at which the factors of this network can be inverted."""
-    while True:
-        try:
-            return run(damping)
-        except CurvatureError:
-            if damping is None or damping > DAMPINGS[-1]:
-                raise
-            damping *= 10
+    try:
+        return run(damping)
+    except CurvatureError:
+        if damping is None or damping > DAMPINGS[-1]:
+            raise
+    return inverted(run, 10 * damping)
 
 
 def step_by_step(
