@@ -118,7 +118,7 @@ class FishLeg(torch.optim.Optimizer):
         update_every: int = 2,
         invert_every: int = 10,
         warm_up: int = 30,
-        memory: float = 0.9,
+        memory: float = 0.95,
         seed: int = 0,
     ) -> None:
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
