@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 
 import pytest
 import torch
@@ -277,9 +278,11 @@ def test_gradients_without_factors_take_bounded_memory(generator, monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "first", "last"), [(1, 1, 1), (40, 40, 40), (100, 64, 64), (128, 64, 64), (200, 136, 64), (400, 256, 64)]
 )
-def test_large_batches_are_learned_from_and_measured_by_other_samples(batch, first, last, generator):
+@pytest.mark.parametrize("at_once", [math.inf, 7])
+def test_large_batches_are_learned_from_and_measured_by_other_samples(batch, first, last, at_once, generator):
     net = nn.Linear(4, 3).double()
     optimizer = FishLeg(net, likelihood="gaussian")
+    optimizer._drawn._each._most_at_once = at_once  # as where a GPU has no memory for more
     x = torch.randn(batch, 4, generator=generator).double()
     F.mse_loss(net(x), torch.zeros(batch, 3).double()).backward()
     for found, expected in zip(optimizer._observe(1), (x[:first], x[-last:]), strict=True):
