@@ -64,7 +64,7 @@ class GradientObserver:
         self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
         self._orientations, self._chunk_bytes = orientations, chunk_bytes
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        self._bytes_of = bytes_of or (lambda name, _: self.weights[name].numel() * self.weights[name].element_size())
+        self._bytes_of = bytes_of
         self.vectorized: bool | None = None
         self._in_factors: FactorObserver | None = None
         if loss_fn is not None:
@@ -119,7 +119,7 @@ class GradientObserver:
                 self._seen.see(name, gradient, nonzero=True)
         known = {*factors, *(bias for bias, name in self._bias_of.items() if name in factors)}
         others = {name: weight for name, weight in self.weights.items() if name not in known}
-        needed = max((self._bytes_of(name, of_name) for name, of_name in factors.items()), default=0)
+        needed = max((self._bytes(name, of_name) for name, of_name in factors.items()), default=0)
         step = max(1, min(count, self._chunk_bytes // max(1, needed + gradient_bytes(others.values()))))
         group = chunk.samples // count
         cut = min(max(0, cut), count)
@@ -138,6 +138,11 @@ class GradientObserver:
         """Raise ValueError where gradients had NaN or inf, by name of the parameter."""
         if bad := self._seen.bad():
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf")
+
+    def _bytes(self, name: str, factors: GradientFactors) -> int:
+        if self._bytes_of is not None:
+            return self._bytes_of(name, factors)
+        return self.weights[name].numel() * self.weights[name].element_size()
 
     def _getter(
         self, name: str, factors: Mapping[str, GradientFactors], values: Mapping[str, Tensor]
