@@ -195,9 +195,8 @@ def tuned(study: Study, name: str, batch: int, data: Images, cache: Path | None)
 def costs(batch: int, data: Images, rounds: int = 5, steps: int = 20) -> dict[str, Any]:
     """Median seconds of a step, past FishLeg's warm-up; all optimizers in turn, so that they share the noise."""
     names = [name for name in OPTIMIZERS if " by Adam" not in name]
-    models = {
-        name: autoencoder(0, data.encoder).to(data.device) for name in names
-    }  # since FishLeg looks at every pass of its own
+    # One for each, since FishLeg looks at every pass of its own.
+    models = {name: autoencoder(0, data.encoder).to(data.device) for name in names}
     made = {name: OPTIMIZERS[name][0](models[name], 1e-9) for name in names}
     for optimizer in made.values():
         if isinstance(optimizer, FishLeg):

@@ -355,7 +355,7 @@ def tolerance(eps: float) -> float:
 
 
 def rounding(eps: float) -> float:
-    """By what share two sums of the same products may differ."""
+    """Return by what share two sums of the same products may differ."""
     return min(64 * eps, 0.06)
 
 
@@ -366,7 +366,7 @@ def epsilon(x: Tensor) -> float:
 
 
 def differ(a: Tensor, b: Tensor, share: float, floor: float | Tensor = 0.0) -> Tensor:
-    """Whether two tensors of one shape differ by more than a share of their norm, as a bool tensor."""
+    """Tell whether two tensors of one shape differ by more than a share of their norm, as a bool tensor."""
     if not _is_float(a):
         return (a != b).any()
     a, b = a.double(), b.double()

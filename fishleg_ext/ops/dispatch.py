@@ -64,7 +64,7 @@ class Op:
         return getattr(self.module(impl), self.name)
 
     def supports(self, impl: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        """Whether `impl` takes these arguments here, and if not, why not."""
+        """Tell whether `impl` takes these arguments here, and if not, why not."""
         reason = self.unavailable(impl)
         if reason is not None:
             return False, reason
@@ -86,7 +86,7 @@ class Op:
         return self.launcher(chosen)
 
     def _is_reference(self, impl: str) -> bool:
-        """Whether the reference runs: on a CPU it is the fastest for most ops."""
+        """Tell whether the reference runs: on a CPU it is the fastest for most ops."""
         return impl in ("auto", "reference") or (impl == "cpu" and "cpu" not in self.kernels)
 
     def module(self, impl: str) -> ModuleType:
@@ -103,7 +103,7 @@ def _backend(impl: str) -> ModuleType:
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:
-    """Whether the first argument, or the first of it, is on a GPU: nowhere else is a kernel faster."""
+    """Tell whether the first argument, or the first of it, is on a GPU: nowhere else is a kernel faster."""
     first = args[0] if args else None
     if isinstance(first, (list, tuple)):
         first = first[0] if first else None
