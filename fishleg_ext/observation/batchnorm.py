@@ -10,7 +10,7 @@ from torch import nn
 
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.observation.batches import Chunk, chunks
-from fishleg_ext.observation.forward import call, running
+from fishleg_ext.observation.forward import call, running, training
 
 BATCHNORM_SAMPLES = 128
 
@@ -68,7 +68,9 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
 
 
 @contextlib.contextmanager
-def statistics_of(model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk) -> Iterator[None]:
+def statistics_of(
+    model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk, trained: Sequence[nn.Module] = ()
+) -> Iterator[None]:
     """Give BatchNorm layers the statistics of these samples within this block, and then those that they had.
 
     In eval mode they so normalise as in training, by constants; the running statistics lag behind.
@@ -77,6 +79,7 @@ def statistics_of(model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk) ->
         model: in eval mode.
         norms: BatchNorm layers of it; a single sample has no statistics, and leaves them as they are.
         chunk: the samples.
+        trained: other modules that are in training mode meanwhile.
     """
     # BatchNorm writes to its buffers unseen, without a new version.
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
@@ -86,7 +89,8 @@ def statistics_of(model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk) ->
             for norm in norms:
                 norm.momentum = 1.0  # type: ignore[assignment]
                 norm.train()
-            call(model, {}, chunk.inputs)
+            with training(trained):
+                call(model, {}, chunk.inputs)
             for norm in norms:
                 norm.eval()
         yield

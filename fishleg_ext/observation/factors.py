@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.batches import Chunk
-from fishleg_ext.observation.forward import call
+from fishleg_ext.observation.forward import call, training
 from fishleg_ext.observation.gradient_factors import GradientFactors, Use
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses, times_own
@@ -77,8 +77,16 @@ class FactorObserver:
         self._verifier: Verifier | None = None
         self._batches = 0
 
-    def factors(self, chunk: Chunk, count: int) -> tuple[dict[str, GradientFactors], Any, float | Tensor]:
+    def factors(
+        self, chunk: Chunk, count: int, trained: Sequence[nn.Module] = ()
+    ) -> tuple[dict[str, GradientFactors], Any, float | Tensor]:
         """Compute the factors of `count` gradients, each of as many of the samples.
+
+        Args:
+            chunk: the samples.
+            count: how many gradients.
+            trained: modules that are in training mode meanwhile, where they may be random; what is verified is so in
+                eval mode.
 
         Returns:
             name of a weight, of those that have any -> factors; the targets, which may have been drawn; and what
@@ -90,28 +98,42 @@ class FactorObserver:
         """
         if chunk.samples == 1 or not chunk.divisible:
             raise NoFactors("a single sample")
-        recorder, outputs = self._forward(chunk)
+        recorder, outputs = self._forward(chunk, trained)
         if _sequence(recorder, chunk.samples) not in self._by_position:
             known = set(self._weights)
             self._verify(chunk, recorder.signature)
             if known != set(self._weights):
-                recorder, outputs = self._forward(chunk)
+                recorder, outputs = self._forward(chunk, trained)
             if _sequence(recorder, chunk.samples) not in self._by_position:
                 raise NoFactors("the sequence of products is another for some of the samples")
         tree, targets = OutputTree(outputs), chunk.targets
         scale: float | Tensor = 1.0
         if self._draw is not None:
             targets, scale = self._draw(tree.detached(), targets, chunk.samples, count)
+        self._batches += 1
+        compared = self._batches & (self._batches - 1) == 0  # 1, 2, 4, ...
+        given = chunk.with_targets(targets)
         try:
-            return self._of_drawn(recorder, tree, chunk.with_targets(targets), scale, count), targets, scale
+            if compared and trained:
+                recorder_alike, outputs = self._forward(chunk)
+                self._of_drawn(recorder_alike, OutputTree(outputs), given, scale, count, compared=True)
+                compared = False
+            return self._of_drawn(recorder, tree, given, scale, count, compared=compared), targets, scale
         except NoFactors as reason:
             reason.drawn = targets, scale
             raise
 
     def _of_drawn(
-        self, recorder: ProductRecorder, tree: OutputTree, chunk: Chunk, scale: float | Tensor, count: int
+        self,
+        recorder: ProductRecorder,
+        tree: OutputTree,
+        chunk: Chunk,
+        scale: float | Tensor,
+        count: int,
+        *,
+        compared: bool,
     ) -> dict[str, GradientFactors]:
-        """Compute the factors for these targets."""
+        """Compute the factors for these targets, and compare the last gradient with that of its samples alone."""
         group = chunk.samples // count
         free, by_outputs = self._by_outputs(tree, chunk.targets, chunk.samples, group)
         if isinstance(scale, Tensor):
@@ -120,8 +142,7 @@ class FactorObserver:
         elif scale != 1:
             by_outputs = [g * scale for g in by_outputs]
         uses = self._uses(recorder, free, by_outputs, chunk.samples)
-        self._batches += 1
-        if self._batches & (self._batches - 1) == 0:  # 1, 2, 4, ...
+        if compared:
             self._compare_last(chunk, scale, uses, count, group)
         return {
             name: GradientFactors(uses[name], self._matrix_shape(name), weight, count, group)
@@ -148,11 +169,11 @@ class FactorObserver:
         shape = self._orientations[name].matrix_shape if name in self._orientations else weight.shape
         return shape[0], weight.numel() // max(1, shape[0])
 
-    def _forward(self, chunk: Chunk) -> tuple[ProductRecorder, Any]:
+    def _forward(self, chunk: Chunk, trained: Sequence[nn.Module] = ()) -> tuple[ProductRecorder, Any]:
         weights = {name: weight.detach().requires_grad_() for name, weight in self._weights.items()}
         recorder = ProductRecorder(weights, self._orientations)
         try:
-            with torch.enable_grad(), recorder:
+            with torch.enable_grad(), recorder, training(trained):
                 outputs = call(self._model, weights, chunk.inputs)
         except torch.OutOfMemoryError:
             raise
@@ -281,7 +302,7 @@ class FactorObserver:
         expected: Sequence[Tensor | None] = [None] * len(weights)
         if tensors:
             expected = torch.autograd.grad(tensors, list(weights.values()), by_outputs, allow_unused=True)
-        eps = max(epsilon(x) for x in weights.values())
+        eps = max(epsilon(x) for x in [*weights.values(), *(use.gradient for of in uses.values() for use in of)])
         found = Comparisons()
         for (name, weight), gradient in zip(weights.items(), expected, strict=True):
             shape = self._matrix_shape(name)

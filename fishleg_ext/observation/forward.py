@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +51,22 @@ def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffer
 
 
 @contextlib.contextmanager
+def training(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules in training mode within this block, and in eval mode afterwards."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
+
+
+@contextlib.contextmanager
 def _restoring_buffers(model: nn.Module) -> Iterator[None]:
     """Undo what forward passes write into buffers, in place or by assignment, and into embeddings with max_norm."""
+    # Norms write to their statistics without a new version.
+    unseen = {id(x._buffers) for x in model.modules() if isinstance(x, nn.modules.batchnorm._NormBase)}
     before: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = [
         (held, name, tensor, tensor.detach().clone(), tensor._version)
         for module in model.modules()
@@ -64,7 +78,7 @@ def _restoring_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for held, name, tensor, values, version in before:
-            if tensor._version != version:
+            if tensor._version != version or id(held) in unseen:
                 tensor.copy_(values)
             if held.get(name) is not tensor:
                 held[name] = tensor

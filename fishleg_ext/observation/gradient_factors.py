@@ -56,7 +56,7 @@ class Use:
 
     def sample_gradients(self, start: int, stop: int) -> Tensor | None:
         """Gradients of samples, [count, out, fan_in], where there is a faster way to them than by rows."""
-        if self._length != 1:
+        if self._length != 1 or self.product.inputs.dtype != self.gradient.dtype:
             return None
         return self.product.sample_gradients(self.product.inputs[start:stop], self.gradient[start:stop])
 
@@ -178,7 +178,11 @@ class GradientFactors:
         return self._is_single and self.rows <= self.shape[0]
 
     def _rows_of(self, use: Use) -> tuple[Tensor, Tensor]:
-        return use.rows(self.start, self.start + self.count, self.group)
+        return self._rows_between(use, self.start, self.start + self.count)
+
+    def _rows_between(self, use: Use, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        x, d = use.rows(start, stop, self.group)
+        return x.to(self.like.dtype), d.to(self.like.dtype)  # under autocast they may be of others
 
     def _is_whole(self, use: Use) -> bool:
         return use.product.groups == 1 and use.product.outputs == (0, self.shape[0])
@@ -188,14 +192,14 @@ class GradientFactors:
         if single and self.group == 1:
             found = self.uses[0].sample_gradients(self.start, self.start + self.count)
             if found is not None:
-                return found
+                return found.to(self.like.dtype)
         result = self.like.new_empty(self.count, *self.shape)
         if not single:
             result.zero_()
         for use in self.uses:
             (first, last), groups = use.product.outputs, use.product.groups
             for start, stop in self._slices(use):
-                x, d = use.rows(self.start + start, self.start + stop, self.group)
+                x, d = self._rows_between(use, self.start + start, self.start + stop)
                 part = result[start:stop, first:last].unflatten(1, (groups, -1))
                 for index in range(groups):
                     if single:

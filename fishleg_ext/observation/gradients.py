@@ -1,7 +1,7 @@
 """Gradients of groups of samples, and products with the Fisher matrix."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.factors import FactorObserver, NoFactors
 from fishleg_ext.observation.finite import Finite
-from fishleg_ext.observation.forward import call, scalar_loss
+from fishleg_ext.observation.forward import call, scalar_loss, training
 from fishleg_ext.observation.gradient_factors import GradientFactors, LazyGradients
 from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
 from fishleg_ext.observation.types import DrawLabels, FisherProduct, Observation
@@ -72,6 +72,7 @@ class GradientObserver:
         self._bias_of = {bias: name for name, (bias, _) in biases.items()}
         self._seen = Finite()
         self._most_at_once: float = float("inf")  # gradients in factors
+        self.trained: Sequence[nn.Module] = ()  # modules that are in training mode while gradients are computed
 
     @property
     def any_nonzero(self) -> bool:
@@ -90,7 +91,7 @@ class GradientObserver:
         found: tuple[Any, float | Tensor] | None = None
         if self._in_factors is not None and count <= self._most_at_once:
             try:
-                factors, targets, scale = self._in_factors.factors(chunk, count)
+                factors, targets, scale = self._in_factors.factors(chunk, count, self.trained)
                 found = targets, scale
             except NoFactors as reason:
                 found = reason.drawn
@@ -106,7 +107,8 @@ class GradientObserver:
             yield from self.gradients(chunk.part(half * group, chunk.samples), count - half, product, cut=cut - half)
             return
         if found is None and self.draw is not None:
-            outputs = call(self.model, self.weights, chunk.inputs)
+            with training(self.trained):
+                outputs = call(self.model, self.weights, chunk.inputs)
             found = self.draw(outputs, chunk.targets, chunk.samples, count)
         targets, scale = found or (chunk.targets, 1.0)
         chunk = chunk.with_targets(targets)
@@ -127,7 +129,8 @@ class GradientObserver:
             values: dict[str, Tensor] = {}
             if others:
                 part_scale = scale[start:stop] if isinstance(scale, Tensor) else scale
-                values = self._compute(chunk.part(start * group, stop * group), stop - start, others)
+                with training(self.trained):
+                    values = self._compute(chunk.part(start * group, stop * group), stop - start, others)
                 values = self._oriented(self._masked(values, part_scale))
             parts = {name: factor.part(start, stop) for name, factor in factors.items()}
             gradients = LazyGradients({name: self._getter(name, parts, values) for name in self.weights})

@@ -1,6 +1,7 @@
 """Gradients of labels that a model draws itself, on the inputs of the forward pass that the user made."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.observation.batches import Chunk, one_chunk
+from fishleg_ext.observation.batches import Chunk, checked_source, one_chunk
 from fishleg_ext.observation.batchnorm import statistics_of
 from fishleg_ext.observation.forward import running
 from fishleg_ext.observation.gradient_factors import GradientFactors
@@ -19,9 +20,11 @@ from fishleg_ext.observation.likelihoods import (
     LIKELIHOODS,
     Likelihood,
     LossFunction,
+    as_module,
     checked_likelihood,
     label_sampler,
     logits_of,
+    loss_scale,
     sample_loss,
 )
 from fishleg_ext.observation.types import Observation
@@ -33,11 +36,12 @@ CHUNK_BYTES, HELD_BYTES = 2**27, 2**29
 GROUPS = 8
 
 
-def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) -> tuple[Likelihood, LossFunction]:
-    """Return the likelihood, and its loss where none is given.
+def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) -> tuple[Likelihood, LossFunction | None]:
+    """Return the likelihood, and the loss where one is given.
 
     Raises:
-        ValueError: there is no likelihood, it is unknown, or it is a function without a loss.
+        ValueError: there is no likelihood, it is unknown, or it is a function without a loss; class weights.
+        TypeError: the loss is no function.
     """
     if likelihood is None:
         raise ValueError(
@@ -45,12 +49,75 @@ def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) ->
             "or a function (outputs, generator) -> targets"
         )
     checked_likelihood("likelihood", likelihood)
-    if loss_fn is None:
-        if not isinstance(likelihood, str):
-            raise ValueError("expected loss_fn=, the loss that is minimised, beside a likelihood that is a function")
-        named = LIKELIHOODS[likelihood].loss
-        loss_fn = lambda outputs, targets: named(logits_of(outputs), targets)
+    _, loss_fn = checked_source(None, loss_fn)
+    if loss_fn is None and not isinstance(likelihood, str):
+        raise ValueError("expected loss_fn=, the loss that is minimised, beside a likelihood that is a function")
+    loss = as_module(loss_fn)
+    if isinstance(loss, nn.modules.loss._WeightedLoss) and loss.weight is not None and isinstance(likelihood, str):
+        raise ValueError(
+            f"expected a loss_fn without class weights, with which it is the negative log-likelihood of no "
+            f"distribution, got {type(loss).__name__}(weight=...); leave loss_fn out, so that the curvature is that "
+            "of the loss without them, or give a function as likelihood"
+        )
     return likelihood, loss_fn
+
+
+class Labels:
+    """Draws labels for outputs, with what gradients of the loss are to be multiplied by.
+
+    The mean square of these gradients is then the curvature of the mean negative log-likelihood, of which the loss may
+    be any multiple.
+
+    Args:
+        likelihood, loss_fn: see `checked_loss`.
+        device: of random numbers.
+
+    Attributes:
+        loss: (outputs, targets) -> scalar, as a mean over samples.
+        scale: by how many times that is the mean negative log-likelihood, as of the last draw; 1 where the likelihood
+            is a function.
+        summed: whether the loss that was given is the sum over samples.
+        generator: of random numbers.
+    """
+
+    def __init__(self, likelihood: Likelihood, loss_fn: LossFunction | None, device: torch.device) -> None:
+        self._named = LIKELIHOODS[likelihood] if isinstance(likelihood, str) else None
+        if loss_fn is None:
+            assert self._named is not None
+            named = self._named.loss
+            self.loss: LossFunction = lambda outputs, targets: named(logits_of(outputs), targets)
+        else:
+            self.loss = sample_loss(loss_fn) or loss_fn
+        self._sampler = label_sampler("model", loss_fn or self.loss, likelihood)
+        assert self._sampler is not None
+        loss = as_module(loss_fn)
+        self.summed = isinstance(loss, nn.modules.loss._Loss) and loss.reduction == "sum"
+        self._is_given = loss_fn is not None
+        self.generator = torch.Generator(device)
+        self.scale = 1.0
+        self._checked = False
+
+    def __call__(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
+        """Draw labels, see `LabelSampler.draw`."""
+        assert self._sampler is not None
+        drawn, factor = self._sampler.draw(self.generator, outputs, targets, samples, count)
+        if not self._checked:
+            self._sampler.check(self.loss, outputs, drawn)
+        if self._named is not None and self._is_given:
+            ignored = self._sampler.ignore_index
+            self.scale = loss_scale(self.loss, self._named, outputs, drawn, ignored)
+            if not self._checked and isinstance(outputs, Tensor) and samples > 1:
+                half = samples // 2
+                of_half = loss_scale(self.loss, self._named, outputs[:half], drawn[:half], ignored)
+                if math.isclose(self.scale / of_half, samples / half, rel_tol=1e-3):
+                    raise ValueError(
+                        "expected loss_fn to be a mean over samples, or a module of PyTorch with reduction='sum', got "
+                        f"one that is {samples / half:.3g} times as large for {samples} samples as for {half}"
+                    )
+            # The Fisher matrix of a sum over t targets is t times that of their mean.
+            factor = factor / (self.scale**0.5 if self.summed else self.scale)
+        self._checked = True
+        return drawn, factor
 
 
 @dataclass(frozen=True)
@@ -71,12 +138,12 @@ class DrawnGradients:
     """Observes gradients of drawn labels on the inputs of the user's own forward pass.
 
     Args:
-        model: any module; its samples must not influence each other in eval mode.
+        model: any module; its samples must not influence each other, but by BatchNorm.
         weights: name -> parameter, of those with a gradient of each sample, biases of their products among them.
         others: name -> parameter, of those with a gradient of each of `GROUPS` groups of samples.
         orientations: name of a weight -> how it is seen as a matrix.
         biases: name of a weight -> name of the bias that is added to its products.
-        likelihood, loss_fn: see `checked_loss`.
+        labels: of the loss that is minimised.
         bytes_of: memory of one gradient of a weight, see `GradientObserver`.
     """
 
@@ -87,29 +154,26 @@ class DrawnGradients:
         others: Mapping[str, nn.Parameter],
         orientations: Mapping[str, Orientation],
         biases: Mapping[str, str],
-        likelihood: Likelihood,
-        loss_fn: LossFunction,
+        labels: Labels,
         bytes_of: Callable[[str, GradientFactors], int],
     ) -> None:
-        self.model, self._others = model, list(others)
-        self._device = next(iter([*weights.values(), *others.values()])).device
-        self._sampler = label_sampler("model", loss_fn, likelihood)
-        self._loss_fn = sample_loss(loss_fn)
-        self._generator = torch.Generator(self._device)
-        self._checked = False
+        self.model, self._others, self._labels = model, list(others), labels
+        self._device = labels.generator.device
         self._most = sys.maxsize  # samples of which memory is there for the gradients
         tensors = {weight: (bias, weights[bias]) for weight, bias in biases.items()}
         self._weights, self._biases = weights, tensors
-        loss, draw = self._loss_fn, self._draw
-        each = GradientObserver(model, loss, weights, {}, draw, orientations, tensors, CHUNK_BYTES, bytes_of)
-        in_groups = GradientObserver(model, loss, others, {}, draw, {}, {}, CHUNK_BYTES)
+        loss = labels.loss
+        each = GradientObserver(model, loss, weights, {}, labels, orientations, tensors, CHUNK_BYTES, bytes_of)
+        in_groups = GradientObserver(model, loss, others, {}, labels, {}, {}, CHUNK_BYTES)
         self._each, self._in_groups = each if weights else None, in_groups if others else None
 
     def observe(self, called: Called, samples: int, measured: int, seed: int) -> tuple[Drawn, Drawn]:
-        """Run the model in eval mode on the first and on the last of the samples that it was called with.
+        """Run the model on the first and on the last of the samples that it was called with.
 
-        That is one pass; one more of the first and of the last for parameters that are no matrices, and one for the
-        statistics of BatchNorm. Labels of both are drawn by themselves, also of samples that are among both.
+        Its modules are in the mode that they have, so that dropout drops, but for BatchNorm, which has the statistics
+        of these samples as constants. That is one pass; one more of the first and of the last for parameters that are
+        no matrices, and one for these statistics. Labels of both are drawn by themselves, also of samples that are
+        among both.
 
         Args:
             called: positional and keyword arguments.
@@ -136,11 +200,17 @@ class DrawnGradients:
         first = min(samples, max(n - last, min(n, measured)), max(1, most - last))
         ends = chunk.part(0, first), chunk.part(n - last, n)
         both = chunk if first + last == n else ends[0].joined(ends[1])
-        normalised, by = self._normalised(), chunk if first + last >= n else both
-        self._generator.manual_seed(seed)
+        by = chunk if first + last >= n else both
+        trained = [module for module in self.model.modules() if module.training]
+        normalised = [module for module in trained if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        trained = [module for module in trained if module not in set(normalised)]
+        for observer in (self._each, self._in_groups):
+            if observer is not None:
+                observer.trained = trained
+        self._labels.generator.manual_seed(seed)
         parts: tuple[list[Observation], list[Observation]] = [], []
         groups: list[dict[str, Tensor]] = [{}, {}]
-        with running(self.model, self._device, seed), statistics_of(self.model, normalised, by):
+        with running(self.model, self._device, seed), statistics_of(self.model, normalised, by, trained):
             if self._each is not None:
                 seen = 0
                 for observation in self._each.gradients(both, both.samples, cut=first):
@@ -169,24 +239,17 @@ class DrawnGradients:
         known |= observation.gradient_factors.keys()
         return sum(w.numel() * w.element_size() for name, w in self._weights.items() if name not in known)
 
-    def _normalised(self) -> list[nn.Module]:
-        """Return the BatchNorm layers that take statistics of their batch."""
-        norms = [x for x in self.model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
-        return [norm for norm in norms if norm.training]
-
-    def _draw(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
-        assert self._sampler is not None
-        assert self._loss_fn is not None
-        drawn = self._sampler.draw(self._generator, outputs, targets, samples, count)
-        if not self._checked:
-            self._checked = True
-            self._sampler.check(self._loss_fn, outputs, drawn[0])
-        return drawn
-
     def _chunk(self, called: Called) -> Chunk:
         args, kwargs = called
         named = self._named(args, kwargs)
-        return one_chunk(named if kwargs else args, named.get("labels"))
+        try:
+            chunk = one_chunk(named if kwargs else args, named.get("labels"))
+        except (TypeError, ValueError) as error:
+            reason, *_ = str(error).split(";")
+            raise type(error)(f"the model was called with what is no batch of samples: {reason}") from None
+        if not chunk.samples:
+            raise ValueError("expected the model to have been called with samples, got an empty batch")
+        return chunk
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by name.
@@ -194,7 +257,8 @@ class DrawnGradients:
         Raises:
             TypeError: some by position, which have no names, come with others by name.
         """
-        signature = inspect.signature(self.model.forward)
+        model = getattr(self.model, "_orig_mod", self.model)  # of a compiled one
+        signature = inspect.signature(model.forward)
         unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
         found = dict(signature.bind_partial(*args, **kwargs).arguments)
         for name, parameter in signature.parameters.items():
@@ -202,7 +266,7 @@ class DrawnGradients:
                 found |= found.pop(name)
             elif name in found and parameter.kind in unnamed and kwargs:
                 raise TypeError(
-                    f"expected {type(self.model).__name__} to be called with arguments by position alone, or all with "
+                    f"expected {type(model).__name__} to be called with arguments by position alone, or all with "
                     f"names, got some by position that are {name!r} in its forward, and others by name"
                 )
         return found

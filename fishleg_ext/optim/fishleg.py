@@ -1,6 +1,8 @@
 """Natural-gradient steps with a learned inverse Fisher matrix."""
 
+import contextlib
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,11 +22,11 @@ from fishleg_ext.common.arguments import (
 )
 from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.state import state_entry
-from fishleg_ext.common.waiting import read
+from fishleg_ext.common.waiting import read, read_by_name
 from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
-from fishleg_ext.optim.drawn import Drawn, DrawnGradients, checked_loss
+from fishleg_ext.optim.drawn import Drawn, DrawnGradients, Labels, checked_loss
 from fishleg_ext.optim.forward import ForwardHooks
 from fishleg_ext.optim.layers import Diagonal, Layer, check_inverted, layers_of
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
@@ -36,7 +38,7 @@ from fishleg_ext.optim.step_length import StepLength
 MEASURED = 64
 # The curvature is updated and the step measured anew once gradients have so many times the norm of the last time.
 CHANGE = 2.0
-STATE = ("steps", "last_norm", "length", "layers", "others")
+STATE = ("learned", "steps", "last_norm", "loss_scale", "length", "layers", "others")
 
 
 class FishLeg(torch.optim.Optimizer):
@@ -50,8 +52,8 @@ class FishLeg(torch.optim.Optimizer):
 
     Q = P (x) M for each weight matrix with its bias (see `RunningFactors`), and diagonal for other parameters. It is
     learned from gradients of labels that the model draws, as running means: every `update_every` steps the model runs
-    once more, in eval mode, on the first `samples` of the inputs of the user's own forward pass, and on the last
-    `MEASURED` for the length of the step. The other steps take no pass of their own.
+    once more, in the mode that it has, on the first `samples` of the inputs of the user's own forward pass, and on the
+    last `MEASURED` for the length of the step. The other steps take no pass of their own.
 
     Q knows nothing of how layers move together, so the step's length is measured. Along n the quadratic model of the
     loss is least at c = g^T n / n^T (F + damping I) n, for which n^T F n is the mean over samples of (g_s^T n)^2, with
@@ -63,13 +65,14 @@ class FishLeg(torch.optim.Optimizer):
     But before Q multiplies g, it has learned from inputs that g is of: along those that are new n is too long.
 
     Args:
-        model: any module whose samples do not influence each other in eval mode.
+        model: any module whose samples do not influence each other, but by BatchNorm; on one process alone.
         lr: share of the measured step: up to 1 with large batches, less with the noisy gradients of small ones.
             Learning-rate schedulers may change it.
         likelihood: of the model's outputs: "categorical", "tokens", "next_token", "gaussian", "bernoulli", or a
             function (outputs, generator) -> targets.
         loss_fn: (outputs, targets) -> scalar, the loss that is minimised; None is that of a named likelihood, the mean
-            over all targets. A loss of another scale must be given, since F is in its units.
+            over all targets. A loss of another scale must be given: any multiple of that one, as a mean over samples,
+            or a module of PyTorch with reduction="sum". Steps are those of the mean, in whose units F is.
         params: parameters of the model, or groups of them with options of their own (lr, momentum, weight_decay), as
             other optimizers take them; None is all that require gradients.
         curvature: "fishleg", or "kronecker" for K-FAC.
@@ -79,7 +82,7 @@ class FishLeg(torch.optim.Optimizer):
         momentum: share of n that a step leaves.
         weight_decay: decoupled from the gradient.
         damping: in the units of F, > 0.
-        max_divergence: of one step, in the units of the loss: nats for each target, of a mean over targets.
+        max_divergence: of one step, nats for each target of a named likelihood, and else in the units of the loss.
         samples: of a batch, at most, from which Q is learned; of a batch below 320 those by which the length is not
             measured, or as many as these. Where gradients have no factors, they are as many as 512 MiB hold.
         update_every: steps between updates of the running means.
@@ -91,6 +94,8 @@ class FishLeg(torch.optim.Optimizer):
 
     Raises:
         ValueError: there is no likelihood; parameters that are not the model's; a value out of range.
+        TypeError: the loss is no function.
+        NotImplementedError: this is one of several processes of torch.distributed.
 
     Examples:
         >>> model = nn.Linear(4, 3)
@@ -122,6 +127,8 @@ class FishLeg(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _check_alone(torch.distributed.get_world_size())
         likelihood, loss_fn = checked_loss(likelihood, loss_fn)
         self.curvature_model = one_of("fishleg", "kronecker")("curvature", curvature)
         self.adam = adam if adam is None else _checked_adam(adam, curvature)
@@ -145,13 +152,16 @@ class FishLeg(torch.optim.Optimizer):
         self._parameters = {self._names[id(p)]: p for p in held}
         self._kinds = {name: (p.shape, p.dtype, p.device) for name, p in self._parameters.items()}
         self._layers, self._others = layers_of(model, self._parameters, self._make_factors)
-        self._likelihood, self._loss_fn = likelihood, loss_fn
+        self._labels = Labels(likelihood, loss_fn, next(iter(self._parameters.values())).device)
+        self._unknown = set(self._parameters)  # those without curvature, as no drawn gradient was other than zero
         self._held_at = self._places()
         self._drawn = self._make_drawn()
         self._forward = ForwardHooks(model, self._layers)
+        self._warned: set[str] = set()  # of those, by a word
         self._masks: dict[int, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._steps = 0
         self._last_norm = 0.0  # of gradients, when the length was measured
+        self._loss_scale = 1.0  # of the loss to the mean negative log-likelihood, likewise
 
     @property
     def curvature(self) -> OptimizerCurvature:
@@ -257,9 +267,18 @@ class FishLeg(torch.optim.Optimizer):
             value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
             if not math.isfinite(value):
                 raise ValueError(f"expected closure to return a finite loss, got {value}")
-        grads, norm = self._gradients()
+        kinds = {parameter.device.type for parameter in self._parameters.values()}
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        grads, norms = self._gradients()
         if not grads:
-            return loss
+            return
+        norm = math.hypot(*norms.values())
         number = self._steps + 1
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
@@ -267,26 +286,42 @@ class FishLeg(torch.optim.Optimizer):
         drawn, measured = self._observe(number) if due else (None, None)
         parts = [*(layer.running for layer in self._layers), *self._others]
         before = [vars(part).copy() for part in parts]
+        loss_scale, unknown = self._loss_scale, self._unknown
         try:
             if drawn is not None:
                 self._learn(drawn)
-            if first or number % self.invert_every == 0:
+                loss_scale, unknown = self._labels.scale, self._without_curvature()
+            if first or number % self.invert_every == 0 or unknown != self._unknown:
                 check_inverted({layer.name: layer.running.invert(self.damping) for layer in self._layers})
+            still = [name for name in grads if name in unknown and norms[name]]
+            grads = {name: grad for name, grad in grads.items() if name not in unknown}
+            loss_scale *= self._forward.samples if self._labels.summed else 1
+            if grads and loss_scale != 1:
+                grads = dict(zip(grads, torch._foreach_div(list(grads.values()), loss_scale), strict=True))
             momenta, moved = self._move(grads)
             numbers = None if measured is None else self._measure(grads, moved, measured)
+            _check_finite(moved, numbers)
         except BaseException:
             for part, values in zip(parts, before, strict=True):
                 vars(part).update(values)
             raise
-        self._steps = number
+        self._steps, self._unknown = number, unknown
+        if new := [name for name in still if name not in self._warned]:
+            self._warned |= set(new)
+            warnings.warn(
+                f"{', '.join(new)} did not move: the loss has gradients by them, but with labels that the model draws "
+                "it has none, as of what enters in another way than through the outputs that these are drawn from. "
+                "They will move once it has; or give params= without them, and another optimizer for them",
+                stacklevel=5,
+            )
         for name, momentum in momenta.items():
             state = self.state[self._parameters[name]]
             state["steps"], state["momentum"] = state.get("steps", 0) + 1, momentum
         if numbers is not None:
             self._last_norm = norm
+            self._loss_scale = self._labels.scale
             self._length.measure(*numbers)
         self._descend(moved)
-        return loss
 
     def _make_drawn(self) -> DrawnGradients:
         layers = {layer.name: layer for layer in self._layers}
@@ -296,8 +331,7 @@ class FishLeg(torch.optim.Optimizer):
             {other.name: other.parameter for other in self._others},
             {layer.name: layer.orientation for layer in self._layers},
             {layer.name: layer.bias for layer in self._layers if layer.bias is not None},
-            self._likelihood,
-            self._loss_fn,
+            self._labels,
             lambda name, factors: layers[name].bytes_of(factors),
         )
 
@@ -310,8 +344,8 @@ class FishLeg(torch.optim.Optimizer):
             return DescendedFactors(rows, cols, like, self.adam, self.damping, self.seed)
         return RunningFactors(rows, cols, like, learned=self.curvature_model == "fishleg")
 
-    def _gradients(self) -> tuple[dict[str, Tensor], float]:
-        """Return the gradients by name, checked, and the norm of all."""
+    def _gradients(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the gradients by name, checked, and their norms."""
         named = dict(self.model.named_parameters())
         grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -325,14 +359,15 @@ class FishLeg(torch.optim.Optimizer):
                 if parameter.grad.layout is not torch.strided:
                     raise TypeError(f"expected dense gradients, got those of {name} as {parameter.grad.layout}")
                 grads[name] = parameter.grad
-        norms = read(torch._foreach_norm(list(grads.values()), dtype=torch.float64)) if grads else []
-        if bad := [name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(norm)]:
+        found = read(torch._foreach_norm(list(grads.values()), dtype=torch.float64)) if grads else []
+        norms = dict(zip(grads, found, strict=True))
+        if bad := [name for name, norm in norms.items() if not math.isfinite(norm)]:
             raise ValueError(f"the gradients of {', '.join(bad)} contain NaN or inf; nothing was changed")
         if bad_rates := [group["lr"] for group in self.param_groups if not 0 <= float(group["lr"]) < math.inf]:
             raise ValueError(f"expected learning rates to be finite and >= 0, got {float(bad_rates[0])}")
         if (places := self._places()) != self._held_at:  # by the observers
             self._held_at, self._drawn = places, self._make_drawn()
-        return grads, math.hypot(*norms)
+        return grads, norms
 
     def _observe(self, number: int) -> tuple[Drawn, Drawn]:
         """Draw labels for samples of the last forward pass, to learn from and to measure by; others for each number."""
@@ -340,10 +375,25 @@ class FishLeg(torch.optim.Optimizer):
             raise RuntimeError(
                 "the model was not called with gradients enabled since this optimizer was made: expected loss = "
                 "loss_fn(model(inputs), targets); loss.backward(); step(), with the model that it was given; of a "
-                "compiled model give it what torch.compile returned"
+                "compiled model give it what torch.compile(model) returned, as the calls of one that was compiled in "
+                "place, or within a compiled function, cannot be seen"
+            )
+        if self._forward.overwritten:
+            raise RuntimeError(
+                "the model wrote into its inputs during its forward pass, which is to be repeated: expected a forward "
+                "that leaves them as they are"
             )
         seed = ((self.seed << 32) + number) % 2**63
         return self._drawn.observe(self._forward.called, self.samples, MEASURED, seed)
+
+    def _without_curvature(self) -> set[str]:
+        """Return the parameters of which no drawn gradient was other than zero so far."""
+        if not self._unknown:
+            return self._unknown
+        layers = {layer.name: layer.running.mean_square() for layer in self._layers}
+        found = read_by_name(layers | {other.name: other.squares.sum() for other in self._others})
+        of_layer = {name: layer.name for layer in self._layers for name in layer.parameters}
+        return {name for name in self._parameters if not found[of_layer.get(name, name)]}
 
     def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:
@@ -396,7 +446,11 @@ class FishLeg(torch.optim.Optimizer):
     def _measure(
         self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn
     ) -> tuple[float, float, float]:
-        """Return g^T n, n^T F n and |n|^2."""
+        """Return g^T n, n^T F n and |n|^2, of n made shorter where the learning rate is less than the largest."""
+        rates = {self._names[id(p)]: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        if (longest := max(rates.values())) and any(rates[name] != longest for name in moved):
+            shares = [rates[name] / longest for name in moved]
+            moved = dict(zip(moved, torch._foreach_mul(list(moved.values()), shares), strict=True))
         moving = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(moved)]
         layers = [(layer, layer.matrix(moved)) for layer in moving]
         zero = torch.zeros((), dtype=torch.float64)
@@ -432,8 +486,10 @@ class FishLeg(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return momentum and options, as other optimizers do, and what the curvature has learned under "fishleg"."""
         own = {
+            "learned": self.curvature_model == "fishleg",
             "steps": self._steps,
             "last_norm": self._last_norm,
+            "loss_scale": self._loss_scale,
             "length": self._length.state_dict(),
             "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
             "others": {other.name: other.state_dict() for other in self._others},
@@ -447,7 +503,11 @@ class FishLeg(torch.optim.Optimizer):
             ValueError: the state is of another optimizer, or of other parameters; nothing is changed then.
         """
         own = state_entry(state_dict, "fishleg", "FishLeg")
-        steps, last_norm, length, layers, others = (state_entry(own, key, "FishLeg") for key in STATE)
+        learned, steps, last_norm, loss_scale, length, layers, others = (
+            state_entry(own, key, "FishLeg") for key in STATE
+        )
+        if (model := "fishleg" if learned else "kronecker") != self.curvature_model:
+            raise ValueError(f"expected the state of curvature={self.curvature_model!r}, got that of {model!r}")
         parts: tuple[tuple[str, Sequence[Layer | Diagonal], Any], ...] = (
             ("layers", self._layers, layers),
             ("parameters", self._others, others),
@@ -463,8 +523,10 @@ class FishLeg(torch.optim.Optimizer):
             layer.running.load_state_dict(layers[layer.name])
         for other in self._others:
             other.load_state_dict(others[other.name])
-        self._steps, self._last_norm = int(steps), float(last_norm)
+        self._steps, self._last_norm, self._loss_scale = int(steps), float(last_norm), float(loss_scale)
         self._length.load_state_dict(length)
+        self._unknown = set(self._parameters)
+        self._unknown = self._without_curvature()
 
 
 def _checked_adam(adam: Any, curvature: str) -> Adam:
@@ -474,6 +536,25 @@ def _checked_adam(adam: Any, curvature: str) -> Adam:
     if adam.steps is not None or adam.scaled or adam.products != "gradients":
         raise ValueError(f"expected adam=Adam(steps=None, scaled=False, ...) without Gauss-Newton products, got {adam}")
     return adam
+
+
+def _check_alone(processes: int) -> None:
+    if processes > 1:
+        raise NotImplementedError(
+            f"FishLeg learns from the samples of one process, so that the models of {processes} would drift apart: "
+            "expected to be alone, without torch.distributed"
+        )
+
+
+def _check_finite(moved: Mapping[str, Tensor], numbers: Iterable[float] | None) -> None:
+    """Raise ValueError where directions, which float16 may not hold, or what was measured of them is not finite."""
+    half = {name: n for name, n in moved.items() if n.dtype == torch.float16}
+    norms = read(torch._foreach_norm(list(half.values()), dtype=torch.float64)) if half else []
+    bad = [name for name, norm in zip(half, norms, strict=True) if not math.isfinite(norm)]
+    if bad or not all(map(math.isfinite, numbers or ())):
+        raise ValueError(
+            f"the step of {', '.join(bad) or 'some parameters'} overflows; use more damping, or parameters in float32"
+        )
 
 
 def _checked_share(name: str, value: Any) -> float:

@@ -2,9 +2,10 @@
 
 The gradient of a weight is G = D^T X, X the inputs of its products in the forward pass and D the gradients by their
 outputs. P G M = (P D^T) (X M) takes n (o^2 + i^2 + o i) operations for n rows, and o i (o + i) for G itself: of a small
-batch, fewer.
+batch, fewer; of what was accumulated over many, more.
 """
 
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -47,28 +49,45 @@ class ForwardHooks:
         layers: whose products are seen.
 
     Attributes:
-        called: positional and keyword arguments of the last pass.
+        called: positional and keyword arguments of the last pass; of half precision under autocast, in float32.
+        overwritten: whether that pass wrote into them.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
         self.called: Called | None = None
+        self.overwritten = False
+        self._versions: list[tuple[Tensor, int]] = []  # of the arguments, before the pass
         self._layers = {layer.name: layer for layer in layers}
         self._seen: list[SeenProduct] = []
         self._passes = 0  # since `factors` was called
+        self._rows: dict[str, float] = {}  # of each weight, of all products that are kept
+        self._left_out: set[str] = set()  # weights whose products are more work than the gradient
         self._recorders: list[ProductRecorder] = []
         self._directions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         before, after = _Weakly(self, "before"), _Weakly(self, "after")
         before.handle = model.register_forward_pre_hook(before, with_kwargs=True)
         after.handle = model.register_forward_hook(after, always_call=True)
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def samples(self) -> int:
+        """How many samples the last pass was of."""
+        return next((len(x) for x in pytree.tree_leaves(self.called) if isinstance(x, Tensor) and x.dim()), 1)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to see a pass."""
-        if is_running() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_running() or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        self.called = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        if self._recorders:
+            self._leave(_active_calls(model) - 1)
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_inference()]
+        self._versions = [(x, x._version) for x in given]
+        self.called = pytree.tree_map(_kept, (args, kwargs))
         self._passes += 1
         # Of what nobody asks for not everything is kept: the optimizer may not be in use.
         self._seen = [seen for seen in self._seen if seen.gradient is not None and self._passes <= MOST_PASSES]
+        self._rows = {}
+        for seen in self._seen:
+            self._count(seen.product)
         weights = {name: layer.parameters[name] for name, layer in self._layers.items()}
         orientations = {name: layer.orientation for name, layer in self._layers.items()}
         recorder = ProductRecorder(weights, orientations, self._take)
@@ -79,16 +98,31 @@ class ForwardHooks:
         """End it."""
         if self._recorders and not is_running():
             self._recorders.pop().__exit__(None, None, None)
+            self.overwritten = any(x._version != version for x, version in self._versions)
+            self._versions = []
+
+    def _leave(self, active: int) -> None:
+        """Leave passes that were interrupted, without hooks after them, but for the first `active`, which go on."""
+        while len(self._recorders) > active and _get_current_function_mode() is self._recorders[-1]:
+            self._recorders.pop().__exit__(None, None, None)
+
+    def _count(self, product: Product) -> float:
+        """Count its rows, and return how many those of the weight are."""
+        rows = product.inputs.numel() / max(1, self._layers[product.name].orientation.fan_in)
+        self._rows[product.name] = self._rows.get(product.name, 0.0) + rows
+        return self._rows[product.name]
 
     def _take(self, product: Product) -> None:
         """Keep a product that is less work than the gradient, until its output's gradient is there."""
         layer = self._layers[product.name]
-        if layer.running.row.dtype != product.inputs.dtype:
-            return  # rounded otherwise than the gradient may be
+        if product.name in self._left_out or layer.running.row.dtype != product.inputs.dtype:
+            return  # the latter are rounded otherwise than the gradient may be
         rows, cols = len(layer.running.row), len(layer.running.col)
-        n = product.inputs.numel() // max(1, layer.orientation.fan_in)
+        n = self._count(product)
         whole = product.groups == 1 and product.outputs == (0, rows) and product.edge is not None
         if not whole or n * (rows**2 + cols**2 + rows * cols) >= rows * cols * (rows + cols):
+            self._left_out.add(product.name)
+            self._seen = [seen for seen in self._seen if seen.product.name != product.name]
             return
         seen = SeenProduct(product)
         self._seen.append(seen)
@@ -122,7 +156,7 @@ class ForwardHooks:
             if seen.gradient is not None and seen.product.name in matrices:
                 pair = seen.product.output_rows(seen.gradient)[0], seen.product.input_rows()[0]
                 rows.setdefault(seen.product.name, []).append(pair)
-        self._seen, self._passes = [], 0
+        self._seen, self._passes, self._rows, self._left_out = [], 0, {}, set()
         found = {}
         for name, pairs in rows.items():
             matrix, layer = matrices[name], self._layers[name]
@@ -140,6 +174,24 @@ class ForwardHooks:
             found[name] = (scale * d, x, (scale * ours - theirs).norm() <= rounding)
         holds = read([close for *_, close in found.values()])
         return {name: (d, x) for (name, (d, x, _)), yes in zip(found.items(), holds, strict=True) if yes}
+
+
+def _kept(leaf: Any) -> Any:
+    """Return what is kept of an argument; the library's own passes run without autocast."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(leaf.device.type):
+        return leaf.detach().float()
+    return leaf.detach()
+
+
+def _active_calls(model: nn.Module) -> int:
+    """Count the calls of a module that are under way in this thread."""
+    frame, code, count = sys._getframe(), nn.Module._call_impl.__code__, 0
+    while frame is not None:
+        count += frame.f_code is code and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 class _Weakly:

@@ -84,6 +84,10 @@ class RunningFactors:
         self.col, col_failed, _ = damped_inverse(self.col_moment, self._root(damping))
         return row_failed.abs() + col_failed.abs()
 
+    def mean_square(self) -> Tensor:
+        """Return the mean diagonal of F, which is 0 until a gradient was not."""
+        return self.row_moment.diagonal().mean() * self.col_moment.diagonal().mean()
+
     def _root(self, damping: float) -> Tensor:
         return torch.full((), damping**0.5, dtype=torch.float64, device=self.row.device)
 
@@ -129,6 +133,7 @@ class DescendedFactors:
         self._options, self._damping, self._seed = options, damping, seed
         self.row, self.col = torch.eye(rows).to(like), torch.eye(cols).to(like)
         self._descended: AdamFactors | None = None
+        self._squared = torch.zeros_like(self.row[0, 0])
 
     def observe(self, grads: Sequence[Gradients], memory: float) -> None:
         """Take a step of Adam for each part of a batch of gradients, which is one where they stay in factors.
@@ -136,11 +141,16 @@ class DescendedFactors:
         `memory` is Adam's own.
         """
         for part in grads:
+            squared = part.squared_norm() / (len(part) * len(self.row) * len(self.col))
+            self._squared = self._squared + squared
             if self._descended is None:
-                squared = part.squared_norm() / (len(part) * len(self.row) * len(self.col))
                 root = (squared + self._damping) ** -0.25
                 self._descended = self._begin(Factors(self.row * root, self.col * root))
             self._descended.learn(part)
+
+    def mean_square(self) -> Tensor:
+        """Return what is 0 until a gradient was not."""
+        return self._squared
 
     def invert(self, damping: float) -> Tensor:
         """Take over P and M as they have become, and return what is not 0 where they are not finite."""
@@ -155,17 +165,19 @@ class DescendedFactors:
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state is of another kind, or of other shapes."""
-        check_shapes(name, {"row": self.row, "col": self.col}, state)
+        check_shapes(name, {"row": self.row, "col": self.col, "squared": self._squared}, state)
         curvature_entry(state, "descended")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the factors in use, and the roots with the state of Adam."""
         descended = None if self._descended is None else self._descended.state_dict()
-        return {"row": self.row, "col": self.col, "descended": descended}
+        return {"row": self.row, "col": self.col, "squared": self._squared, "descended": descended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
-        self.row, self.col = (curvature_entry(state, part).to(self.row).clone() for part in ("row", "col"))
+        self.row, self.col, self._squared = (
+            curvature_entry(state, part).to(self.row).clone() for part in ("row", "col", "squared")
+        )
         descended = curvature_entry(state, "descended")
         self._descended = None if descended is None else self._begin(Factors(self.row, self.col))
         if self._descended is not None:

@@ -86,7 +86,7 @@ def test_drawn_labels_that_the_loss_does_not_read_are_an_error(data):
     own = lambda outputs, generator: torch.randint(0, 3, (len(outputs),), generator=generator)
     options = {"labels": "model", "likelihood": own}
     for curvature in ("block", "kronecker"):
-        with pytest.raises(ValueError, match="the loss does not depend on the targets that labels='model' draws"):
+        with pytest.raises(ValueError, match="the loss does not depend on the targets that are drawn"):
             prune(Net(), data, lambda outputs, _: outputs.square().mean(), curvature=curvature, **options)
         prune(Net(), data, curvature=curvature, **options)
 

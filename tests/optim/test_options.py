@@ -145,7 +145,7 @@ def test_a_likelihood_that_fails_changes_nothing(generator):
     def failing(*args):
         raise ValueError("the likelihood fails")
 
-    optimizer._drawn._sampler.draw = failing
+    optimizer._labels._sampler.draw = failing
     intact(optimizer, net, optimizer.step, ValueError, "the likelihood fails")
 
 
