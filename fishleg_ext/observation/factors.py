@@ -85,8 +85,8 @@ class FactorObserver:
         Args:
             chunk: the samples.
             count: how many gradients.
-            trained: modules that are in training mode meanwhile, where they may be random; what is verified is so in
-                eval mode.
+            trained: modules that are in training mode meanwhile, where they may be random. What is verified is so in
+                eval mode, and in this the gradients are where training has other products, as of layers left out.
 
         Returns:
             name of a weight, of those that have any -> factors; the targets, which may have been drawn; and what
@@ -98,14 +98,7 @@ class FactorObserver:
         """
         if chunk.samples == 1 or not chunk.divisible:
             raise NoFactors("a single sample")
-        recorder, outputs = self._forward(chunk, trained)
-        if _sequence(recorder, chunk.samples) not in self._by_position:
-            known = set(self._weights)
-            self._verify(chunk, recorder.signature)
-            if known != set(self._weights):
-                recorder, outputs = self._forward(chunk, trained)
-            if _sequence(recorder, chunk.samples) not in self._by_position:
-                raise NoFactors("the sequence of products is another for some of the samples")
+        recorder, outputs, trained = self._known_pass(chunk, trained)
         tree, targets = OutputTree(outputs), chunk.targets
         scale: float | Tensor = 1.0
         if self._draw is not None:
@@ -115,13 +108,36 @@ class FactorObserver:
         given = chunk.with_targets(targets)
         try:
             if compared and trained:
-                recorder_alike, outputs = self._forward(chunk)
-                self._of_drawn(recorder_alike, OutputTree(outputs), given, scale, count, compared=True)
-                compared = False
-            return self._of_drawn(recorder, tree, given, scale, count, compared=compared), targets, scale
+                self._compare_some(given, scale, count)
+            with training(trained):  # as checkpoints run parts of the model again
+                found = self._of_drawn(recorder, tree, given, scale, count, compared=compared and not trained)
+            return found, targets, scale
         except NoFactors as reason:
             reason.drawn = targets, scale
             raise
+
+    def _known_pass(
+        self, chunk: Chunk, trained: Sequence[nn.Module]
+    ) -> tuple[ProductRecorder, Any, Sequence[nn.Module]]:
+        """Run the model, in training mode where its products are then those that were verified, else in eval mode."""
+        modes = [trained, ()] if trained else [()]
+        for verified in (False, True):
+            for mode in modes:
+                recorder, outputs = self._forward(chunk, mode)
+                if _sequence(recorder, chunk.samples) in self._by_position:
+                    return recorder, outputs, mode
+            if not verified:
+                self._verify(chunk, recorder.signature)
+        raise NoFactors("the sequence of products is another for some of the samples")
+
+    def _compare_some(self, chunk: Chunk, scale: float | Tensor, count: int) -> None:
+        """Compare the last gradient in eval mode, where nothing is random, among a few."""
+        few, group = min(count, VERIFIED_SAMPLES), chunk.samples // count
+        part = chunk.part((count - few) * group, chunk.samples)
+        recorder, outputs = self._forward(part)
+        if part.samples > 1 and _sequence(recorder, part.samples) in self._by_position:
+            own = scale[-few:] if isinstance(scale, Tensor) else scale
+            self._of_drawn(recorder, OutputTree(outputs), part, own, few, compared=True)
 
     def _of_drawn(
         self,

@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def is_running() -> bool:
 def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffers: bool = True) -> Iterator[None]:
     """The model in eval mode and PyTorch's RNG seeded; both, and the buffers, as they were afterwards.
 
-    What was compiled runs uncompiled meanwhile.
+    What was compiled runs uncompiled meanwhile. Within, `training` puts modules into training mode.
     """
     training = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
@@ -51,7 +51,7 @@ def running(model: nn.Module, device: torch.device, seed: int, *, restore_buffer
 
 
 @contextlib.contextmanager
-def training(modules: Iterable[nn.Module]) -> Iterator[None]:
+def training(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Modules in training mode within this block, and in eval mode afterwards."""
     for module in modules:
         module.training = True
@@ -65,10 +65,8 @@ def training(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _restoring_buffers(model: nn.Module) -> Iterator[None]:
     """Undo what forward passes write into buffers, in place or by assignment, and into embeddings with max_norm."""
-    # Norms write to their statistics without a new version.
-    unseen = {id(x._buffers) for x in model.modules() if isinstance(x, nn.modules.batchnorm._NormBase)}
-    before: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = [
-        (held, name, tensor, tensor.detach().clone(), tensor._version)
+    before: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (held, name, tensor, tensor.detach().clone())
         for module in model.modules()
         for held in (module._buffers, module._parameters if getattr(module, "max_norm", None) is not None else {})
         for name, tensor in held.items()
@@ -77,9 +75,9 @@ def _restoring_buffers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for held, name, tensor, values, version in before:
-            if tensor._version != version or id(held) in unseen:
-                tensor.copy_(values)
+        for held, name, tensor, values in before:
+            # Some are written without a new version, as statistics of norms are; and this is no new one.
+            tensor.data.copy_(values)
             if held.get(name) is not tensor:
                 held[name] = tensor
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fishleg_ext.common.waiting import read
-
 LossFunction = Callable[[Any, Any], Tensor]
 Likelihood = str | Callable[[Any, torch.Generator], Any]
 LossHessian = Callable[[Tensor, Tensor], Tensor]
@@ -204,42 +202,6 @@ def _output_gradients(loss_fn: LossFunction, outputs: Any, targets: Any) -> list
         tensors = [x for x in free if isinstance(x, Tensor) and x.requires_grad]
         found = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
-
-
-def loss_scale(
-    loss_fn: LossFunction, likelihood: NamedLikelihood, outputs: Any, targets: Any, ignore_index: int = IGNORED
-) -> float:
-    """Return by how many times a loss is the mean negative log-likelihood, by their gradients by the outputs.
-
-    Args:
-        loss_fn: (outputs, targets) -> scalar.
-        likelihood: whose loss it is to be a multiple of.
-        outputs: of the model; a tensor, or what has one as `logits`.
-        targets: drawn for them.
-        ignore_index: class of the targets that the loss leaves out.
-
-    Raises:
-        ValueError: the gradients do not point the same way.
-    """
-    free = logits_of(outputs).detach().requires_grad_()
-    given: Any = free
-    if not isinstance(outputs, Tensor):
-        given = copy.copy(outputs)
-        given.logits = free
-    if likelihood.class_dim is not None and not targets.is_floating_point():
-        named_targets = torch.where(targets == ignore_index, IGNORED, targets)
-    else:
-        named_targets = targets
-    with torch.enable_grad():
-        losses = loss_fn(given, targets), likelihood.loss(free, named_targets)
-    theirs, named = (torch.autograd.grad(loss, free)[0].double() for loss in losses)
-    slope, squared = read([(theirs * named).sum(), named.square().sum()])
-    if not slope > 0:
-        raise ValueError(
-            "expected loss_fn to be a multiple of the negative logarithm of the likelihood, but its gradients do not "
-            "point the same way; a function may be given as likelihood"
-        )
-    return slope / squared
 
 
 def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:

@@ -10,23 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishleg_ext.common.dtypes import widened
 from fishleg_ext.common.orientation import Orientation
+from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.batches import Chunk, checked_source, one_chunk
 from fishleg_ext.observation.batchnorm import statistics_of
-from fishleg_ext.observation.forward import running
+from fishleg_ext.observation.forward import running, scalar_loss
 from fishleg_ext.observation.gradient_factors import GradientFactors
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.likelihoods import (
+    IGNORED,
     LIKELIHOODS,
     Likelihood,
     LossFunction,
+    NamedLikelihood,
     as_module,
     checked_likelihood,
     label_sampler,
     logits_of,
-    loss_scale,
     sample_loss,
 )
+from fishleg_ext.observation.outputs import OutputTree
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.optim.forward import Called
 
@@ -34,6 +38,8 @@ from fishleg_ext.optim.forward import Called
 CHUNK_BYTES, HELD_BYTES = 2**27, 2**29
 # Gradients by parameters that are no matrices: each of as many samples, so that few are computed.
 GROUPS = 8
+# The cosine of two gradients above which one is taken for a multiple of the other.
+SAME_LOSS = 0.99
 
 
 def checked_loss(likelihood: Likelihood | None, loss_fn: LossFunction | None) -> tuple[Likelihood, LossFunction | None]:
@@ -104,20 +110,68 @@ class Labels:
         if not self._checked:
             self._sampler.check(self.loss, outputs, drawn)
         if self._named is not None and self._is_given:
-            ignored = self._sampler.ignore_index
-            self.scale = loss_scale(self.loss, self._named, outputs, drawn, ignored)
-            if not self._checked and isinstance(outputs, Tensor) and samples > 1:
-                half = samples // 2
-                of_half = loss_scale(self.loss, self._named, outputs[:half], drawn[:half], ignored)
-                if math.isclose(self.scale / of_half, samples / half, rel_tol=1e-3):
-                    raise ValueError(
-                        "expected loss_fn to be a mean over samples, or a module of PyTorch with reduction='sum', got "
-                        f"one that is {samples / half:.3g} times as large for {samples} samples as for {half}"
-                    )
+            self._measure_scale(outputs, drawn, samples)
             # The Fisher matrix of a sum over t targets is t times that of their mean.
             factor = factor / (self.scale**0.5 if self.summed else self.scale)
         self._checked = True
         return drawn, factor
+
+    def _measure_scale(self, outputs: Any, drawn: Any, samples: int) -> None:
+        """Update the scale, unless the gradients are too small or too unlike to tell.
+
+        Raises:
+            ValueError: at the first draw, the loss is of another sign, or a sum over samples.
+        """
+        assert self._named is not None
+        assert self._sampler is not None
+        ignored = self._sampler.ignore_index
+        scale, cosine = loss_scale(self.loss, self._named, outputs, drawn, ignored)
+        if not self._checked and cosine < 0:
+            raise ValueError(
+                "expected loss_fn to be a multiple of the negative logarithm of the likelihood, but its gradients do "
+                "not point the same way; a function may be given as likelihood"
+            )
+        if not self._checked and isinstance(outputs, Tensor) and samples > 1:
+            half = samples // 2
+            of_half, _ = loss_scale(self.loss, self._named, outputs[:half], drawn[:half], ignored)
+            if math.isclose(scale, of_half * samples / half, rel_tol=1e-3) and scale:
+                raise ValueError(
+                    "expected loss_fn to be a mean over samples, or a module of PyTorch with reduction='sum', got "
+                    f"one that is {samples / half:.3g} times as large for {samples} samples as for {half}"
+                )
+        if cosine > (SAME_LOSS if self._checked else 0):  # it may change, of a sum over tokens
+            self.scale = scale
+
+
+def loss_scale(
+    loss_fn: LossFunction, likelihood: NamedLikelihood, outputs: Any, targets: Any, ignore_index: int
+) -> tuple[float, float]:
+    """Compare the gradient of a loss by the outputs with that of the mean negative log-likelihood.
+
+    Args:
+        loss_fn: (outputs, targets) -> scalar.
+        likelihood: whose loss it is to be a multiple of.
+        outputs: of the model; a tensor, or what has one as `logits`.
+        targets: drawn for them.
+        ignore_index: class of the targets that the loss leaves out.
+
+    Returns:
+        how many times the one is the other, and the cosine of the two; 0 where either vanishes.
+    """
+    tree, logits = OutputTree(outputs), logits_of(outputs)
+    free = logits.detach().requires_grad_()
+    given = tree.with_leaves([free if leaf is logits else leaf for leaf in tree.leaves])
+    named_targets = targets
+    if likelihood.class_dim is not None and not targets.is_floating_point():
+        named_targets = torch.where(targets == ignore_index, IGNORED, targets)
+    with torch.enable_grad():
+        losses = scalar_loss(loss_fn, given, targets), likelihood.loss(free, named_targets)
+    theirs, named = (torch.autograd.grad(loss, free)[0].to(widened(free.dtype)) for loss in losses)
+    pairs = ((theirs, named), (named, named), (theirs, theirs))
+    product, squared, other = read([(a * b).sum(dtype=torch.float64) for a, b in pairs])
+    if not squared or not other:
+        return 0.0, 0.0
+    return product / squared, product / (squared * other) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -203,14 +257,15 @@ class DrawnGradients:
         by = chunk if first + last >= n else both
         trained = [module for module in self.model.modules() if module.training]
         normalised = [module for module in trained if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        trained = [module for module in trained if module not in set(normalised)]
+        trained = [module for module in trained if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for observer in (self._each, self._in_groups):
             if observer is not None:
                 observer.trained = trained
         self._labels.generator.manual_seed(seed)
+        others = 2**63 - 1 - seed  # random numbers of the model, which must not be those of the labels
         parts: tuple[list[Observation], list[Observation]] = [], []
         groups: list[dict[str, Tensor]] = [{}, {}]
-        with running(self.model, self._device, seed), statistics_of(self.model, normalised, by, trained):
+        with running(self.model, self._device, others), statistics_of(self.model, normalised, by, trained):
             if self._each is not None:
                 seen = 0
                 for observation in self._each.gradients(both, both.samples, cut=first):

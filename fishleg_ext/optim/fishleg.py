@@ -298,22 +298,14 @@ class FishLeg(torch.optim.Optimizer):
             loss_scale *= self._forward.samples if self._labels.summed else 1
             if grads and loss_scale != 1:
                 grads = dict(zip(grads, torch._foreach_div(list(grads.values()), loss_scale), strict=True))
-            momenta, moved = self._move(grads)
-            numbers = None if measured is None else self._measure(grads, moved, measured)
+            momenta, moved = self._move(grads) if grads else ({}, {})
+            numbers = None if measured is None or not grads else self._measure(grads, moved, measured)
             _check_finite(moved, numbers)
         except BaseException:
             for part, values in zip(parts, before, strict=True):
                 vars(part).update(values)
             raise
         self._steps, self._unknown = number, unknown
-        if new := [name for name in still if name not in self._warned]:
-            self._warned |= set(new)
-            warnings.warn(
-                f"{', '.join(new)} did not move: the loss has gradients by them, but with labels that the model draws "
-                "it has none, as of what enters in another way than through the outputs that these are drawn from. "
-                "They will move once it has; or give params= without them, and another optimizer for them",
-                stacklevel=5,
-            )
         for name, momentum in momenta.items():
             state = self.state[self._parameters[name]]
             state["steps"], state["momentum"] = state.get("steps", 0) + 1, momentum
@@ -322,6 +314,14 @@ class FishLeg(torch.optim.Optimizer):
             self._loss_scale = self._labels.scale
             self._length.measure(*numbers)
         self._descend(moved)
+        if new := [name for name in still if name not in self._warned]:
+            self._warned |= set(new)
+            warnings.warn(
+                f"{', '.join(new)} did not move: the loss has gradients by them, but with labels that the model draws "
+                "it has none, as of what enters in another way than through the outputs that these are drawn from. "
+                "They will move once it has; or give params= without them, and another optimizer for them",
+                stacklevel=5,
+            )
 
     def _make_drawn(self) -> DrawnGradients:
         layers = {layer.name: layer for layer in self._layers}
@@ -392,8 +392,8 @@ class FishLeg(torch.optim.Optimizer):
             return self._unknown
         layers = {layer.name: layer.running.mean_square() for layer in self._layers}
         found = read_by_name(layers | {other.name: other.squares.sum() for other in self._others})
-        of_layer = {name: layer.name for layer in self._layers for name in layer.parameters}
-        return {name for name in self._parameters if not found[of_layer.get(name, name)]}
+        found |= {name: found[layer.name] for layer in self._layers for name in layer.parameters}
+        return {name for name in self._unknown if not found.get(name, 1.0)}  # empty ones have none
 
     def _learn(self, drawn: Drawn) -> None:
         for layer in self._layers:
@@ -447,9 +447,11 @@ class FishLeg(torch.optim.Optimizer):
         self, grads: Mapping[str, Tensor], moved: Mapping[str, Tensor], drawn: Drawn
     ) -> tuple[float, float, float]:
         """Return g^T n, n^T F n and |n|^2, of n made shorter where the learning rate is less than the largest."""
-        rates = {self._names[id(p)]: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        if (longest := max(rates.values())) and any(rates[name] != longest for name in moved):
-            shares = [rates[name] / longest for name in moved]
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if (longest := max(rates)) and min(rates) != longest:
+            groups = zip(self.param_groups, rates, strict=True)
+            by_name = {self._names[id(p)]: rate / longest for group, rate in groups for p in group["params"]}
+            shares = [by_name[name] for name in moved]
             moved = dict(zip(moved, torch._foreach_mul(list(moved.values()), shares), strict=True))
         moving = [layer for layer in self._layers if not layer.parameters.keys().isdisjoint(moved)]
         layers = [(layer, layer.matrix(moved)) for layer in moving]

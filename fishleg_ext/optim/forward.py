@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -51,11 +51,12 @@ class ForwardHooks:
     Attributes:
         called: positional and keyword arguments of the last pass; of half precision under autocast, in float32.
         overwritten: whether that pass wrote into them.
+        samples: how many there were in all passes since the last step.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
         self.called: Called | None = None
-        self.overwritten = False
+        self.overwritten, self.samples, self._taken = False, 0, False
         self._versions: list[tuple[Tensor, int]] = []  # of the arguments, before the pass
         self._layers = {layer.name: layer for layer in layers}
         self._seen: list[SeenProduct] = []
@@ -68,20 +69,19 @@ class ForwardHooks:
         before.handle = model.register_forward_pre_hook(before, with_kwargs=True)
         after.handle = model.register_forward_hook(after, always_call=True)
 
-    @property
-    def samples(self) -> int:
-        """How many samples the last pass was of."""
-        return next((len(x) for x in pytree.tree_leaves(self.called) if isinstance(x, Tensor) and x.dim()), 1)
-
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to see a pass."""
         if is_running() or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if self._recorders:
             self._leave(_active_calls(model) - 1)
+        held = next(model.parameters()).dtype
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_inference()]
         self._versions = [(x, x._version) for x in given]
-        self.called = pytree.tree_map(_kept, (args, kwargs))
+        self.called = pytree.tree_map(lambda x: _kept(x, held), (args, kwargs))
+        self.samples = 0 if self._taken else self.samples
+        self._taken = False
+        self.samples += next((len(x) for x in given if x.dim()), 1)
         self._passes += 1
         # Of what nobody asks for not everything is kept: the optimizer may not be in use.
         self._seen = [seen for seen in self._seen if seen.gradient is not None and self._passes <= MOST_PASSES]
@@ -103,8 +103,12 @@ class ForwardHooks:
 
     def _leave(self, active: int) -> None:
         """Leave passes that were interrupted, without hooks after them, but for the first `active`, which go on."""
-        while len(self._recorders) > active and _get_current_function_mode() is self._recorders[-1]:
-            self._recorders.pop().__exit__(None, None, None)
+        while len(self._recorders) > active:
+            stale, above = self._recorders.pop(), []
+            while _get_current_function_mode() is not None and (mode := _pop_mode()) is not stale:
+                above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)
 
     def _count(self, product: Product) -> float:
         """Count its rows, and return how many those of the weight are."""
@@ -156,7 +160,7 @@ class ForwardHooks:
             if seen.gradient is not None and seen.product.name in matrices:
                 pair = seen.product.output_rows(seen.gradient)[0], seen.product.input_rows()[0]
                 rows.setdefault(seen.product.name, []).append(pair)
-        self._seen, self._passes, self._rows, self._left_out = [], 0, {}, set()
+        self._seen, self._passes, self._rows, self._left_out, self._taken = [], 0, {}, set(), True
         found = {}
         for name, pairs in rows.items():
             matrix, layer = matrices[name], self._layers[name]
@@ -176,13 +180,12 @@ class ForwardHooks:
         return {name: (d, x) for (name, (d, x, _)), yes in zip(found.items(), holds, strict=True) if yes}
 
 
-def _kept(leaf: Any) -> Any:
-    """Return what is kept of an argument; the library's own passes run without autocast."""
+def _kept(leaf: Any, dtype: torch.dtype) -> Any:
+    """Return what is kept of an argument: as the library's own passes run without autocast, of the dtype of weights."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if leaf.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(leaf.device.type):
-        return leaf.detach().float()
-    return leaf.detach()
+    is_half = leaf.dtype in (torch.float16, torch.bfloat16)
+    return leaf.detach().to(dtype if is_half and torch.is_autocast_enabled(leaf.device.type) else leaf.dtype)
 
 
 def _active_calls(model: nn.Module) -> int:

@@ -35,6 +35,23 @@ def test_gradients_are_those_of_autograd_in_eval_mode(net, samples, group, batch
         torch.testing.assert_close(recorder.gradients(name), want, rtol=1e-4, atol=1e-6)
 
 
+class Autocast(nn.Sequential):
+    """Computes its products in bfloat16."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+@pytest.mark.filterwarnings("error")  # no gradients one by one
+def test_gradients_under_autocast_in_the_model(net, samples):
+    recorder = recorded(Autocast(*net), [samples], num_grads=21)
+    for name, want in expected_gradients(Autocast(*net), *samples, 1).items():
+        found = recorder.gradients(name)
+        assert found.dtype == torch.float32
+        assert (found - want).norm() < 0.02 * want.norm(), name
+
+
 class WithMean(nn.Module):
     """Outputs that depend on the other samples of a batch."""
 

@@ -1,13 +1,18 @@
 """Models and training loops as they are: dropout, scaled losses, autocast, auxiliary outputs, interruptions."""
 
+import contextlib
+import dataclasses
 import functools
 import gc
+import warnings
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fishleg_ext.optim import FishLeg
 from optim.problems import backward, intact, made, train
@@ -256,6 +261,21 @@ def test_autocast(where, curvature, generator):
         assert optimizer._drawn._each._in_factors is not None
 
 
+def test_a_model_in_half_precision_under_autocast(generator):
+    net, x, y = small(generator)
+    net, x = net.bfloat16(), x.bfloat16()
+    optimizer = FishLeg(net, likelihood="categorical")
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_directions_that_float16_cannot_hold_change_nothing(generator):
     torch.manual_seed(0)
     net = nn.Linear(8, 3).half()
@@ -297,7 +317,8 @@ def test_inputs_that_the_model_overwrites_are_refused(generator):
     intact(optimizer, net, optimizer.step, RuntimeError, "the model wrote into its inputs during its forward pass")
 
 
-def test_an_interrupted_pass_leaves_nothing_behind(generator):
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_an_interrupted_pass_leaves_nothing_behind(optimizers, generator):
     class Interrupted(nn.Module):
         def __init__(self, net):
             super().__init__()
@@ -310,13 +331,13 @@ def test_an_interrupted_pass_leaves_nothing_behind(generator):
 
     net, x, y = small(generator)
     net = Interrupted(net)
-    optimizer = FishLeg(net, likelihood="categorical")
+    optimizer, *_ = held = [FishLeg(net, likelihood="categorical") for _ in range(optimizers)]
     backward(net, x, y)
     net.depth = 0
     with pytest.raises(KeyboardInterrupt):
         net(x)
     net.depth = -1
-    assert torch._C._len_torch_function_stack() > 0
+    assert torch._C._len_torch_function_stack() == 3 * len(held)  # of three calls within each other
     backward(net, x, y)
     assert torch._C._len_torch_function_stack() == 0
     before = net.net[0].weight.detach().clone()
@@ -379,3 +400,190 @@ def test_a_state_of_the_other_curvature_is_refused(generator):
     train(net, optimizer, x, y, 1)
     message = "expected the state of curvature='kronecker', got that of 'fishleg'"
     intact(other, net, lambda: other.load_state_dict(optimizer.state_dict()), ValueError, message)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_checkpoints_run_again_in_training_mode(always, generator):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3)), nn.Linear(16, 3)
+
+        def forward(self, x):
+            again = always or self.training
+            return self.head(checkpoint(self.block, x, use_reentrant=False) if again else self.block(x))
+
+    torch.manual_seed(0)
+    net, x = Checkpointed(), torch.randn(64, 8, generator=generator)
+    optimizer = FishLeg(net, likelihood="categorical")
+    losses = train(net, optimizer, x, x[:, :3].argmax(1), 10)
+    assert losses[-1] < losses[0]
+    assert optimizer._drawn._each._in_factors is not None
+
+
+def test_layers_that_training_leaves_out_keep_factors(generator):
+    class LayerDrop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            for layer in self.layers:
+                if not self.training or torch.rand([]) > 0.3:
+                    x = x + layer(x).tanh()
+            return self.head(x)
+
+    torch.manual_seed(0)
+    net, x = LayerDrop(), torch.randn(64, 8, generator=generator)
+    optimizer = FishLeg(net, likelihood="categorical")
+    losses = train(net, optimizer, x, x[:, :3].argmax(1), 20)
+    assert losses[-1] < losses[0]
+    assert optimizer._drawn._each._in_factors is not None
+
+
+def test_what_a_model_writes_in_training_is_as_before(generator):
+    """Into buffers by operations that give them no new version."""
+
+    class Writing(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("seen", torch.zeros(8))
+            self.register_buffer("variance", torch.ones(8))
+
+        def forward(self, x):
+            if self.training:
+                self.seen.data.add_(x.detach().sum(0))
+            return super().forward(F.batch_norm(x, self.mean, self.variance, training=self.training))
+
+    torch.manual_seed(0)
+    net = Writing()
+    optimizer = FishLeg(net, likelihood="categorical")
+    backward(net, torch.randn(64, 8, generator=generator), torch.arange(64) % 3)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    optimizer.step()
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_labels_are_not_the_random_numbers_of_the_model(generator):
+    """Of noise u on the inputs and v on the targets, G_ij = v_i u_j (o = i): independent, so of one mean square."""
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Noise(), nn.Linear(4, 4, bias=False)).double(), torch.zeros(20_000, 4).double()
+    optimizer = FishLeg(net, likelihood="gaussian", samples=len(x))
+    net(x).square().mean().backward()
+    (observation,) = optimizer._observe(1)[0].observations
+    grads = observation.gradients["1.weight"]
+    squares = grads.square().mean(0)
+    torch.testing.assert_close(squares / squares.mean(), torch.ones(4, 4).double(), rtol=0.1, atol=0)
+    assert grads.mean(0).abs().max() < 0.05 * squares.mean() ** 0.5
+
+
+@pytest.mark.parametrize("cuts", [(43, 43, 43), (64, 50, 15)])
+def test_sums_over_several_passes_are_means_over_their_samples(cuts, generator):
+    moved = []
+    for reduction in ("mean", "sum"):
+        net, x, y = small(generator.manual_seed(0), samples=129)
+        loss = nn.CrossEntropyLoss(reduction=reduction)
+        optimizer = FishLeg(net, likelihood="categorical", loss_fn=loss, max_divergence=1e9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for a, b in zip(x.split(cuts), y.split(cuts), strict=True):
+                (loss(net(a), b) * (len(a) / 129 if reduction == "mean" else 1)).backward()
+            optimizer.step()
+        moved.append([*net.parameters()])
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    logits: torch.Tensor
+
+
+class Named(NamedTuple):
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Frozen, Named])
+def test_a_multiple_of_the_loss_of_outputs_with_logits(kind, generator):
+    class Model(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return kind(self.net(x))
+
+    moved = []
+    for loss in (None, lambda outputs, targets: 5 * F.cross_entropy(outputs.logits, targets)):
+        net, x, y = small(generator.manual_seed(0))
+        optimizer = FishLeg(Model(net), likelihood="categorical", loss_fn=loss)
+        for _ in range(3):
+            optimizer.zero_grad()
+            factor = 1 if loss is None else 5
+            (factor * F.cross_entropy(optimizer.model(x).logits, y)).backward()
+            optimizer.step()
+        moved.append([*net.parameters()])
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-9)
+
+
+def test_a_loss_of_several_numbers_is_refused(generator):
+    net, x, y = small(generator)
+    optimizer = FishLeg(net, likelihood="categorical", loss_fn=lambda a, b: F.cross_entropy(a, b, reduction="none"))
+    backward(net, x, y)
+    intact(optimizer, net, optimizer.step, ValueError, "expected loss_fn to return a scalar")
+
+
+@pytest.mark.parametrize("smoothing", [0.02, 0.3])
+def test_label_smoothing_is_taken_for_the_loss_that_it_began_as(smoothing, generator):
+    net, x, y = small(generator)
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    optimizer = FishLeg(net, likelihood="categorical", loss_fn=loss)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses.append(loss(net(x), y))
+        losses[-1].backward()
+        optimizer.step()
+        assert 1 - smoothing <= optimizer._loss_scale * 1.05 < 1.1
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_no_curvature_at_all_is_no_step(generator):
+    """Of a classifier that is sure of its answers, and wrong."""
+    net = nn.Linear(4, 4, bias=False)
+    net.weight.data = 120 * torch.eye(4)
+    optimizer = FishLeg(net, likelihood="categorical")
+    for warned in (True, False):
+        backward(net, torch.eye(4), (torch.arange(4) + 1) % 4)
+        with pytest.warns(UserWarning, match="weight did not move") if warned else contextlib.nullcontext():
+            optimizer.step()
+        assert torch.equal(net.weight.data, 120 * torch.eye(4))
+
+
+def test_parameters_without_elements(generator):
+    net, x, y = small(generator)
+    net.empty = nn.Parameter(torch.empty(0).double())
+    optimizer = FishLeg(net, likelihood="categorical")
+    losses = train(net, optimizer, x, y, 5)
+    assert losses[-1] < losses[0]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_warnings_that_are_errors_come_after_the_step(generator):
+    net, x, y = small(generator)
+    net.aside = nn.Parameter(torch.ones(()).double())
+    optimizer = FishLeg(net, likelihood="categorical")
+    before = net[0].weight.detach().clone()
+    (F.cross_entropy(net(x), y) + net.aside).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="aside did not move"):
+            optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+    assert optimizer._steps == 1
