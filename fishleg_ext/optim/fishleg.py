@@ -26,8 +26,9 @@ from fishleg_ext.common.waiting import read, read_by_name
 from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.kronecker import Factors
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction
-from fishleg_ext.optim.drawn import Drawn, DrawnGradients, Labels, checked_loss
+from fishleg_ext.optim.drawn import Drawn, DrawnGradients
 from fishleg_ext.optim.forward import ForwardHooks
+from fishleg_ext.optim.labels import Labels, checked_loss
 from fishleg_ext.optim.layers import Diagonal, Layer, check_inverted, layers_of
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
@@ -72,7 +73,8 @@ class FishLeg(torch.optim.Optimizer):
             function (outputs, generator) -> targets.
         loss_fn: (outputs, targets) -> scalar, the loss that is minimised; None is that of a named likelihood, the mean
             over all targets. A loss of another scale must be given: any multiple of that one, as a mean over samples,
-            or a module of PyTorch with reduction="sum". Steps are those of the mean, in whose units F is.
+            or a module of PyTorch with reduction="sum". Steps are those of the mean, in whose units F is. Beside a
+            function it must be its negative log-likelihood, as a mean over samples, in whose units F is then.
         params: parameters of the model, or groups of them with options of their own (lr, momentum, weight_decay), as
             other optimizers take them; None is all that require gradients.
         curvature: "fishleg", or "kronecker" for K-FAC.
@@ -161,7 +163,6 @@ class FishLeg(torch.optim.Optimizer):
         self._masks: dict[int, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._steps = 0
         self._last_norm = 0.0  # of gradients, when the length was measured
-        self._loss_scale = 1.0  # of the loss to the mean negative log-likelihood, likewise
 
     @property
     def curvature(self) -> OptimizerCurvature:
@@ -283,19 +284,19 @@ class FishLeg(torch.optim.Optimizer):
         changed = norm > CHANGE * self._last_norm  # by pruning, or by a step that was too long
         first = number <= self.warm_up or changed
         due = first or number % self.update_every == 0
-        drawn, measured = self._observe(number) if due else (None, None)
-        parts = [*(layer.running for layer in self._layers), *self._others]
+        parts = [self._labels, *(layer.running for layer in self._layers), *self._others]
         before = [vars(part).copy() for part in parts]
-        loss_scale, unknown = self._loss_scale, self._unknown
         try:
+            drawn, measured = self._observe(number) if due else (None, None)
+            unknown = self._unknown
             if drawn is not None:
                 self._learn(drawn)
-                loss_scale, unknown = self._labels.scale, self._without_curvature()
+                unknown = self._without_curvature()
             if first or number % self.invert_every == 0 or unknown != self._unknown:
                 check_inverted({layer.name: layer.running.invert(self.damping) for layer in self._layers})
             still = [name for name in grads if name in unknown and norms[name]]
             grads = {name: grad for name, grad in grads.items() if name not in unknown}
-            loss_scale *= self._forward.samples if self._labels.summed else 1
+            loss_scale = self._labels.scale * (self._forward.samples if self._labels.summed else 1)
             if grads and loss_scale != 1:
                 grads = dict(zip(grads, torch._foreach_div(list(grads.values()), loss_scale), strict=True))
             momenta, moved = self._move(grads) if grads else ({}, {})
@@ -311,7 +312,6 @@ class FishLeg(torch.optim.Optimizer):
             state["steps"], state["momentum"] = state.get("steps", 0) + 1, momentum
         if numbers is not None:
             self._last_norm = norm
-            self._loss_scale = self._labels.scale
             self._length.measure(*numbers)
         self._descend(moved)
         if new := [name for name in still if name not in self._warned]:
@@ -491,7 +491,7 @@ class FishLeg(torch.optim.Optimizer):
             "learned": self.curvature_model == "fishleg",
             "steps": self._steps,
             "last_norm": self._last_norm,
-            "loss_scale": self._loss_scale,
+            "loss_scale": self._labels.scale,
             "length": self._length.state_dict(),
             "layers": {layer.name: layer.running.state_dict() for layer in self._layers},
             "others": {other.name: other.state_dict() for other in self._others},
@@ -525,7 +525,8 @@ class FishLeg(torch.optim.Optimizer):
             layer.running.load_state_dict(layers[layer.name])
         for other in self._others:
             other.load_state_dict(others[other.name])
-        self._steps, self._last_norm, self._loss_scale = int(steps), float(last_norm), float(loss_scale)
+        self._steps, self._last_norm = int(steps), float(last_norm)
+        self._labels.scale, self._labels.is_checked = float(loss_scale), self._steps > 0
         self._length.load_state_dict(length)
         self._unknown = set(self._parameters)
         self._unknown = self._without_curvature()

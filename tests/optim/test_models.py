@@ -550,7 +550,7 @@ def test_label_smoothing_is_taken_for_the_loss_that_it_began_as(smoothing, gener
         losses.append(loss(net(x), y))
         losses[-1].backward()
         optimizer.step()
-        assert 1 - smoothing <= optimizer._loss_scale * 1.05 < 1.1
+        assert 1 - smoothing <= optimizer._labels.scale * 1.05 < 1.1
     assert losses[-1] < 0.7 * losses[0]
 
 

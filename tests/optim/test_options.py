@@ -60,10 +60,11 @@ def test_scaled_losses_are_unscaled_first(generator):
     torch.testing.assert_close(nets[0].weight, nets[1].weight)
 
 
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss(label_smoothing=0.1)], ids=["mean", "smoothed"])
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_a_run_that_was_killed_goes_on_to_the_bit(curvature, problem, tmp_path):
+def test_a_run_that_was_killed_goes_on_to_the_bit(curvature, loss, problem, tmp_path):
     net, x, y = problem
-    options = made(curvature, warm_up=3, update_every=2, invert_every=4)
+    options = made(curvature, warm_up=3, update_every=2, invert_every=4, loss_fn=loss)
     optimizer = FishLeg(net, likelihood="categorical", **options)
     train(net, optimizer, x, y, 5)
     torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
