@@ -124,18 +124,24 @@ class FactorObserver:
         for verified in (False, True):
             for mode in modes:
                 recorder, outputs = self._forward(chunk, mode)
-                if _sequence(recorder, chunk.samples) in self._by_position:
+                if self._is_known(recorder, chunk):
                     return recorder, outputs, mode
             if not verified:
+                names = set(self._weights)
                 self._verify(chunk, recorder.signature)
+                if not trained and names == set(self._weights) and self._is_known(recorder, chunk):
+                    return recorder, outputs, trained
         raise NoFactors("the sequence of products is another for some of the samples")
+
+    def _is_known(self, recorder: ProductRecorder, chunk: Chunk) -> bool:
+        return _sequence(recorder, chunk.samples) in self._by_position
 
     def _compare_some(self, chunk: Chunk, scale: float | Tensor, count: int) -> None:
         """Compare the last gradient in eval mode, where nothing is random, among a few."""
         few, group = min(count, VERIFIED_SAMPLES), chunk.samples // count
         part = chunk.part((count - few) * group, chunk.samples)
         recorder, outputs = self._forward(part)
-        if part.samples > 1 and _sequence(recorder, part.samples) in self._by_position:
+        if part.samples > 1 and self._is_known(recorder, part):
             own = scale[-few:] if isinstance(scale, Tensor) else scale
             self._of_drawn(recorder, OutputTree(outputs), part, own, few, compared=True)
 
