@@ -49,7 +49,7 @@ class ForwardHooks:
         layers: whose products are seen.
 
     Attributes:
-        called: positional and keyword arguments of the last pass; of half precision under autocast, in float32.
+        called: positional and keyword arguments of the last pass; in the dtype of weights, if autocast made them half.
         overwritten: whether that pass wrote into them.
         samples: how many there were in all passes since the last step.
     """
@@ -77,7 +77,7 @@ class ForwardHooks:
             self._leave(_active_calls(model) - 1)
         held = next(model.parameters()).dtype
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_inference()]
-        self._versions = [(x, x._version) for x in given]
+        self._versions, self.overwritten = [(x, x._version) for x in given], False
         self.called = pytree.tree_map(lambda x: _kept(x, held), (args, kwargs))
         self.samples = 0 if self._taken else self.samples
         self._taken = False
@@ -98,8 +98,8 @@ class ForwardHooks:
         """End it."""
         if self._recorders and not is_running():
             self._recorders.pop().__exit__(None, None, None)
-            self.overwritten = any(x._version != version for x, version in self._versions)
-            self._versions = []
+            self.overwritten |= any(x._version != version for x, version in self._versions)
+            self._versions = []  # of a pass within another, that of the inner one counts, which is `called`
 
     def _leave(self, active: int) -> None:
         """Leave passes that were interrupted, without hooks after them, but for the first `active`, which go on."""
