@@ -235,7 +235,8 @@ def plot(rows: dict[str, Any], target: Path, unit: str) -> None:
             ax.set(xlabel="steps" if part == "step" else unit, title=f"batches of {batch}", ylim=bounds)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test loss, nats an image")
-        row[0].legend()
+    named = max((row[0].get_legend_handles_labels() for row in axes), key=lambda found: len(found[1]))
+    figure.legend(*named, loc="outside lower center", ncols=4)
     figure.savefig(target)
 
 
