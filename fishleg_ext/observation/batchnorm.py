@@ -71,18 +71,16 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
 def statistics_of(
     model: nn.Module, norms: Sequence[nn.Module], chunk: Chunk, trained: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Give BatchNorm layers the statistics of these samples within this block, and then those that they had.
+    """Give BatchNorm layers the statistics of these samples within this block.
 
     In eval mode they so normalise as in training, by constants; the running statistics lag behind.
 
     Args:
-        model: in eval mode.
+        model: within `running`, which gives them back the statistics that they had.
         norms: BatchNorm layers of it; a single sample has no statistics, and leaves them as they are.
         chunk: the samples.
         trained: other modules that are in training mode meanwhile.
     """
-    # BatchNorm writes to its buffers unseen, without a new version.
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     momenta = [norm.momentum for norm in norms]
     try:
         if norms and chunk.samples > 1:
@@ -95,8 +93,6 @@ def statistics_of(
                 norm.eval()
         yield
     finally:
-        for buffer, values in before:
-            buffer.copy_(values)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()

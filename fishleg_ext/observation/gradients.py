@@ -72,7 +72,6 @@ class GradientObserver:
         self._bias_of = {bias: name for name, (bias, _) in biases.items()}
         self._seen = Finite()
         self._most_at_once: float = float("inf")  # gradients in factors
-        self.trained: Sequence[nn.Module] = ()  # modules that are in training mode while gradients are computed
 
     @property
     def any_nonzero(self) -> bool:
@@ -80,18 +79,25 @@ class GradientObserver:
         return self._seen.any_nonzero
 
     def gradients(
-        self, chunk: Chunk, count: int, product: FisherProduct | None = None, *, cut: int = 0
+        self,
+        chunk: Chunk,
+        count: int,
+        product: FisherProduct | None = None,
+        *,
+        cut: int = 0,
+        trained: Sequence[nn.Module] = (),
     ) -> Iterator[Observation]:
         """Yield `count` gradients, each of as many of the samples, as many at a time as memory is given for.
 
-        An observation ends after `cut` of them. With the last goes the product with the Fisher matrix. Where a GPU has
-        no memory for the activations of all samples, halves of them are tried, whose labels are drawn anew.
+        An observation ends after `cut` of them; the modules `trained` are in training mode meanwhile. With the last
+        goes the product with the Fisher matrix. Where a GPU has no memory for the activations of all samples, halves of
+        them are tried, whose labels are drawn anew.
         """
         factors: dict[str, GradientFactors] = {}
         found: tuple[Any, float | Tensor] | None = None
         if self._in_factors is not None and count <= self._most_at_once:
             try:
-                factors, targets, scale = self._in_factors.factors(chunk, count, self.trained)
+                factors, targets, scale = self._in_factors.factors(chunk, count, trained)
                 found = targets, scale
             except NoFactors as reason:
                 found = reason.drawn
@@ -103,11 +109,12 @@ class GradientObserver:
                 self._most_at_once = count // 2
         if self._in_factors is not None and count > self._most_at_once:
             half, group = count // 2, chunk.samples // count
-            yield from self.gradients(chunk.part(0, half * group), half, cut=cut)
-            yield from self.gradients(chunk.part(half * group, chunk.samples), count - half, product, cut=cut - half)
+            rest = chunk.part(half * group, chunk.samples)
+            yield from self.gradients(chunk.part(0, half * group), half, cut=cut, trained=trained)
+            yield from self.gradients(rest, count - half, product, cut=cut - half, trained=trained)
             return
         if found is None and self.draw is not None:
-            with training(self.trained):
+            with training(trained):
                 outputs = call(self.model, self.weights, chunk.inputs)
             found = self.draw(outputs, chunk.targets, chunk.samples, count)
         targets, scale = found or (chunk.targets, 1.0)
@@ -129,7 +136,7 @@ class GradientObserver:
             values: dict[str, Tensor] = {}
             if others:
                 part_scale = scale[start:stop] if isinstance(scale, Tensor) else scale
-                with training(self.trained):
+                with training(trained):
                     values = self._compute(chunk.part(start * group, stop * group), stop - start, others)
                 values = self._oriented(self._masked(values, part_scale))
             parts = {name: factor.part(start, stop) for name, factor in factors.items()}

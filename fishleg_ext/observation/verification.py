@@ -134,8 +134,8 @@ class Verifier:
         if n > 1:
             parts = [[(leaves[i], _only(probes[i], s)) for i in probed] for s in alone]
             single = [self._gradients(recorder, part) for part in parts]
-        precise = [*self._free, *(leaves[i] for i in probed), *(gradient for gradient in total if gradient is not None)]
-        eps = max(map(epsilon, precise))  # of the least precise, such as products under autocast
+        tensors = [*self._free, *(leaves[i] for i in probed), *(gradient for gradient in total if gradient is not None)]
+        eps = max(map(epsilon, tensors))  # of the least precise, such as products under autocast
         made = self._put_together(recorder, single, total, eps)
         found = self._compare(made, recorder, single, eps)
         if n == 1:

@@ -33,7 +33,7 @@ def boolean(**tensors: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor) -> None:
-    """All tensors are on the device of the first."""
+    """Raise ValueError unless all tensors are on the device of the first."""
     named = iter(tensors.items())
     first_name, first = next(named)
     for name, tensor in named:

@@ -109,17 +109,14 @@ class DrawnGradients:
         trained = [module for module in self.model.modules() if module.training]
         normalised = [module for module in trained if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         trained = [module for module in trained if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for observer in (self._each, self._in_groups):
-            if observer is not None:
-                observer.trained = trained
         self._labels.generator.manual_seed(seed)
-        others = 2**63 - 1 - seed  # random numbers of the model, which must not be those of the labels
+        of_model = 2**63 - 1 - seed  # whose random numbers must not be those of the labels
         parts: tuple[list[Observation], list[Observation]] = [], []
         groups: list[dict[str, Tensor]] = [{}, {}]
-        with running(self.model, self._device, others), statistics_of(self.model, normalised, by, trained):
+        with running(self.model, self._device, of_model), statistics_of(self.model, normalised, by, trained):
             if self._each is not None:
                 seen = 0
-                for observation in self._each.gradients(both, both.samples, cut=first):
+                for observation in self._each.gradients(both, both.samples, cut=first, trained=trained):
                     fits = max(2, HELD_BYTES // max(1, self._held(observation)))
                     if fits < both.samples and fits < self._most:
                         self._most = fits
@@ -128,13 +125,13 @@ class DrawnGradients:
                     seen += observation.count
                 self._each.check()
             if self._in_groups is not None:
-                groups = [self._of_groups(self._in_groups, end) for end in ends]
+                groups = [self._of_groups(self._in_groups, end, trained) for end in ends]
         return Drawn(parts[0], groups[0]), Drawn(parts[1], groups[1])
 
-    def _of_groups(self, observer: GradientObserver, chunk: Chunk) -> dict[str, Tensor]:
+    def _of_groups(self, observer: GradientObserver, chunk: Chunk, trained: Sequence[nn.Module]) -> dict[str, Tensor]:
         count = min(GROUPS, chunk.samples)
         chunk = chunk.part(0, chunk.samples // count * count)
-        found = [observation.gradients for observation in observer.gradients(chunk, count)]
+        found = [observation.gradients for observation in observer.gradients(chunk, count, trained=trained)]
         groups = {name: torch.cat([part[name] for part in found]) for name in self._others}
         observer.check()
         return groups

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from fishleg_ext import ops
 from fishleg_ext.common.arguments import (
     checked_count,
-    checked_damping,
     checked_integer,
     checked_positive,
     checked_type,
@@ -30,6 +29,7 @@ from fishleg_ext.optim.drawn import Drawn, DrawnGradients
 from fishleg_ext.optim.forward import ForwardHooks
 from fishleg_ext.optim.labels import Labels, checked_loss
 from fishleg_ext.optim.layers import Diagonal, Layer, check_inverted, layers_of
+from fishleg_ext.optim.options import OPTIONS, check_alone, check_finite, checked_adam, checked_share
 from fishleg_ext.optim.running import DescendedFactors, RunningFactors
 from fishleg_ext.optim.shared import OptimizerCurvature
 from fishleg_ext.optim.step_length import StepLength
@@ -129,11 +129,10 @@ class FishLeg(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.model = checked_type("model", model, nn.Module, "an nn.Module")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _check_alone(torch.distributed.get_world_size())
+        check_alone()
         likelihood, loss_fn = checked_loss(likelihood, loss_fn)
         self.curvature_model = one_of("fishleg", "kronecker")("curvature", curvature)
-        self.adam = adam if adam is None else _checked_adam(adam, curvature)
+        self.adam = adam if adam is None else checked_adam(adam, curvature)
         self.damping = checked_positive("damping", damping)
         self._length = StepLength(self.damping, checked_positive("max_divergence", max_divergence))
         self.samples, self.warm_up = checked_count("samples", samples), checked_count("warm_up", warm_up)
@@ -143,7 +142,7 @@ class FishLeg(torch.optim.Optimizer):
             raise ValueError(
                 f"expected invert_every to be a multiple of update_every={self.update_every}, got {invert_every}"
             )
-        self.memory = _checked_share("memory", memory)
+        self.memory = checked_share("memory", memory)
         self.seed = checked_integer("seed", seed)
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -301,7 +300,7 @@ class FishLeg(torch.optim.Optimizer):
                 grads = dict(zip(grads, torch._foreach_div(list(grads.values()), loss_scale), strict=True))
             momenta, moved = self._move(grads) if grads else ({}, {})
             numbers = None if measured is None or not grads else self._measure(grads, moved, measured)
-            _check_finite(moved, numbers)
+            check_finite(moved, numbers)
         except BaseException:
             for part, values in zip(parts, before, strict=True):
                 vars(part).update(values)
@@ -530,47 +529,3 @@ class FishLeg(torch.optim.Optimizer):
         self._length.load_state_dict(length)
         self._unknown = set(self._parameters)
         self._unknown = self._without_curvature()
-
-
-def _checked_adam(adam: Any, curvature: str) -> Adam:
-    checked_type("adam", adam, Adam, "an Adam")
-    if curvature != "fishleg":
-        raise ValueError(f"expected curvature='fishleg' with adam, got {curvature!r}")
-    if adam.steps is not None or adam.scaled or adam.products != "gradients":
-        raise ValueError(f"expected adam=Adam(steps=None, scaled=False, ...) without Gauss-Newton products, got {adam}")
-    return adam
-
-
-def _check_alone(processes: int) -> None:
-    if processes > 1:
-        raise NotImplementedError(
-            f"FishLeg learns from the samples of one process, so that the models of {processes} would drift apart: "
-            "expected to be alone, without torch.distributed"
-        )
-
-
-def _check_finite(moved: Mapping[str, Tensor], numbers: Iterable[float] | None) -> None:
-    """Raise ValueError where directions, which float16 may not hold, or what was measured of them is not finite."""
-    half = {name: n for name, n in moved.items() if n.dtype == torch.float16}
-    norms = read(torch._foreach_norm(list(half.values()), dtype=torch.float64)) if half else []
-    bad = [name for name, norm in zip(half, norms, strict=True) if not math.isfinite(norm)]
-    if bad or not all(map(math.isfinite, numbers or ())):
-        raise ValueError(
-            f"the step of {', '.join(bad) or 'some parameters'} overflows; use more damping, or parameters in float32"
-        )
-
-
-def _checked_share(name: str, value: Any) -> float:
-    if not 0 <= (checked := checked_damping(name, value)) < 1:
-        raise ValueError(f"expected {name} in [0, 1), got {value}")
-    return checked
-
-
-def _checked_rate(name: str, value: Any) -> Any:
-    """Return a learning rate as it is, which may be a tensor, if it is finite and not negative."""
-    checked_damping(name, float(value) if isinstance(value, Tensor) else value)
-    return value
-
-
-# What a group of parameters may have of its own.
-OPTIONS = {"lr": _checked_rate, "momentum": _checked_share, "weight_decay": checked_damping}

@@ -81,8 +81,9 @@ class Labels:
             self.loss: LossFunction = lambda outputs, targets: named(logits_of(outputs), targets)
         else:
             self.loss = sample_loss(loss_fn) or loss_fn
-        self._sampler = label_sampler("model", loss_fn or self.loss, likelihood)
-        assert self._sampler is not None
+        sampler = label_sampler("model", loss_fn or self.loss, likelihood)
+        assert sampler is not None
+        self._sampler = sampler
         loss = as_module(loss_fn)
         self.summed = isinstance(loss, nn.modules.loss._Loss) and loss.reduction == "sum"
         self._is_given = loss_fn is not None
@@ -92,27 +93,24 @@ class Labels:
 
     def __call__(self, outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
         """Draw labels, see `LabelSampler.draw`."""
-        assert self._sampler is not None
         drawn, factor = self._sampler.draw(self.generator, outputs, targets, samples, count)
         if not self.is_checked:
             self._sampler.check(self.loss, outputs, drawn)
         if self._named is not None and self._is_given:
-            self._measure_scale(outputs, drawn, samples)
+            self._measure_scale(self._named, outputs, drawn, samples)
             # The Fisher matrix of a sum over t targets is t times that of their mean.
             factor = factor / (self.scale**0.5 if self.summed else self.scale)
         self.is_checked = True
         return drawn, factor
 
-    def _measure_scale(self, outputs: Any, drawn: Any, samples: int) -> None:
+    def _measure_scale(self, named: NamedLikelihood, outputs: Any, drawn: Any, samples: int) -> None:
         """Update the scale, unless the gradients are too small or too unlike to tell.
 
         Raises:
             ValueError: at the first draw, the loss is of another sign, or a sum over samples.
         """
-        assert self._named is not None
-        assert self._sampler is not None
         ignored = self._sampler.ignore_index
-        scale, cosine = loss_scale(self.loss, self._named, outputs, drawn, ignored)
+        scale, cosine = loss_scale(self.loss, named, outputs, drawn, ignored)
         if not self.is_checked and cosine < 0:
             raise ValueError(
                 "expected loss_fn to be a multiple of the negative logarithm of the likelihood, but its gradients do "
@@ -120,7 +118,7 @@ class Labels:
             )
         if not self.is_checked and isinstance(outputs, Tensor) and samples > 1:
             half = samples // 2
-            of_half, _ = loss_scale(self.loss, self._named, outputs[:half], drawn[:half], ignored)
+            of_half, _ = loss_scale(self.loss, named, outputs[:half], drawn[:half], ignored)
             if math.isclose(scale, of_half * samples / half, rel_tol=1e-3) and scale:
                 raise ValueError(
                     "expected loss_fn to be a mean over samples, or a module of PyTorch with reduction='sum', got "

@@ -1,4 +1,4 @@
-"""What an optimizer has learned of the curvature, as a recipe that needs no data."""
+"""Offers what an optimizer has learned of the curvature as a recipe that needs no data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

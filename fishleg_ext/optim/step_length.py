@@ -1,4 +1,4 @@
-"""How far to go along a direction."""
+"""Measures how far to go along a direction."""
 
 from collections.abc import Mapping
 from typing import Any

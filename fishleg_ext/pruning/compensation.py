@@ -1,4 +1,4 @@
-"""How the kept weights move to compensate for the pruned ones."""
+"""Moves the kept weights to compensate for the pruned ones."""
 
 from collections.abc import Mapping
 from typing import Any

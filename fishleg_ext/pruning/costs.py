@@ -1,4 +1,4 @@
-"""What saliency hands to selection."""
+"""Holds what saliency hands to selection."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ class FirstOrderStep:
     slope: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rise(self, moves: Mapping[str, Tensor]) -> float:
-        """By how much moves from where the step leads raise the loss to first order; name -> move."""
+        """Return by how much moves from where the step leads raise the loss to first order; name -> move."""
         if not self.slope:
             return 0.0
         return sum(read((self.slope[name] * move).sum(dtype=torch.float64) for name, move in moves.items()))

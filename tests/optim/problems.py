@@ -57,6 +57,13 @@ class Last(nn.Module):
         return self.recurrent(x)[0][:, -1]
 
 
+def small(generator, outputs=3, samples=64):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+    x = torch.randn(samples, 8, generator=generator).double()
+    return net, x, x[:, :outputs].argmax(1)
+
+
 def backward(net, x, y):
     net.zero_grad()
     loss = F.cross_entropy(net(x), y)
