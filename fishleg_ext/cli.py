@@ -119,6 +119,8 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
         parser.add_argument("--quiet", **how | {"help": "no progress bars"}, action="store_false")
     elif field.type is bool:
         parser.add_argument(option, **how, action="store_true")
+    elif kind == "optional":
+        parser.add_argument(option, **how, nargs="?", const=True, metavar="NAME")
     elif kind == "share":
         parser.add_argument(option, **how, action="store_true")
         how["help"] = f"the same with a number, in [0, 1]; {option} finds one"

@@ -26,7 +26,7 @@ from fishleg_ext.pruning.solvers import SOLVERS, Solver
 from fishleg_ext.sparsity.parameters import ParameterChoice
 from fishleg_ext.sparsity.patterns import Pattern
 
-SCOPES = ("global", "flops", "layer")
+SCOPES = ("global", "flops", "layer", "row")
 NOT_OF_PRUNER = ("sparsity", "recomputations", "holdout")  # settings that `prune` alone has as keywords
 SHARED = ("num_grads", "grad_batch_size", "block_size", "damping", "labels", "likelihood")  # of the recipes
 
@@ -35,7 +35,7 @@ def _checked_scope(name: str, value: Any) -> str | FrozenDict:
     if isinstance(value, Mapping):
         return FrozenDict((key, checked_sparsity(f"sparsity of {key}", sparsity)) for key, sparsity in value.items())
     if not isinstance(value, str) or value not in SCOPES:
-        raise ValueError(f"expected {name} to be 'global', 'flops', 'layer' or a dict of sparsities, got {value!r}")
+        raise ValueError(f"expected {name} to be {', '.join(map(repr, SCOPES))} or a dict of sparsities, got {value!r}")
     return value
 
 
@@ -45,6 +45,12 @@ def _checked_pattern(name: str, value: Any) -> str:
 
 def _checked_params(name: str, value: Any) -> ParameterChoice:
     return value if isinstance(value, str) or callable(value) else tuple(value)
+
+
+def _checked_blocks(name: str, value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)):
+        raise TypeError(f"expected {name} to be a bool or the name of a list of blocks, got {value!r}")
+    return value
 
 
 def _checked_seed(name: str, value: Any) -> int:
@@ -104,7 +110,8 @@ class PruneConfig(Settings):
         None,
         _checked_scope,
         '"global" (one threshold for all parameters), "flops" (the same, for costs over how often a sample\'s forward '
-        'pass uses the weight), "layer" (the same sparsity in each), or a dict name -> sparsity; parameters not in it '
+        'pass uses the weight), "layer" (the same sparsity in each), "row" (in each of their rows, that is for each '
+        "output, as near as can be), or a dict name -> sparsity; parameters not in it "
         'stay dense. None is the curvature\'s default: "layer" for layerwise, "global" for the others.',
         plain="scope",
     )
@@ -198,6 +205,26 @@ class PruneConfig(Settings):
         "Reads the data twice more.",
         plain="share",
     )
+    block_by_block: bool | str = setting(
+        False,
+        _checked_blocks,
+        "observe, prune and run again the repeated blocks of the model, such as the layers of a transformer, one after "
+        "the other, so that the curvature of one block is held at a time and the network runs once; parameters outside "
+        "of them stay dense. True finds the list that holds the blocks, a name, such as 'model.layers', says which.",
+        plain="optional",
+    )
+    block_gradients: str = setting(
+        "outputs",
+        one_of("outputs", "loss"),
+        'with block_by_block, and a curvature of gradients, what these are of: "outputs", the squared error of the '
+        "block's own outputs, relative to their mean square, given what the pruned blocks before it make; "
+        '"loss", the loss of the network as it is at the estimate, so that one threshold for all parameters is '
+        "possible; the hidden states before and the gradients after every block are held for it.",
+        choices=("outputs", "loss"),
+    )
+    offload: bool = setting(
+        False, checked_flag, "with block_by_block, hold hidden states in the memory of the host rather than of the GPU."
+    )
     holdout: int = setting(
         0,
         checked_integer,
@@ -217,6 +244,10 @@ class PruneConfig(Settings):
                 f"first_order cannot be combined with {type(recipe).__name__}, which knows the errors of outputs, not "
                 "the loss"
             )
+        if self.block_by_block:
+            self._check_blocks(recipe)
+        elif self.block_gradients != "outputs" or self.offload:
+            raise ValueError("block_gradients and offload are settings of block_by_block, which is not asked for")
         if allocation is not None:
             if Pattern.parse(self.pattern).m:
                 raise ValueError(
@@ -226,12 +257,41 @@ class PruneConfig(Settings):
                 raise ValueError(f"allocation cannot be combined with scope={self.scope!r}: both say how many weights")
             if allocation.sequential:
                 raise ValueError("allocation cannot be of sequential inputs: it is of all parameters at once")
+        elif self.scope_of(recipe) == "row" and self.solver_of(recipe).sweeps:
+            raise ValueError(
+                f"saliency={self.saliency!r} cannot be combined with scope='row': it chooses among the weights of some "
+                "columns"
+            )
         elif self.scope_of(recipe) in ("global", "flops"):
             counts = "give scope='layer', a dict of sparsities or allocation="
+            if self.walks(recipe):
+                raise ValueError(
+                    f"block_by_block cannot be combined with one threshold for all: {counts}, or, where the curvature "
+                    "is of gradients, block_gradients='loss'"
+                )
             if self.solver_of(recipe).sweeps:
                 raise ValueError(f"saliency={self.saliency!r} cannot be combined with one threshold for all: {counts}")
             if recipe.sequential:
                 raise ValueError(f"sequential inputs cannot be combined with one threshold for all: {counts}")
+
+    def _check_blocks(self, recipe: Curvature) -> None:
+        kind, of_gradients = type(recipe).__name__, bool(recipe.observes - {"inputs"})
+        if not recipe.observes:
+            raise ValueError(f"block_by_block cannot be combined with {kind}, which observes nothing")
+        if self.first_order:
+            raise ValueError("first_order cannot be combined with block_by_block")
+        if self.block_gradients == "loss" and not of_gradients:
+            raise ValueError(f"block_gradients='loss' cannot be combined with {kind}, which observes inputs alone")
+        if not of_gradients:
+            return
+        if (recipe.grad_batch_size or 1) > 1:
+            raise ValueError(f"grad_batch_size={recipe.grad_batch_size} cannot be combined with block_by_block")
+        if self.walks(recipe) and (recipe.labels == "data" or recipe.likelihood is not None):
+            raise ValueError(
+                "labels and likelihood are of the network's loss: give block_gradients='loss', or leave them out"
+            )
+        if not self.walks(recipe) and (recipe.num_passes > 1 or "fisher_products" in recipe.observes):
+            raise ValueError(f"block_gradients='loss' cannot be combined with several passes or products of {kind}")
 
     def recipes(self) -> tuple[Curvature, Curvature | None]:
         """Make the recipes of curvature and allocation, with the settings that are given beside them."""
@@ -243,7 +303,13 @@ class PruneConfig(Settings):
 
     def scope_of(self, recipe: Curvature) -> str | Mapping[str, float]:
         """Return the scope asked for, or the recipe's default; with an allocation it is global."""
-        return "global" if self.allocation is not None else self.scope or recipe.default_scope
+        if self.allocation is not None:
+            return "global"
+        return self.scope or ("layer" if self.walks(recipe) else recipe.default_scope)
+
+    def walks(self, recipe: Curvature) -> bool:
+        """Tell whether each block is pruned before the next is observed."""
+        return bool(self.block_by_block) and not (self.block_gradients == "loss" and recipe.observes - {"inputs"})
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON has them; a recipe by its class and settings, a function by its name."""

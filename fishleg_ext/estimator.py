@@ -3,7 +3,7 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,12 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature import Curvature, Estimate
-from fishleg_ext.observation.batches import require_rereadable
+from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks, require_rereadable
+from fishleg_ext.observation.blocks import Blocks, BlockWalk, linear_loss
+from fishleg_ext.observation.forward import running
 from fishleg_ext.observation.gradients import gradient_bytes
-from fishleg_ext.observation.likelihoods import LossFunction, label_sampler
-from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, label_sampler, sample_loss
+from fishleg_ext.observation.observe import drawing, known_loss, observe
 from fishleg_ext.observation.types import Observation
 from fishleg_ext.sparsity.masks import Masks, pack_masks
 
@@ -54,6 +56,17 @@ class DataSource(NamedTuple):
     seed: int
 
 
+class _Seen(NamedTuple):
+    """What `observe` is given for an estimate."""
+
+    model: nn.Module
+    data: Iterable[Any]
+    loss_fn: LossFunction | None
+    labels: str
+    likelihood: Likelihood | None
+    keep_outputs: Callable[[Any], None] | None
+
+
 class Estimator:
     """Makes estimates of a recipe: of all weights at once or, where memory or the recipe demands it, group by group.
 
@@ -68,6 +81,9 @@ class Estimator:
         progress: whether to show progress bars.
         timed: times the observation, as `stage`.
         stage: its name.
+        blocks: that are estimated one by one; None is the network as a whole.
+        block_gradients: "outputs" or "loss", which gradients are of.
+        offload: whether hidden states are held on the host.
 
     Attributes:
         groups: names of the parameters that are estimated together.
@@ -89,6 +105,9 @@ class Estimator:
         progress: bool,
         timed: Stopwatch,
         stage: str,
+        blocks: Blocks | None = None,
+        block_gradients: str = "outputs",
+        offload: bool = False,
     ) -> None:
         recipe.check(weights)
         self.model, self._parameters, self.recipe = model, weights, recipe
@@ -99,6 +118,10 @@ class Estimator:
         self._given_memory, self._sharing = max_memory, sharing
         self.max_memory = None if max_memory is None else max_memory // sharing
         self.progress, self._timed, self._stage = progress, timed, stage
+        self._blocks, self._offload = blocks, offload
+        self._of_loss = block_gradients == "loss" and bool(recipe.observes - {"inputs"})
+        self._walk: BlockWalk | None = None
+        self._outputs: list[Tensor] = []  # of the block that is held, where it was observed before it was pruned
         self.groups = self._split()
         self.estimate: Estimate[Any] = recipe.start({})
         self.held: list[str] = []
@@ -110,6 +133,11 @@ class Estimator:
     def carries_over(self) -> bool:
         """Tell whether the next estimate starts from this one; where parameters are split, none is there at its end."""
         return self.recipe.prior_weight > 0 and len(self.groups) == 1
+
+    @property
+    def one_by_one(self) -> bool:
+        """Tell whether each group is to be pruned before the next is estimated."""
+        return self.recipe.sequential or (self._blocks is not None and not self._of_loss)
 
     @property
     def samples(self) -> int:
@@ -140,18 +168,21 @@ class Estimator:
         """
         self.release()
         if self.recipe.observes:
-            label_sampler(self._labels(loss_fn), loss_fn, self.recipe.likelihood)
             name = type(self.recipe).__name__
+            if self._blocks is None or self._of_loss:
+                label_sampler(self._labels(loss_fn), loss_fn, self.recipe.likelihood)
             if data is None:
                 raise ValueError(f"{name} needs data, got None")
-            if len(self.groups) > 1:
+            if len(self.groups) > 1 and self._blocks is None:
                 why = "inputs='sequential'" if self.recipe.sequential else "max_memory"
                 require_rereadable(data, f"{why} splits the parameters over several passes")
-            if self.recipe.num_passes > 1:
+            if self.recipe.num_passes > 1 and self._blocks is None:
                 require_rereadable(data, f"{name} learns in {self.recipe.num_passes} passes")
         source = DataSource(() if data is None else data, loss_fn, num_grads or self.num_grads, seed)
         self._masks = dict(masks)
-        if len(self.groups) == 1:
+        if self._blocks is not None:
+            self._walk = self._started(self._blocks, source)
+        elif len(self.groups) == 1:
             self._observe(self.groups[0], source)
         self._source = source
 
@@ -164,7 +195,7 @@ class Estimator:
 
     def release(self) -> None:
         """Forget the data and the curvature, unless the next estimate starts from it."""
-        self._source, self.held = None, []
+        self._source, self._walk, self.held, self._outputs = None, None, [], []
         if not self.carries_over:
             self.estimate = self.recipe.start({})
 
@@ -252,24 +283,70 @@ class Estimator:
                 kept = {name: x * masks[name] if name in masks else x for name, x in recorded.items()}
                 self.estimate.update(Observation(1, self.oriented({name: x[None] for name, x in kept.items()})))
             for number in range(self.recipe.num_passes if self.recipe.observes else 0):
+                seen = self._seen(names, source)
                 self.used_grads = observe(
-                    self.model,
-                    source.data,
-                    source.loss_fn,
+                    seen.model,
+                    seen.data,
+                    seen.loss_fn,
                     self.estimate,
                     observed,
                     masks={name: self._masks[name] for name in names} if self.recipe.conditions_on_masks else None,
                     orientations=self._orientations,
                     biases={name: (self.known_biases[name], bias) for name, bias in self.biases(names).items()},
-                    num_grads=source.num_grads,
+                    num_grads=source.num_grads if self._walk is None else self._walk.samples // self.grad_batch_size,
                     grad_batch_size=self.grad_batch_size,
-                    labels=self._labels(source.loss_fn),
-                    likelihood=self.recipe.likelihood,
+                    labels=seen.labels,
+                    likelihood=seen.likelihood,
                     seed=source.seed + number,  # other labels in each pass
                     chunk_bytes=self._chunk_bytes(names),
                     progress=self.progress,
+                    keep_outputs=seen.keep_outputs,
                 )
         self.held = names
+
+    def _seen(self, names: list[str], source: DataSource) -> "_Seen":
+        """What is observed for an estimate of these parameters: the network on the data, or a block on its inputs."""
+        if self._walk is None or self._blocks is None:
+            labels, likelihood = self._labels(source.loss_fn), self.recipe.likelihood
+            return _Seen(self.model, source.data, source.loss_fn, labels, likelihood, None)
+        index = [*self._blocks.modules].index(str(self._blocks.of(names[0])))
+        walk = self._walk
+        if self._of_loss:
+            walk.position = index
+            return _Seen(walk.segment(), walk.data(), linear_loss, "data", None, None)
+        while walk.position < index:
+            walk.advance(self._outputs)
+            self._outputs = []
+        keep = None
+        if self.recipe.dense_inputs and not self._outputs:
+            self._outputs = []
+            keep = self._outputs.append
+        if self.recipe.observes == {"inputs"}:
+            return _Seen(walk.segment(), walk.data(), nn.functional.mse_loss, "data", None, keep)
+        segment = walk.segment(unit=walk.root_mean_square())
+        return _Seen(segment, walk.data(), nn.functional.mse_loss, "model", "gaussian", None)
+
+    def _started(self, blocks: Blocks, source: DataSource) -> BlockWalk:
+        """Begin a walk over the blocks of the network as it is now."""
+        device = next(iter(self._parameters.values())).device
+        needs_loss = self._of_loss
+        limit = source.num_grads * self.grad_batch_size
+        own_loss = source.loss_fn is None if needs_loss else None
+        held_on = torch.device("cpu") if self._offload else None
+        walk = BlockWalk(self.model, blocks, device=device, seed=source.seed, held_on=held_on)
+        with self._timed(self._stage):
+            stream = chunks(source.data, CHUNK_SAMPLES, limit, device, own_loss=own_loss)
+            loss_fn = sample_loss(source.loss_fn)
+            if own_loss:
+                with running(self.model, device, source.seed):
+                    loss_fn, stream = known_loss(self.model, stream)
+            walk.start(stream)
+            if walk.samples < limit:
+                warnings.warn(f"the data ended after {walk.samples} of {limit} samples; these are used", stacklevel=2)
+            if needs_loss:
+                sampler = label_sampler(self._labels(source.loss_fn), source.loss_fn, self.recipe.likelihood)
+                walk.differentiate(loss_fn, drawing(sampler, loss_fn, device, source.seed))
+        return walk
 
     def _warn_of_memory(self, names: list[str], num_grads: int) -> None:
         """Say it before the data is read where the estimate will not fit into the memory that is free."""
@@ -299,11 +376,15 @@ class Estimator:
 
     def _split(self) -> list[list[str]]:
         """Groups of parameters whose curvature fits into max_memory at a time, with the workspace it needs."""
-        sequential = self.recipe.sequential
-        if self.max_memory is None and not sequential:
+        blocks, sequential = self._blocks, self.recipe.sequential and self._blocks is None
+        if self.max_memory is None and not sequential and blocks is None:
             return [list(self._parameters)]
         most = float("inf") if self.max_memory is None else self.max_memory
-        parts = [[name] for name in self._parameters] if self.recipe.per_parameter else [list(self._parameters)]
+        if blocks is not None and (self.max_memory is None or not self.recipe.per_parameter):
+            parts = [[name for name in self._parameters if blocks.of(name) == block] for block in blocks.modules]
+            parts = [part for part in parts if part]
+        else:
+            parts = [[name] for name in self._parameters] if self.recipe.per_parameter else [list(self._parameters)]
         largest = max(parts, key=self._bytes_of)
         if (needed := self._bytes_of(largest)) > most:
             what = "all parameters together need" if len(largest) > 1 else f"{largest[0]} needs"
@@ -314,7 +395,8 @@ class Estimator:
             )
         groups = [parts[0]]
         for part in parts[1:]:
-            if sequential or self._bytes_of(groups[-1] + part) > most:
+            apart = sequential or (blocks is not None and blocks.of(groups[-1][0]) != blocks.of(part[0]))
+            if apart or self._bytes_of(groups[-1] + part) > most:
                 groups.append([])
             groups[-1].extend(part)
         return groups

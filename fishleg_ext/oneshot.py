@@ -46,6 +46,9 @@ def prune(
     allocation: str | Curvature | None = None,
     min_density: float = 0.0,
     first_order: bool | float = False,
+    block_by_block: bool | str = False,
+    block_gradients: str = "outputs",
+    offload: bool = False,
     holdout: int = 0,
     batch_fn: BatchFunction | None = None,
 ) -> PruneResult:

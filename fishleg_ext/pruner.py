@@ -19,6 +19,7 @@ from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.estimator import Estimator, Stopwatch
 from fishleg_ext.observation.batches import BatchFunction, checked_source, require_rereadable
 from fishleg_ext.observation.batchnorm import recalibrate_batchnorm
+from fishleg_ext.observation.blocks import Blocks, find_blocks
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.ops import use_impl
 from fishleg_ext.pruning.first_order import FirstOrderStep, first_order_step
@@ -101,11 +102,21 @@ class Pruner:
             masks = own_names(model, masks)
             params = list(masks) if params is None else params
         chosen = choose_parameters(model, params)
+        self._blocks: Blocks | None = None
+        outside: dict[str, str] = {}
+        if given := self.config.block_by_block:
+            self._blocks = blocks = find_blocks(model, chosen, given if isinstance(given, str) else None)
+            why = f"it lies outside of the blocks of {blocks.name}"
+            outside = {name: why for name in chosen if blocks.of(name) is None}
+            if outside and (params is not None or len(outside) == len(chosen)):
+                raise ValueError(f"expected parameters within the blocks of {blocks.name}, got {', '.join(outside)}")
+            chosen = {name: p for name, p in chosen.items() if name not in outside}
         self._orientations = orientations_of(model, chosen, channels_last=bool(self.pattern.m))
         shapes = {name: orientation.matrix_shape for name, orientation in self._orientations.items()}
         fitting = self.pattern.fitting(shapes, chosen=params is not None)
         self.weights = {name: chosen[name] for name in fitting}
         self._dense = why_dense(model, chosen, by_default=params is None)
+        self._dense |= outside
         self._dense |= {name: self.pattern.misfit(shapes[name]) for name in chosen if name not in fitting}
         self._biases = biases_of(model, self.weights)
         self._masks = Masks(self.weights)
@@ -154,6 +165,8 @@ class Pruner:
         if isinstance(scope, Mapping):
             scope = own_names(model, scope)
             check_names(scope, self._masks)
+        if scope == "row":
+            self.solver.check_rows(recipe, matrices)
         self._budget = Budget(scope, self.pattern, self.config.min_density, missing)
         if any(missing.values()):
             listed = ", ".join(f"{name} ({number} weights)" for name, number in missing.items() if number)
@@ -305,6 +318,9 @@ class Pruner:
             progress=self.config.progress,
             timed=self._timed,
             stage=stage,
+            blocks=None if stage == "allocation" else self._blocks,
+            block_gradients=self.config.block_gradients,
+            offload=self.config.offload,
         )
 
     def _first_order_step(self, data: Iterable[Any] | None, loss_fn: LossFunction | None, seed: int) -> FirstOrderStep:

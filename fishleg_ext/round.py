@@ -56,7 +56,7 @@ class Round:
             counts = self._allocated(self.allocator, counts)
         masks: dict[str, Tensor] = {}
         groups, increase = self.estimator.groups, -self.first.gain
-        for part in [[group] for group in groups] if self.estimator.recipe.sequential else [groups]:
+        for part in [[group] for group in groups] if self.estimator.one_by_one else [groups]:
             increase += self._prune(part, counts, masks)
         self.estimator.estimate.forget_kept()
         return masks, increase
@@ -146,4 +146,7 @@ class Round:
 
     def _select(self, costs: Mapping[str, Costs], counts: int | Mapping[str, int]) -> dict[str, Tensor]:
         limits = self.budget.max_counts(self.masks) if self.budget.min_density else None
-        return select(costs, counts, flops_per_weight=self.flops_per_weight, max_counts=limits)
+        rows = None
+        if self.budget.scope == "row":
+            rows = {name: self.masks[name].numel() // self.estimator.orientation(name).fan_in for name in costs}
+        return select(costs, counts, flops_per_weight=self.flops_per_weight, max_counts=limits, rows=rows)

@@ -75,7 +75,7 @@ def usable(curvature: Any = "block", allocation: Any = None, **settings: Any) ->
     usable = {
         "block_size": bool(named & with_blocks),
         "damping": isinstance(curvature, str) and curvature not in without_damping,
-        "labels": bool({curvature, allocation} - {"identity", "layerwise", None}),
+        "labels": bool({curvature, allocation} - {"identity", "layerwise", "layerwise_diagonal", None}),
     }
     return {name: value for name, value in settings.items() if usable.get(name, True)}
 

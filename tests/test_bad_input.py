@@ -64,7 +64,7 @@ def test_a_failed_prune_to_leaves_weights_and_masks(net, data):
         ({"sparsity": "0.5"}, TypeError, "got '0.5'"),
         ({"sparsity": 0.5, "curvature": "full"}, ValueError, "got 'full'"),
         ({"sparsity": 0.5, "saliency": "greedy"}, ValueError, "got 'greedy'"),
-        ({"sparsity": 0.5, "scope": "row"}, ValueError, "got 'row'"),
+        ({"sparsity": 0.5, "scope": "rows"}, ValueError, "got 'rows'"),
         (
             {"sparsity": 0.5, "scope": "global", "allocation": "block"},
             ValueError,

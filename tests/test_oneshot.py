@@ -46,6 +46,9 @@ def test_signatures_of_the_contract():
         "allocation",
         "min_density",
         "first_order",
+        "block_by_block",
+        "block_gradients",
+        "offload",
         "holdout",
         "batch_fn",
     ]

@@ -11,6 +11,7 @@ from fishleg_ext.curvature.fishleg_adam import Adam
 from fishleg_ext.curvature.identity import Identity
 from fishleg_ext.curvature.kfac import Kronecker
 from fishleg_ext.curvature.layerwise import Layerwise
+from fishleg_ext.curvature.layerwise_diagonal import LayerwiseDiagonal
 from fishleg_ext.curvature.low_rank import LowRankFisher
 from fishleg_ext.curvature.monitor import LossCurves
 
@@ -26,6 +27,7 @@ __all__ = [
     "Identity",
     "Kronecker",
     "Layerwise",
+    "LayerwiseDiagonal",
     "LossCurves",
     "LowRankFisher",
     "make_curvature",
@@ -33,7 +35,17 @@ __all__ = [
 ]
 
 MODELS: dict[str, type[Curvature]] = {
-    model.name: model for model in (Identity, DiagonalFisher, BlockFisher, LowRankFisher, Layerwise, Kronecker, FishLeg)
+    model.name: model
+    for model in (
+        Identity,
+        DiagonalFisher,
+        BlockFisher,
+        LowRankFisher,
+        LayerwiseDiagonal,
+        Layerwise,
+        Kronecker,
+        FishLeg,
+    )
 }
 # Settings that belong to the estimate rather than to the model of F: they fill what an instance leaves None.
 SHARED = tuple(field.name for field in dataclasses.fields(Curvature))
@@ -55,7 +67,8 @@ def make_curvature(curvature: str | Curvature, **settings: Any) -> Curvature:
     """Make the recipe of a name, or fill in the settings that an instance leaves None.
 
     Args:
-        curvature: "identity", "diagonal", "block", "low_rank", "layerwise", "kronecker", "fishleg", or a `Curvature`.
+        curvature: "identity", "diagonal", "block", "low_rank", "layerwise_diagonal", "layerwise", "kronecker",
+            "fishleg", or a `Curvature`.
         settings: of the recipe; None is as if it were not given.
 
     Raises:

@@ -129,6 +129,11 @@ class Curvature(Settings, ABC):
         return False
 
     @property
+    def dense_inputs(self) -> bool:
+        """Tell whether, block by block, each has the inputs that the blocks before gave it before they were pruned."""
+        return False
+
+    @property
     def num_passes(self) -> int:
         """Tell how often an estimate observes the same data, with other labels each time where these are sampled."""
         return 1

@@ -40,13 +40,14 @@ class Layerwise(Curvature):
         damping: added to the diagonal, > 0, as a share of the mean of the diagonal of A; None is 1e-4, and 1e-2 for
             `saliency="fixed_order"`, which was more accurate so on held-out data. With much less than 1e-4 an inverse
             in float32 has no right digits where there are fewer samples than inputs.
-        inputs: "dense": those of the network as it is at the estimate; "sequential": the layers are pruned one after
-            the other, in the order of the model's parameters, each by the inputs that the ones pruned so far give it.
-            One pass over the data for each layer.
+        inputs: "dense": those of the network as it is at the estimate; "sequential": those that the layers pruned so
+            far give. By itself that is one layer after the other, in the order of the model's parameters, with one pass
+            over the data for each; `block_by_block` prunes all layers of a block together and passes once. None is
+            "sequential" with `block_by_block`, else "dense".
     """
 
     damping: float | None = setting(None, checked_positive)
-    inputs: str = setting("dense", one_of("dense", "sequential"))
+    inputs: str | None = setting(None, one_of("dense", "sequential"))
 
     name: ClassVar[str] = "layerwise"
     observes: ClassVar[frozenset[str]] = frozenset({"inputs"})
@@ -57,6 +58,11 @@ class Layerwise(Curvature):
     @override
     def sequential(self) -> bool:
         return self.inputs == "sequential"
+
+    @property
+    @override
+    def dense_inputs(self) -> bool:
+        return self.inputs == "dense"
 
     @override
     def with_saliency(self, saliency: str | None) -> "Layerwise":
@@ -82,9 +88,12 @@ class Layerwise(Curvature):
 class LayerwiseEstimate(Estimate[Layerwise]):
     """Sums of a a^T over samples and positions, [groups, fan-in, fan-in] for each layer."""
 
+    default_damping: ClassVar[float] = DAMPING
+
     def __init__(self, recipe: Layerwise, weights: Mapping[str, Tensor], *args: Any, **options: Any) -> None:
         super().__init__(recipe, weights, *args, **options)
-        self._damping = DAMPING if recipe.damping is None else recipe.damping
+        self._damping = self.default_damping if recipe.damping is None else recipe.damping
+        self._rows, self._fan_in = ({n: matrix_shape(w)[i] for n, w in weights.items()} for i in (0, 1))
         self._like = {name: weight.new_empty(0, dtype=widened(weight.dtype)) for name, weight in weights.items()}
         self._gram: dict[str, Tensor] = {}
         self._count = dict.fromkeys(weights, 0)  # samples
@@ -93,10 +102,9 @@ class LayerwiseEstimate(Estimate[Layerwise]):
     def update(self, observation: Observation) -> None:
         self._kept.clear()
         for name, (rows, (first, last)) in observation.inputs.items():
-            outputs, size = self.layouts[name].num_blocks, rows.shape[2]
-            gram = self._gram.get(name)
+            outputs, gram = self._rows[name], self._gram.get(name)
             if gram is None:
-                gram = self._like[name].new_zeros(1, size, size)
+                gram = self._zeros(name)
             # Equal groups of outputs, as few as will do, whose inputs have been and are the same.
             held, width = len(gram), math.gcd(outputs // len(gram), first, (last - first) // len(rows))
             if held < outputs // width:
@@ -104,7 +112,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
             groups = gram[first // width : last // width]
             if len(rows) < len(groups):
                 rows = rows.repeat_interleave(len(groups) // len(rows), dim=0)
-            ops.block_gram_(groups, rows.transpose(0, 1))  # [n, groups, fan-in]
+            self._add_(groups, rows)
             self._gram[name] = gram
         for name in self._count if not observation.gradients else ():
             self._count[name] += observation.count
@@ -169,11 +177,9 @@ class LayerwiseEstimate(Estimate[Layerwise]):
         for name, gram in grams.items():
             if name not in self.layouts:
                 raise ValueError(f"expected curvature of {', '.join(self.layouts)}, got that of {name}")
-            size, rows = self.layouts[name].block_size, self.layouts[name].num_blocks
-            if gram.dim() != 3 or gram.shape[1:] != (size, size) or not len(gram) or rows % len(gram):
-                raise ValueError(
-                    f"expected curvature of {name} of shape [groups, {size}, {size}], got {list(gram.shape)}"
-                )
+            shape = self._zeros(name).shape[1:]
+            if gram.shape[1:] != shape or not gram.dim() or not len(gram) or self._rows[name] % len(gram):
+                raise ValueError(f"expected curvature of {name} of shape {['groups', *shape]}, got {list(gram.shape)}")
         self._kept.clear()
         self._count = dict(counts)
         self._gram = {name: gram.to(self._like[name], copy=True) for name, gram in grams.items()}
@@ -190,6 +196,14 @@ class LayerwiseEstimate(Estimate[Layerwise]):
                 finer = (x.to(own.device).repeat_interleave(groups // len(x), dim=0) for x in (own, gram))
                 self._gram[name] = sum(finer, torch.zeros((), device=own.device))
         self._count = {name: count + other._count[name] for name, count in self._count.items()}
+
+    def _zeros(self, name: str) -> Tensor:
+        """Begin the sums of one group."""
+        return self._like[name].new_zeros(1, self._fan_in[name], self._fan_in[name])
+
+    def _add_(self, groups: Tensor, rows: Tensor) -> None:
+        """Add those of inputs [groups, n, fan-in] to the sums of groups, in place."""
+        ops.block_gram_(groups, rows.transpose(0, 1))  # [n, groups, fan-in]
 
     def _apply(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
         """Multiply rows of x by `matrix` [groups, fan-in, fan-in]."""
@@ -211,7 +225,7 @@ class LayerwiseEstimate(Estimate[Layerwise]):
 
     def _of_rows(self, name: str, matrices: Tensor) -> Tensor:
         """Repeat matrices of groups for each row, but for one that all rows share."""
-        rows = self.layouts[name].num_blocks
+        rows = self._rows[name]
         return matrices.repeat_interleave(rows // len(matrices), dim=0) if len(matrices) > 1 else matrices
 
     def _inverse(self, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Reads data: batches of any size, re-cut into chunks."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,26 @@ from fishleg_ext.observation.likelihoods import LossFunction
 CHUNK_SAMPLES = 64  # whose activations are held at a time
 PASSED_ON = (type(None), bool, int, float, str)  # what is no tensor, and the same for all samples of a batch
 BatchFunction = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all samples of a batch share, passed on to the model: a tensor without a row for each, or another object.
+
+    Attributes:
+        held: the tensor or object.
+    """
+
+    held: Any
+
+    def value(self) -> Any:
+        """Return a copy, which the model may change."""
+        return self.held.clone() if isinstance(self.held, Tensor) else copy.deepcopy(self.held)
+
+    def to(self, device: torch.device) -> "Shared":
+        """Move a tensor."""
+        moved = self.held.to(device) if isinstance(self.held, Tensor) else self.held
+        return self if moved is self.held else Shared(moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +212,7 @@ def _batch_size(inputs: Any, targets: Any, *, needs_targets: bool) -> int:
                 "expected batches of tensors whose first dimension is the sample, got a tensor without dimensions; a "
                 "dataset of single samples goes through torch.utils.data.DataLoader"
             )
-        elif not isinstance(leaf, PASSED_ON):
+        elif not isinstance(leaf, (*PASSED_ON, Shared)):
             raise TypeError(
                 "expected batches of tensors whose first dimension is the sample, got a "
                 f"{type(leaf).__name__}; batch_fn= can make tensors of it, or a list of single samples"

@@ -1,7 +1,7 @@
 """Observes the inputs of products with weights, and the gradients of each sample's loss by their outputs."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.finite import Finite
-from fishleg_ext.observation.forward import call, scalar_loss
+from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.likelihoods import LossFunction
-from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses, times_own
+from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
 from fishleg_ext.observation.products import ROW_BYTES, Product
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels, Observation, Observer, ProductRows
@@ -36,8 +36,9 @@ class LayerObserver:
         chunk_bytes: int,
         orientations: Mapping[str, Orientation],
         biases: Mapping[str, tuple[str, Tensor]],
+        keep_outputs: Callable[[Any], None] | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.observer, self.draw = model, loss_fn, observer, draw
+        self.model, self.observer, self.draw, self._keep_outputs = model, observer, draw, keep_outputs
         self.chunk_bytes, self.orientations = chunk_bytes, orientations
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.backward = "output_gradients" in observer.observes
@@ -98,6 +99,8 @@ class LayerObserver:
                     f"{why}, in a later batch, though not in the first; expected single samples for this curvature "
                     "model: a loader of batch_size=1 with batch_fn=lambda batch: [batch]"
                 )
+            if self._keep_outputs is not None:
+                self._keep_outputs(outputs)
         self.observer.update(Observation(chunk.samples))
 
     def _why_not(self, recorder: ProductRecorder, chunk: Chunk, outputs: Any) -> str:
@@ -133,33 +136,18 @@ class LayerObserver:
                 with torch.enable_grad(), recorder:
                     outputs = call(self.model, weights, chunk.with_targets(targets).inputs)
         reached = [product for product in recorder.products if product.edge is not None]
-        gradients = self._output_gradients(outputs, targets, scale, chunk, reached)
+        self._losses.names = self._verifier.names
+        edges = [product.edge for product in reached if product.edge is not None]
+        try:
+            gradients = self._losses.gradients_by(edges, outputs, targets, chunk.samples, scale)
+        except CannotCut as what:
+            raise _NotTogether(f"the loss needs {what}, which cannot be cut into samples") from None
         for product, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue  # the loss does not depend on it, so that its inputs do not count either
             self._observe(product, "output_gradients", gradient)
             if "inputs" in self.observer.observes:
                 self._observe_inputs(product)
-
-    def _output_gradients(
-        self, outputs: Any, targets: Any, scale: Tensor, chunk: Chunk, products: list[Product]
-    ) -> list[Tensor | None]:
-        """Gradients of each sample's own loss, times its scale, by the outputs of products."""
-        edges = [product.edge for product in products if product.edge is not None]
-        if chunk.samples == 1:
-            with torch.enable_grad():
-                loss = scalar_loss(self.loss_fn, outputs, targets)
-            if not loss.requires_grad or not edges:
-                return [None] * len(products)
-            return list(torch.autograd.grad(loss, edges, scale.to(loss).reshape(()), allow_unused=True))
-        self._losses.names = self._verifier.names
-        try:
-            free, gradients = self._losses.gradients(OutputTree(outputs), targets, chunk.samples)
-        except CannotCut as what:
-            raise _NotTogether(f"the loss needs {what}, which cannot be cut into samples") from None
-        if not free or not edges:
-            return [None] * len(products)
-        return list(torch.autograd.grad(free, edges, times_own(gradients, scale), allow_unused=True))
 
     def _observe_inputs(self, product: Product) -> None:
         self._observe(product, "inputs", product.inputs)

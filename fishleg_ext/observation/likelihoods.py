@@ -225,6 +225,30 @@ def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
     )
 
 
+@dataclass(frozen=True)
+class OwnLoss:
+    """The loss that a model returns, as a function of its outputs and labels.
+
+    Attributes:
+        likelihood: that it is the mean negative logarithm of.
+    """
+
+    likelihood: NamedLikelihood
+
+    @classmethod
+    def of(cls, outputs: Any, labels: Any) -> "OwnLoss | None":
+        """Find the loss that these outputs have; None where it is of none of the likelihoods of classes."""
+        try:
+            return cls(_own_likelihood(outputs, labels))
+        except (TypeError, ValueError):
+            return None
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return the loss, in single precision at least."""
+        logits = logits_of(outputs)
+        return self.likelihood.loss(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
+
+
 def as_module(loss_fn: LossFunction | None) -> LossFunction | None:
     """Return a partial application of PyTorch's cross entropy as the module that it is, others as they are."""
     if isinstance(loss_fn, functools.partial) and loss_fn.func is nn.functional.cross_entropy and not loss_fn.args:

@@ -5,9 +5,11 @@ changed: parameters are replaced functionally, training flags and PyTorch's RNG 
 """
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,19 +18,22 @@ from torch import Tensor, nn
 from fishleg_ext.common.memory import MOST_ON_CPU
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.progress import progress_bar
-from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks
-from fishleg_ext.observation.forward import running
+from fishleg_ext.observation.batches import CHUNK_SAMPLES, Chunk, chunks
+from fishleg_ext.observation.forward import call, running
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.layers import LayerObserver
 from fishleg_ext.observation.likelihoods import (
     IGNORED,
+    LabelSampler,
     Likelihood,
     LossFunction,
+    OwnLoss,
     label_sampler,
     loss_hessian,
     sample_loss,
 )
 from fishleg_ext.observation.types import DrawLabels, Observer
+from fishleg_ext.observation.verification import VERIFIED_SAMPLES
 
 
 def observe(
@@ -48,6 +53,7 @@ def observe(
     seed: int = 0,
     chunk_bytes: int = MOST_ON_CPU,
     progress: bool = False,
+    keep_outputs: Callable[[Any], None] | None = None,
 ) -> int:
     """Feed a curvature model with gradients or layer inputs of the given weights.
 
@@ -70,6 +76,8 @@ def observe(
         chunk_bytes: memory for gradients or for inputs as rows at a time, beside the activations of at most
             CHUNK_SAMPLES samples. One gradient is computed in any case.
         progress: show a progress bar.
+        keep_outputs: called with the model's outputs for some samples after the others, where inputs alone are
+            observed.
 
     Returns:
         how many gradients were used. If the data ends early, a warning says so.
@@ -91,31 +99,23 @@ def observe(
     needs_labels = wanted != {"inputs"}
     sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
     own_loss, loss_fn = loss_fn is None, sample_loss(loss_fn)
-    generator = torch.Generator(device).manual_seed(seed)
-    unchecked = not own_loss
-
-    def drawn(outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
-        nonlocal unchecked
-        assert sampler is not None
-        result = sampler.draw(generator, outputs, targets, samples, count)
-        if unchecked and loss_fn is not None:
-            unchecked = False
-            sampler.check(loss_fn, outputs, result[0])
-        return result
-
-    draw: DrawLabels | None = None if sampler is None else drawn
     limit, used, left_over, number, nonzero = num_grads * grad_batch_size, 0, 0, 0, True
     read = functools.partial(chunks, data, limit=limit, device=device, own_loss=own_loss if needs_labels else None)
     with (
         running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,
     ):
+        # Labels are drawn for a chunk at a time, so that its size must not depend on memory.
+        by = grad_batch_size if "gradients" in wanted else 1
+        stream = read(size=max(1, CHUNK_SAMPLES // by) * by)
+        if own_loss and needs_labels:
+            loss_fn, stream = known_loss(model, stream)
+        draw = drawing(sampler, loss_fn, device, seed)
         if "gradients" in wanted:
             source = GradientObserver(
                 model, loss_fn, weights, masks or {}, draw, orientations or {}, biases or {}, chunk_bytes
             )
-            # Labels are drawn for a chunk at a time, so that its size must not depend on memory.
-            for chunk in read(size=max(1, CHUNK_SAMPLES // grad_batch_size) * grad_batch_size):
+            for chunk in stream:
                 if not chunk.divisible and grad_batch_size > 1:
                     raise ValueError(
                         f"grad_batch_size={grad_batch_size} cannot be combined with samples that cannot be put together"
@@ -144,9 +144,9 @@ def observe(
         else:
             bar.set_description("layers")
             layers = LayerObserver(
-                model, loss_fn, weights, observer, draw, chunk_bytes, orientations or {}, biases or {}
+                model, loss_fn, weights, observer, draw, chunk_bytes, orientations or {}, biases or {}, keep_outputs
             )
-            for chunk in read(size=CHUNK_SAMPLES):
+            for chunk in stream:
                 with _checking(layers, number := number + 1):
                     layers.run(chunk)
                 used += chunk.samples
@@ -165,6 +165,50 @@ def observe(
             stacklevel=2,
         )
     return used
+
+
+def known_loss(model: nn.Module, stream: Iterator[Chunk]) -> tuple[LossFunction | None, Iterator[Chunk]]:
+    """Find the loss that a model returns, a mean over the batch, so that it can be cut into those of samples.
+
+    Returns:
+        the loss as a function of outputs and targets, and the chunks with targets for it; None, and the chunks as they
+        are, where it is of none of the likelihoods of classes, or leaves out targets that are not ignored.
+    """
+    first = next(stream, None)
+    if first is None:
+        return None, stream
+    stream = itertools.chain([first], stream)
+    few = first.part(0, min(VERIFIED_SAMPLES, first.samples)) if first.divisible else first
+    found = OwnLoss.of(call(model, {}, few.inputs), few.targets)
+    if found is None:
+        return None, stream
+    return found, (dataclasses.replace(chunk, own_loss=False) for chunk in stream)
+
+
+def drawing(
+    sampler: LabelSampler | None, loss_fn: LossFunction | None, device: torch.device, seed: int
+) -> DrawLabels | None:
+    """Return what draws labels with a generator of its own, and looks once whether the loss reads them.
+
+    Args:
+        sampler: draws them; None where they are those of the data.
+        loss_fn: the loss of samples; None is the loss that the model returns, which is not looked at.
+        device, seed: of the generator.
+    """
+    if sampler is None:
+        return None
+    generator = torch.Generator(device).manual_seed(seed)
+    unchecked = loss_fn is not None
+
+    def draw(outputs: Any, targets: Any, samples: int, count: int) -> tuple[Any, float | Tensor]:
+        nonlocal unchecked
+        result = sampler.draw(generator, outputs, targets, samples, count)
+        if unchecked and loss_fn is not None:
+            unchecked = False
+            sampler.check(loss_fn, outputs, result[0])
+        return result
+
+    return draw
 
 
 @contextlib.contextmanager

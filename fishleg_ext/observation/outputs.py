@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -171,6 +171,32 @@ class SampleLosses:
             for row, x, gradient in zip(rows, free, by, strict=True):
                 row.append(torch.zeros_like(x) if gradient is None else gradient)
         return cut.free, [torch.cat(row) for row in rows]
+
+    def gradients_by(
+        self, wanted: Sequence[Any], outputs: Any, targets: Any, samples: int, scale: Tensor
+    ) -> list[Tensor | None]:
+        """Return gradients of each sample's own loss, times its scale, by tensors or edges of the graph of outputs.
+
+        Args:
+            wanted: what to differentiate by; None is returned for what the loss does not depend on.
+            outputs: of the model.
+            targets: of the samples.
+            samples: how many.
+            scale: a number, or one for each sample.
+
+        Raises:
+            CannotCut: the loss needs an output that cannot be cut into samples.
+        """
+        if samples == 1:
+            with torch.enable_grad():
+                loss = scalar_loss(self.loss_fn, outputs, targets)
+            if not loss.requires_grad or not wanted:
+                return [None] * len(wanted)
+            return list(torch.autograd.grad(loss, wanted, scale.to(loss).reshape(()), allow_unused=True))
+        free, gradients = self.gradients(OutputTree(outputs), targets, samples)
+        if not free or not wanted:
+            return [None] * len(wanted)
+        return list(torch.autograd.grad(free, wanted, times_own(gradients, scale), allow_unused=True))
 
     def _vectorize(self, function: Any, cut: "_Cut") -> Any:
         """Return what the function does for all samples, or None where vmap cannot run the loss."""

@@ -15,6 +15,7 @@ def select(
     *,
     flops_per_weight: Mapping[str, float] | None = None,
     max_counts: Mapping[str, int] | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Choose masks with an exact count, the weights pruned before among the pruned.
 
@@ -28,6 +29,7 @@ def select(
         flops_per_weight: name -> operations that pruning one of its weights saves; where parameters compete it is the
             cost over that which counts. 1 for those not in it.
         max_counts: name -> how many of its weights may be pruned in the competition; all for those not in it.
+        rows: name -> number of its rows, outputs say, each of which is pruned as much, with num_pruned of each name.
 
     Returns:
         name -> bool tensor, True = kept.
@@ -35,7 +37,14 @@ def select(
     flops_per_weight, max_counts = flops_per_weight or {}, max_counts or {}
     groups = {name: c.of_groups() for name, c in costs.items()}
     ordered = {name: _in_order(c) for name, c in groups.items()}
-    if isinstance(num_pruned, Mapping):
+    if rows is not None:
+        assert isinstance(num_pruned, Mapping)
+        kept = {}
+        for name, (score, _) in ordered.items():
+            by_row = groups[name].layout.from_blocks(score).reshape(rows[name], -1)
+            kept_of_rows = keep_of_rows(by_row, num_pruned[name] // costs[name].group)
+            kept[name] = groups[name].layout.to_blocks(kept_of_rows.reshape(groups[name].layout.shape))
+    elif isinstance(num_pruned, Mapping):
         kept = {n: ops.keep_mask([score], num_pruned[n] // costs[n].group)[0] for n, (score, _) in ordered.items()}
     else:
         scores = []
@@ -53,6 +62,34 @@ def select(
             blocks = torch.empty_like(blocks).scatter_(1, order, blocks)
         masks[name] = costs[name].of_weights(groups[name].layout.from_blocks(blocks))
     return masks
+
+
+def keep_of_rows(score: Tensor, num_pruned: int) -> Tensor:
+    """Keep all but the `num_pruned` lowest of scores [rows, n], as many in each row as in the others, or one more.
+
+    Which rows have one more is decided by the score of that one. Rows of which more has a score of -inf, that are
+    pruned before, have as many fewer left for the others.
+
+    Returns:
+        bool [rows, n]; of ties the lower positions are pruned, and NaN is kept.
+    """
+    dead = (score == -torch.inf).sum(1)
+    possible = score.shape[1] - score.isnan().sum(1)
+    level, highest = 0, score.shape[1]
+    while level < highest:  # the highest level at which no more than num_pruned are pruned
+        middle = (level + highest + 1) // 2
+        total = int(torch.minimum(torch.full_like(dead, middle).maximum(dead), possible).sum())
+        level, highest = (middle, highest) if total <= num_pruned else (level, middle - 1)
+    counts = torch.minimum(torch.full_like(dead, level).maximum(dead), possible)  # [rows]
+    order = score.argsort(dim=1, stable=True)  # NaN last
+    left = num_pruned - int(counts.sum())
+    if left > 0:
+        candidates = (counts == level) & (counts < possible)
+        following = order.gather(1, counts.clamp(max=score.shape[1] - 1)[:, None])
+        costs = torch.where(candidates, score.gather(1, following)[:, 0], torch.nan)
+        counts = counts + ~ops.keep_mask([costs], min(left, int(candidates.sum())))[0]
+    pruned = torch.arange(score.shape[1], device=score.device) < counts[:, None]
+    return ~torch.empty_like(pruned).scatter_(1, order, pruned)
 
 
 def _in_order(costs: Costs) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """How weights are chosen and the others compensated: exact elimination, single-weight scores, or a fixed order."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -64,6 +65,16 @@ class Solver:
                 raise ValueError(
                     f"expected blocks of a multiple of {pattern.unit} weights with "
                     f"pattern={pattern.name!r}, but {type(recipe).__name__} has blocks of {size} in {name}"
+                )
+
+    def check_rows(self, recipe: Curvature, weights: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless rows hold whole blocks, so that a part of each row's weights can be chosen."""
+        for name, weight in weights.items() if self.in_blocks else ():
+            size, fan_in = recipe.layout(name, weight.detach()).block_size, math.prod(weight.shape[1:])
+            if fan_in % size:
+                raise ValueError(
+                    f"expected blocks that divide the rows of {fan_in} weights of {name} with scope='row', but "
+                    f"{type(recipe).__name__} has blocks of {size}"
                 )
 
     def costs(self, problem: Problem) -> dict[str, Costs]:

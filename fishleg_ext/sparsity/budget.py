@@ -18,7 +18,7 @@ class Budget:
     """The number of weights that a sparsity means, by the settings of a pruner.
 
     Attributes:
-        scope: "global", "flops", "layer", or name -> sparsity.
+        scope: "global", "flops", "layer", "row", or name -> sparsity.
         pattern: that the masks keep to.
         min_density: that every parameter keeps.
         missing: name -> how many weights fewer than n of each m its first mask kept, which are pruned beyond 1 - n/m.
@@ -33,8 +33,8 @@ class Budget:
         """Return how many weights are pruned afterwards, in all or of each parameter.
 
         Args:
-            sparsity: of all together, of each with scope="layer", or name -> sparsity of a parameter, the others
-                staying as they are; None is what scope or pattern say.
+            sparsity: of all together, of each with scope="layer" or "row", or name -> sparsity of a parameter, the
+                others staying as they are; None is what scope or pattern say.
             masks: the present ones.
 
         Raises:
@@ -50,7 +50,7 @@ class Budget:
         if isinstance(sparsity, Mapping):
             check_names(sparsity, masks)
             wanted = {n: checked_sparsity(f"sparsity of {n}", s) for n, s in sparsity.items()}
-        elif self.scope == "layer":
+        elif self.scope in ("layer", "row"):
             wanted = dict.fromkeys(sizes, checked_sparsity("sparsity", sparsity))
             if self.exceeds(sparsity, masks):  # some may be sparser, as masks from elsewhere have it: they stay so
                 extra = self.missing.get
@@ -81,7 +81,7 @@ class Budget:
     def exceeds(self, sparsity: float, masks: Masks) -> bool:
         """Whether this sparsity prunes more weights than the masks do."""
         sizes, before = {name: mask.numel() for name, mask in masks.items()}, masks.pruned_counts()
-        if self.scope == "layer":
+        if self.scope in ("layer", "row"):
             wanted = {n: self.pattern.round_count(sparsity, s) + self.missing.get(n, 0) for n, s in sizes.items()}
             return any(count > before[name] for name, count in wanted.items())
         return self.pattern.round_count(sparsity, sum(sizes.values())) + self._missing() > sum(before.values())

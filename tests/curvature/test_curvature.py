@@ -13,6 +13,7 @@ from fishleg_ext.curvature import (
     Identity,
     Kronecker,
     Layerwise,
+    LayerwiseDiagonal,
     LowRankFisher,
     make_curvature,
 )
@@ -28,6 +29,7 @@ MODELS = {
     "diagonal": lambda: DiagonalFisher(DAMPING),
     "block": lambda: BlockFisher(4, DAMPING),
     "low_rank": lambda: LowRankFisher(4, DAMPING),
+    "layerwise_diagonal": lambda: LayerwiseDiagonal(DAMPING),
     "layerwise": lambda: Layerwise(DAMPING),
     "kronecker": lambda: Kronecker(DAMPING, structure="kronecker"),
     "kronecker, gradients": lambda: Kronecker(DAMPING, factors="gradients", structure="kronecker"),
@@ -70,8 +72,10 @@ def dense_fisher(kind, gradients):
     d = g.shape[1]
     full = g.mT @ g / len(g)
     eye = torch.eye(d, dtype=torch.float64)
-    if kind == "layerwise":
+    if kind in ("layerwise", "layerwise_diagonal"):
         moments = {n: x.mT @ x / len(x) for n, x in inputs_of(gradients).items()}
+        if kind == "layerwise_diagonal":
+            moments = {n: a.diagonal().diag() for n, a in moments.items()}
         damped = {n: a + DAMPING * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype) for n, a in moments.items()}
         return torch.block_diag(
             *(torch.kron(torch.eye(matrices(gradients, n).shape[1], dtype=torch.float64), a) for n, a in damped.items())

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import fishleg_ext
 from fishleg_ext.curvature import MODELS
 
-OF_INPUTS = ["layerwise", "kronecker"]
+OF_INPUTS = ["layerwise", "layerwise_diagonal", "kronecker"]
 OF_GRADIENTS = [name for name in MODELS if name not in OF_INPUTS]
 
 

@@ -71,7 +71,9 @@ class OwnLoss(Net):
 def test_a_mapping_for_a_model_that_returns_its_own_loss(curvature, data):
     x, y = data
     mappings = [Encoding(x=part, labels=targets) for part, targets in batches(x, y, 7)]
-    options = {"curvature": curvature} | ({} if curvature in ("identity", "layerwise") else {"labels": "data"})
+    options = {"curvature": curvature} | (
+        {} if curvature in ("identity", "layerwise", "layerwise_diagonal") else {"labels": "data"}
+    )
     own = prune(OwnLoss(), mappings, None, **{key: value for key, value in options.items() if key != "labels"})
     assert_alike(own, prune(Net(), data, **options))
     pairs = [({"x": x}, y)]

@@ -173,19 +173,19 @@ def llama():
 
 @case
 def gpt2():
-    size = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    size = {"n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
     return language_model("GPT2LMHeadModel", config="GPT2Config", **size)
 
 
 @case
 def gpt_neox():
-    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
     return language_model("GPTNeoXForCausalLM", config="GPTNeoXConfig", **size, bos_token_id=0, eos_token_id=1)
 
 
 @case
 def bert():
-    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = hf("BertForSequenceClassification", config="BertConfig", vocab_size=VOCABULARY, num_labels=CLASSES, **size)
     mask = torch.ones(SAMPLES, LENGTH, dtype=torch.long)
     mask[::2, -2:] = 0
@@ -194,7 +194,7 @@ def bert():
 
 @case
 def t5():
-    size = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    size = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     model = hf("T5ForConditionalGeneration", config="T5Config", vocab_size=VOCABULARY, **size)
     loss = lambda outputs, targets: F.cross_entropy(outputs.logits.flatten(0, 1), targets.flatten())
     return Case(model, {"input_ids": tokens(), "decoder_input_ids": tokens()}, tokens(), loss)
@@ -202,9 +202,16 @@ def t5():
 
 @case
 def vit():
-    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = hf("ViTForImageClassification", config="ViTConfig", image_size=8, patch_size=4, num_labels=CLASSES, **size)
     return Case(model, {"pixel_values": images(8)}, classes(), logits_loss)
+
+
+@case
+def gemma2():
+    """Layers that are given masks of their own, sliding or not."""
+    options = {"head_dim": 4, "sliding_window": 3, "query_pre_attn_scalar": 4}
+    return language_model("Gemma2ForCausalLM", config="Gemma2Config", **DECODER | options)
 
 
 @case

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from oracles import cholesky_inverse, rows_of
+from oracles import cholesky_inverse, rows_of, usable
+from torch import nn
 
-from fishleg_ext import ops
+from fishleg_ext import Pruner, ops
 from fishleg_ext.common.layout import BlockLayout
 from fishleg_ext.curvature import BlockFisher, Blocks, Identity, make_curvature
 from fishleg_ext.curvature.block import BlockEstimate
@@ -12,7 +13,7 @@ from fishleg_ext.observation.types import Observation
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
 from fishleg_ext.pruning.costs import Costs, total_cost
 from fishleg_ext.pruning.saliency import exact_costs, simultaneous_costs
-from fishleg_ext.pruning.selection import select
+from fishleg_ext.pruning.selection import keep_of_rows, select
 
 SHAPES = {"a": (5, 9), "b": (3, 7)}
 
@@ -193,3 +194,64 @@ def test_narrow_weights_are_compensated_in_float32_and_rounded_once(kind, dtype,
     error = (moved[0].double() - moved[1]).abs()
     half_ulp = torch.finfo(dtype).eps / 2 * moved[1].abs()
     assert (error <= 1.01 * half_ulp + 1e-4 * moved[1].abs().max()).all()
+
+
+def rows_by_hand(score, count):
+    """Take the lowest of each row in turn, a weight of every row before another of any; of the last the cheapest."""
+    orders = [sorted((x, j) for j, x in enumerate(row) if not torch.isnan(torch.tensor(x))) for row in score.tolist()]
+    taken = [sum(x == -torch.inf for x, _ in order) for order in orders]
+    while sum(taken) < count:
+        least = min(t for t, order in zip(taken, orders, strict=True) if t < len(order))
+        open_rows = [r for r, t in enumerate(taken) if t == least and t < len(orders[r])]
+        taken[min(open_rows, key=lambda r: (orders[r][taken[r]][0], r))] += 1
+    kept = torch.ones(score.shape, dtype=torch.bool)
+    for r, t in enumerate(taken):
+        kept[r, [j for _, j in orders[r][:t]]] = False
+    return kept
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 13, 20, 28])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "dead", "must be kept"])
+def test_rows_are_pruned_alike_and_the_cheapest_have_one_more(kind, count, generator):
+    score = torch.rand(4, 7, generator=generator, dtype=torch.float64)
+    if kind == "ties":
+        score = (score * 3).round()
+    if kind == "dead":
+        score[1, :4] = -torch.inf
+        count = max(count, 4)
+    if kind == "must be kept":
+        score[2, 1:6] = torch.nan
+        count = min(count, 23)
+    kept = keep_of_rows(score, count)
+    assert torch.equal(kept, rows_by_hand(score, count))
+    assert int((~kept).sum()) == count
+
+
+@pytest.mark.parametrize("curvature", ["layerwise", "layerwise_diagonal", "kronecker", "identity"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_scope_row_prunes_each_output_alike_and_goes_on_from_earlier_masks(curvature, sparsity):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4))
+    data = [(torch.randn(40, 7), torch.randint(4, (40,)))]
+    options = {"curvature": curvature} | usable(curvature=curvature, damping=1e-3, num_grads=40)
+    pruner = Pruner(net, **options, scope="row", saliency="exact", progress=False)
+    for target in (sparsity / 2, sparsity):
+        pruner.estimate(data, nn.functional.cross_entropy)
+        result = pruner.prune_to(target)
+        for name, mask in result.masks.items():
+            pruned = (~mask).sum(1)
+            assert int(pruned.max() - pruned.min()) <= 1
+            assert int(pruned.sum()) == round(target * mask.numel())
+            assert (net.get_parameter(name)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"curvature": "block", "block_size": 4}, "divide the rows of 7 weights of weight with scope='row'"),
+        ({"curvature": "layerwise", "saliency": "fixed_order"}, "cannot be combined with scope='row'"),
+    ],
+)
+def test_scope_row_needs_weights_of_a_row_to_be_chosen_among(options, message):
+    with pytest.raises(ValueError, match=message):
+        Pruner(nn.Linear(7, 5), scope="row", **options)
