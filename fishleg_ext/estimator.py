@@ -335,7 +335,8 @@ class Estimator:
         held_on = torch.device("cpu") if self._offload else None
         walk = BlockWalk(self.model, blocks, device=device, seed=source.seed, held_on=held_on)
         with self._timed(self._stage):
-            stream = chunks(source.data, CHUNK_SAMPLES, limit, device, own_loss=own_loss)
+            drawn = not needs_loss or self._labels(source.loss_fn) == "model"
+            stream = chunks(source.data, CHUNK_SAMPLES, limit, device, own_loss=own_loss, needs_targets=not drawn)
             loss_fn = sample_loss(source.loss_fn)
             if own_loss:
                 with running(self.model, device, source.seed):

@@ -58,6 +58,7 @@ def prune(
         model: any module.
         data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). With
             loss_fn=None a batch may be one mapping of keywords, labels among them, as Hugging Face's collators make it.
+            Where labels are drawn from the model or none are needed, targets may be None, and inputs a mapping alone.
             The first dimension of tensors is the sample; what is no tensor is passed on. May be None with
             curvature="identity".
         loss_fn: (outputs, targets) -> scalar, the mean over the batch; None is the loss that the model itself returns

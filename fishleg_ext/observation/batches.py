@@ -75,6 +75,17 @@ class Chunk:
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
 
+def tokens_of(inputs: Any) -> Tensor | None:
+    """Return which positions of sequences are tokens and not padding, bool [N, T]; None where all are.
+
+    That is the `attention_mask` among the inputs, as the models of transformers take it.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask != 0
+
+
 def one_chunk(inputs: Any, targets: Any = None) -> Chunk:
     """Make a chunk of one batch; its inputs are a mapping or a tuple, and there may be no targets.
 
@@ -107,7 +118,13 @@ class Adapted:
 
 
 def chunks(
-    data: Iterable[Any], size: int, limit: int, device: torch.device, *, own_loss: bool | None = None
+    data: Iterable[Any],
+    size: int,
+    limit: int,
+    device: torch.device,
+    *,
+    own_loss: bool | None = None,
+    needs_targets: bool = True,
 ) -> Iterator[Chunk]:
     """Re-cut batches into chunks of `size` samples, `limit` samples in all.
 
@@ -118,6 +135,7 @@ def chunks(
         size, limit: see above.
         device: that tensors are moved to.
         own_loss: whether the model computes the loss itself; None where no loss is asked for.
+        needs_targets: whether targets must be there, as they are neither drawn nor left aside.
 
     Raises:
         TypeError, ValueError: a batch that is of another kind; tensors of different numbers of samples.
@@ -134,8 +152,9 @@ def chunks(
                 yield Chunk(inputs, targets, 1, bool(own_loss), divisible=False)
                 remaining -= 1
         else:
-            inputs, targets = _pair(batch, own_loss)
-            count = _batch_size(inputs, targets, needs_targets=not (own_loss or isinstance(batch, Mapping)))
+            inputs, targets = _pair(batch, own_loss if needs_targets or own_loss else None)
+            needed = needs_targets and not (own_loss or isinstance(batch, Mapping))
+            count = _batch_size(inputs, targets, needs_targets=needed)
             batch_spec = pytree.tree_structure((inputs, targets))
             if spec is not None and batch_spec != spec:
                 raise TypeError(f"expected every batch of the structure of the first, {spec}, got {batch_spec}")

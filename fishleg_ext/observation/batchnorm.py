@@ -46,7 +46,7 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, seed: int = 
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
-            for chunk in chunks(data, BATCHNORM_SAMPLES, sys.maxsize, device):
+            for chunk in chunks(data, BATCHNORM_SAMPLES, sys.maxsize, device, needs_targets=False):
                 samples = chunk.samples
                 if used and samples == 1:
                     break  # one sample alone may have no variance

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fishleg_ext.observation.batches import Chunk, Shared
+from fishleg_ext.observation.batches import Chunk, Shared, tokens_of
 from fishleg_ext.observation.forward import call, running
 from fishleg_ext.observation.likelihoods import LossFunction
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
@@ -113,13 +113,23 @@ class Segment(nn.Module):
         self._call, self._unit = (spec, output), unit
         return self
 
-    def forward(self, *leaves: Any) -> Tensor:
-        """Return the hidden states that the block makes."""
+    def forward(self, leaves: Sequence[Any], attention_mask: Tensor | None = None) -> Tensor:
+        """Return the hidden states that the block makes; in another unit than 1 they are zero where there is padding.
+
+        Args:
+            leaves: of the block's arguments.
+            attention_mask: of the network's inputs, bool [N, T]; False where there is padding.
+        """
         assert self._call is not None
         spec, output = self._call
         args, kwargs = pytree.tree_unflatten([x.value() if isinstance(x, Shared) else x for x in leaves], spec)
         hidden = pytree.tree_leaves(self._run_block(*args, **kwargs))[output]
-        return hidden if self._unit == 1 else hidden / self._unit
+        if self._unit == 1:
+            return hidden
+        hidden = hidden / self._unit
+        if attention_mask is None or hidden.shape[:2] != attention_mask.shape:
+            return hidden
+        return hidden.masked_fill(~attention_mask[..., None], 0)
 
 
 @dataclass
@@ -141,7 +151,7 @@ class _Held:
     chunk: Chunk
     entries: list[_Entry]
     hidden: Tensor
-    per_sample: list[list[bool]]
+    tokens: Tensor | None
     inputs: list[Tensor] = field(default_factory=list)  # of each block, where all are held
     gradients: list[Tensor] = field(default_factory=list)  # by the outputs of each block
 
@@ -202,8 +212,10 @@ class BlockWalk:
         Targets are gradients by its outputs after `differentiate`, else of the same shape as its outputs.
         """
         for held in self._held:
-            inputs = self._inputs(held, self.position)
-            yield inputs, held.gradients[self.position] if held.gradients else inputs[self._input]
+            leaves = self._inputs(held, self.position)
+            mask = {} if held.tokens is None else {"attention_mask": held.tokens}
+            inputs = {"leaves": leaves} | mask
+            yield inputs, held.gradients[self.position] if held.gradients else leaves[self._input]
 
     @property
     def samples(self) -> int:
@@ -300,7 +312,7 @@ class BlockWalk:
         inputs = [x.to(self.device) if hasattr(x, "to") else x for x in self._inputs(held, index)]
         if hidden is not None:
             inputs[self._input] = hidden
-        return call(segment, {}, tuple(inputs))
+        return call(segment, {}, {"leaves": inputs})
 
     def _inputs(self, held: _Held, index: int) -> tuple[Any, ...]:
         leaves = list(held.entries[index].leaves)
@@ -329,7 +341,8 @@ class BlockWalk:
                         value = x.to(self.held_on) if isinstance(x, Tensor) else x
                         moved[id(x)] = (value if rows[i] and isinstance(x, Tensor) else Shared(value), x)
                     entry.leaves[i] = moved[id(x)][0]
-        return _Held(chunk, entries, hidden.to(self.held_on), per_sample)
+        tokens = tokens_of(chunk.inputs)
+        return _Held(chunk, entries, hidden.to(self.held_on), None if tokens is None else tokens.to(self.held_on))
 
     def _arguments(self, chunk: Chunk) -> list[_Entry]:
         """What each block is called with, found without running any; the hidden states are those of the first."""

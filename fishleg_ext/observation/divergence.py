@@ -43,7 +43,9 @@ def divergence(
     between = output_divergence(loss_fn, likelihood)
     total, used, seen = 0.0, 0, 0
     with running(model, device, seed), progress_bar(what="divergence", total=num_samples, show=progress) as bar:
-        for chunk in chunks(data, CHUNK_SAMPLES, skip + num_samples, device, own_loss=loss_fn is None):
+        for chunk in chunks(
+            data, CHUNK_SAMPLES, skip + num_samples, device, own_loss=loss_fn is None, needs_targets=False
+        ):
             start = min(chunk.samples, max(0, skip - seen))
             seen += chunk.samples
             if start == chunk.samples:

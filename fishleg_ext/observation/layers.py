@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_ext.common.orientation import Orientation
-from fishleg_ext.observation.batches import Chunk
+from fishleg_ext.observation.batches import Chunk, tokens_of
 from fishleg_ext.observation.finite import Finite
 from fishleg_ext.observation.forward import call
 from fishleg_ext.observation.likelihoods import LossFunction
@@ -48,6 +48,7 @@ class LayerObserver:
         self._losses = SampleLosses(loss_fn)
         self._together: bool | None = None
         self._looked_up: set[str] = set()
+        self._tokens: Tensor | None = None  # of the chunk that is observed
 
     @property
     def any_nonzero(self) -> bool:
@@ -88,6 +89,7 @@ class LayerObserver:
 
     def _run(self, chunk: Chunk) -> None:
         """A forward pass, and a backward pass if gradients are observed."""
+        self._tokens = tokens_of(chunk.inputs)
         if self.backward:
             self._run_backward(chunk)
         else:
@@ -162,9 +164,24 @@ class LayerObserver:
         if product.divisible:
             per_sample = rows(x[:1]).numel() * x.element_size()
             parts = list(x.split(max(1, min(self.chunk_bytes, ROW_BYTES) // max(1, per_sample))))
+        tokens, first = self._tokens_along(x), 0
         for part in parts:
-            observed: dict[str, Any] = {what: {product.name: ProductRows(rows(part), product.outputs)}}
+            found = rows(part)
+            if tokens is not None:
+                kept = tokens[first : (first := first + len(part))].flatten()
+                if len(kept) == found.shape[1]:  # a row for each position
+                    found = found[:, kept]
+            observed: dict[str, Any] = {what: {product.name: ProductRows(found, product.outputs)}}
             self.observer.update(Observation(0, **observed))
+
+    def _tokens_along(self, x: Tensor) -> Tensor | None:
+        """Which positions of x, [N, T, ...] or [N * T, ...], are no padding; None where all are or it has none."""
+        tokens = self._tokens
+        if tokens is None or bool(tokens.all()):
+            return None
+        if x.dim() > 2 and x.shape[:2] == tokens.shape:
+            return tokens
+        return tokens.flatten() if x.dim() == 2 and len(x) == tokens.numel() > len(tokens) else None
 
 
 class _NotTogether(Exception):

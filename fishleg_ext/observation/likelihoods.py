@@ -208,6 +208,7 @@ def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
     """The named likelihood that the loss in a model's outputs is of."""
     logits = logits_of(outputs)
     loss = getattr(outputs, "loss", None)
+    differences: dict[str, float] = {}  # of networks that know nothing yet several losses are about the same
     if isinstance(labels, Tensor) and isinstance(loss, Tensor) and not labels.is_floating_point():
         for name in ("categorical", "tokens", "next_token"):
             known = LIKELIHOODS[name]
@@ -218,7 +219,9 @@ def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
             if z.shape[:1] + z.shape[2:] == t.shape and (t < z.shape[1]).all():
                 expected = nn.functional.cross_entropy(z.float(), t)
                 if torch.isclose(expected, loss.float(), rtol=1e-2, atol=1e-4):
-                    return known
+                    differences[name] = float((expected - loss.float()).abs())
+    if differences:
+        return LIKELIHOODS[min(differences, key=lambda name: differences[name])]
     raise ValueError(
         "the model's own loss is none of categorical, tokens and next_token, by which labels could be drawn: give "
         "labels='data', or a loss_fn and likelihood="

@@ -60,7 +60,8 @@ def observe(
     Args:
         model: any module; put into eval mode while this runs.
         data: iterable of (inputs, targets) batches; inputs a tensor, a tuple (positional) or a dict (keywords). With
-            loss_fn=None a mapping may be both.
+            loss_fn=None a mapping may be both. Targets may be None where they are drawn from the outputs alone, or
+            inputs alone are observed.
         loss_fn: (outputs, targets) -> scalar, the mean over the batch; None is the loss that the model returns.
         observer: its `observes` says what is computed; its `update` gets it.
         weights: name -> parameter of the model.
@@ -100,7 +101,14 @@ def observe(
     sampler = label_sampler(labels, loss_fn, likelihood) if needs_labels else None
     own_loss, loss_fn = loss_fn is None, sample_loss(loss_fn)
     limit, used, left_over, number, nonzero = num_grads * grad_batch_size, 0, 0, 0, True
-    read = functools.partial(chunks, data, limit=limit, device=device, own_loss=own_loss if needs_labels else None)
+    read = functools.partial(
+        chunks,
+        data,
+        limit=limit,
+        device=device,
+        own_loss=own_loss if needs_labels else None,
+        needs_targets=needs_labels and sampler is None,
+    )
     with (
         running(model, device, seed),
         progress_bar(what="gradients", total=num_grads, show=progress) as bar,

@@ -43,7 +43,7 @@ def flops_per_weight(
     device = next(iter(weights.values())).device
     recorder = ProductRecorder({name: weight.detach() for name, weight in weights.items()}, known)
     with running(model, device, seed):
-        chunk = next(chunks(data, CHUNK_SAMPLES, CHUNK_SAMPLES, device), None)
+        chunk = next(chunks(data, CHUNK_SAMPLES, CHUNK_SAMPLES, device, needs_targets=False), None)
         if chunk is None:
             raise ValueError("expected data that yields at least one sample, got none")
         with recorder:

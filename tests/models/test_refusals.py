@@ -199,10 +199,10 @@ def test_outputs_that_cannot_be_looked_at_are_refused(data):
             return Opaque(super().forward(x))
 
     for curvature in OF_INPUTS:
+        labels = {} if curvature.startswith("layerwise") else {"labels": "data"}
         with pytest.raises(
             NotImplementedError, match="products of a.weight, b.weight cannot be verified.*hold no tensor"
         ):
-            labels = {} if curvature.startswith("layerwise") else {"labels": "data"}
             prune(Model(), batches(*data, 1), lambda o, t: F.cross_entropy(o.logits(), t), curvature=curvature,
                   batch_fn=lambda batch: [batch], **labels)  # fmt: skip
 
