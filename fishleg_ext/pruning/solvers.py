@@ -1,4 +1,4 @@
-"""How weights are chosen and the others compensated: exact elimination, single-weight scores, or a fixed order."""
+"""How weights are chosen and the others compensated: exact elimination, single scores, a fixed order, or ADMM."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fishleg_ext.curvature import Curvature, Estimate
+from fishleg_ext.pruning.admm import admm_masks
 from fishleg_ext.pruning.compensation import exact_update, simultaneous_update
 from fishleg_ext.pruning.costs import Costs
 from fishleg_ext.pruning.fixed_order import fixed_order_prune
@@ -151,4 +152,21 @@ class FixedOrder(Solver):
         )
 
 
-SOLVERS: dict[str, Solver] = {"exact": Exact(), "simultaneous": Simultaneous(), "fixed_order": FixedOrder()}
+class Admm(Solver):
+    """Supports by ADMM, as ALPS finds them, then the best joint compensation."""
+
+    sweeps: ClassVar[bool] = True
+
+    @override
+    def sweep(self, problem: Problem, counts: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        estimate, weights, show = problem.estimate, problem.weights, problem.progress
+        kept = admm_masks(estimate, weights, problem.masks, counts, problem.pattern, progress=show)
+        return kept, exact_update(estimate, weights, kept, problem.biases, progress=show)
+
+
+SOLVERS: dict[str, Solver] = {
+    "exact": Exact(),
+    "simultaneous": Simultaneous(),
+    "fixed_order": FixedOrder(),
+    "admm": Admm(),
+}
