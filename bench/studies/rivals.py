@@ -175,7 +175,8 @@ def prune_blocks(model: nn.Module, layers: nn.ModuleList, batches: list[Any], me
             layer(hidden, *args, **kwargs)
         for name, m in linears.items():
             sums[name].handle.remove()
-            m.weight.copy_(method(m.weight, sums[name].total, target))
+            if not isinstance(target, tuple) or m.in_features % target[1] == 0:  # others stay dense
+                m.weight.copy_(method(m.weight, sums[name].total, target))
         calls = [(layer(hidden, *args, **kwargs), args, kwargs) for hidden, args, kwargs in calls]
 
 
