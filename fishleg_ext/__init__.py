@@ -1,7 +1,8 @@
 """Second-order pruning and quantization of neural networks: curvature models, fused ops, and one call for each.
 
-`prune` prunes a model, `quantize` gives its weights codes, `Pruner` prunes over a training run, along a `schedule`;
-`optim.FishLeg` trains one; `ops` holds the ops for code of your own. Importing this initialises no CUDA.
+`prune` prunes a model, `plan` says beforehand what that takes block by block, `quantize` gives its weights codes,
+`Pruner` prunes over a training run, along a `schedule`; `optim.FishLeg` trains one; `ops` holds the ops for code of
+your own. Importing this initialises no CUDA.
 """
 
 from fishleg_ext import checkpoint, curvature, ops, optim, schedule
@@ -9,6 +10,7 @@ from fishleg_ext.config import PruneConfig
 from fishleg_ext.curvature import CurvatureError
 from fishleg_ext.oneshot import prune
 from fishleg_ext.ops import use_impl
+from fishleg_ext.planning import plan
 from fishleg_ext.pruner import Pruner
 from fishleg_ext.quantized import QuantizedTensor, QuantizeResult, load_quantized
 from fishleg_ext.quantizer import quantize
@@ -28,6 +30,7 @@ __all__ = [
     "load_quantized",
     "ops",
     "optim",
+    "plan",
     "prune",
     "quantize",
     "schedule",

@@ -2,6 +2,7 @@
 
 `save` writes a file whole or not at all. `export_pruned` writes a folder that needs no fishleg_ext to be read:
 model.safetensors, dense, zeros and all; masks.safetensors, bool, True = kept; and pruning.json, what was done.
+Of models of transformers it holds the configuration, too.
 """
 
 import json
@@ -71,7 +72,8 @@ def export_pruned(
     """Write a pruned model for others to read.
 
     Args:
-        model: its state dict becomes model.safetensors; tensors that share memory are written once for each name.
+        model: its state dict becomes model.safetensors; tensors that share memory are written once for each name. Of a
+            model of transformers the configuration is written as well, so that `from_pretrained` loads the folder.
         result: its masks become masks.safetensors, the rest of it pruning.json.
         folder: made if it is not there.
         notes: more for pruning.json.
@@ -90,6 +92,10 @@ def export_pruned(
     export = uuid.uuid4().hex
     _write_safetensors(masks, folder / "masks.safetensors", {EXPORT: export})
     _write_safetensors(state, folder / "model.safetensors", {"format": "pt", EXPORT: export})
+    for name in ("config", "generation_config"):
+        write = getattr(getattr(model, name, None), "save_pretrained", None)
+        if write is not None:  # of transformers, whose from_pretrained then reads the folder
+            write(folder)
     report = {
         "export": export,
         "sparsity": result.sparsity,

@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", metavar="MODULE:FUNCTION", help="() -> nn.Module")
     prune.add_argument("data", metavar="MODULE:FUNCTION", help="() -> iterable of (inputs, targets) batches")
     prune.add_argument("--checkpoint", type=Path, help="a state dict, or an earlier --out, to load first")
+    prune.add_argument(
+        "--dry-run", action="store_true", help="with --block-by-block: print time and memory of each block"
+    )
     prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
     prune.add_argument(
         "--loss",
@@ -288,9 +291,12 @@ def _prune(arguments: argparse.Namespace) -> int:
     if arguments.loss:
         loss_fn = None if arguments.loss == "none" else _load(arguments.loss)
     data = _load(arguments.data)()
-    before = float(evaluate(model)) if evaluate else None
+    before = float(evaluate(model)) if evaluate and not arguments.dry_run else None
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(PruneConfig) if hasattr(arguments, f.name)}
     config = PruneConfig(**given)
+    if arguments.dry_run:
+        print(fishleg_ext.plan(model, data, loss_fn, **vars(config)).table())
+        return 0
     result = fishleg_ext.prune(model, data, loss_fn, **vars(config))
 
     after = float(evaluate(model)) if evaluate else None

@@ -90,6 +90,7 @@ class Estimator:
         held: the group whose curvature is there.
         estimate: the curvature of that group.
         used_grads: gradients in it.
+        walk: over the blocks, between `begin` and `release`; None where the network is estimated as a whole.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Estimator:
         self.progress, self._timed, self._stage = progress, timed, stage
         self._blocks, self._offload = blocks, offload
         self._of_loss = block_gradients == "loss" and bool(recipe.observes - {"inputs"})
-        self._walk: BlockWalk | None = None
+        self.walk: BlockWalk | None = None
         self._outputs: list[Tensor] = []  # of the block that is held, where it was observed before it was pruned
         self.groups = self._split()
         self.estimate: Estimate[Any] = recipe.start({})
@@ -181,7 +182,7 @@ class Estimator:
         source = DataSource(() if data is None else data, loss_fn, num_grads or self.num_grads, seed)
         self._masks = dict(masks)
         if self._blocks is not None:
-            self._walk = self._started(self._blocks, source)
+            self.walk = self._started(self._blocks, source)
         elif len(self.groups) == 1:
             self._observe(self.groups[0], source)
         self._source = source
@@ -195,7 +196,7 @@ class Estimator:
 
     def release(self) -> None:
         """Forget the data and the curvature, unless the next estimate starts from it."""
-        self._source, self._walk, self.held, self._outputs = None, None, [], []
+        self._source, self.walk, self.held, self._outputs = None, None, [], []
         if not self.carries_over:
             self.estimate = self.recipe.start({})
 
@@ -293,7 +294,7 @@ class Estimator:
                     masks={name: self._masks[name] for name in names} if self.recipe.conditions_on_masks else None,
                     orientations=self._orientations,
                     biases={name: (self.known_biases[name], bias) for name, bias in self.biases(names).items()},
-                    num_grads=source.num_grads if self._walk is None else self._walk.samples // self.grad_batch_size,
+                    num_grads=source.num_grads if self.walk is None else self.walk.samples // self.grad_batch_size,
                     grad_batch_size=self.grad_batch_size,
                     labels=seen.labels,
                     likelihood=seen.likelihood,
@@ -306,11 +307,11 @@ class Estimator:
 
     def _seen(self, names: list[str], source: DataSource) -> "_Seen":
         """What is observed for an estimate of these parameters: the network on the data, or a block on its inputs."""
-        if self._walk is None or self._blocks is None:
+        if self.walk is None or self._blocks is None:
             labels, likelihood = self._labels(source.loss_fn), self.recipe.likelihood
             return _Seen(self.model, source.data, source.loss_fn, labels, likelihood, None)
         index = [*self._blocks.modules].index(str(self._blocks.of(names[0])))
-        walk = self._walk
+        walk = self.walk
         if self._of_loss:
             walk.position = index
             return _Seen(walk.segment(), walk.data(), linear_loss, "data", None, None)
@@ -334,7 +335,7 @@ class Estimator:
         own_loss = source.loss_fn is None if needs_loss else None
         held_on = torch.device("cpu") if self._offload else None
         walk = BlockWalk(self.model, blocks, device=device, seed=source.seed, held_on=held_on)
-        with self._timed(self._stage):
+        with self._timed("hidden states"):
             drawn = not needs_loss or self._labels(source.loss_fn) == "model"
             stream = chunks(source.data, CHUNK_SAMPLES, limit, device, own_loss=own_loss, needs_targets=not drawn)
             loss_fn = sample_loss(source.loss_fn)
@@ -386,8 +387,8 @@ class Estimator:
             parts = [part for part in parts if part]
         else:
             parts = [[name] for name in self._parameters] if self.recipe.per_parameter else [list(self._parameters)]
-        largest = max(parts, key=self._bytes_of)
-        if (needed := self._bytes_of(largest)) > most:
+        largest = max(parts, key=self.bytes_of)
+        if (needed := self.bytes_of(largest)) > most:
             what = "all parameters together need" if len(largest) > 1 else f"{largest[0]} needs"
             raise ValueError(
                 f"max_memory={self._given_memory} is too small for {type(self.recipe).__name__}: "
@@ -397,12 +398,12 @@ class Estimator:
         groups = [parts[0]]
         for part in parts[1:]:
             apart = sequential or (blocks is not None and blocks.of(groups[-1][0]) != blocks.of(part[0]))
-            if apart or self._bytes_of(groups[-1] + part) > most:
+            if apart or self.bytes_of(groups[-1] + part) > most:
                 groups.append([])
             groups[-1].extend(part)
         return groups
 
-    def _bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
+    def bytes_of(self, names: list[str], num_gradients: int = 1) -> int:
         """State of these parameters, the largest workspace that one of them needs, and some gradients."""
         matrices = self.oriented(self.weights(names))
         weights = [(name, x, self.num_grads, name in self.known_biases) for name, x in matrices.items()]
@@ -414,4 +415,4 @@ class Estimator:
     def _chunk_bytes(self, names: list[str]) -> int:
         """Memory for gradients of these parameters, or for inputs as rows, at a time."""
         free = chunk_bytes(next(iter(self._parameters.values())).device)
-        return free if self.max_memory is None else min(free, self.max_memory - self._bytes_of(names, 0))
+        return free if self.max_memory is None else min(free, self.max_memory - self.bytes_of(names, 0))

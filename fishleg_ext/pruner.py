@@ -102,10 +102,10 @@ class Pruner:
             masks = own_names(model, masks)
             params = list(masks) if params is None else params
         chosen = choose_parameters(model, params)
-        self._blocks: Blocks | None = None
+        self.blocks: Blocks | None = None
         outside: dict[str, str] = {}
         if given := self.config.block_by_block:
-            self._blocks = blocks = find_blocks(model, chosen, given if isinstance(given, str) else None)
+            self.blocks = blocks = find_blocks(model, chosen, given if isinstance(given, str) else None)
             why = f"it lies outside of the blocks of {blocks.name}"
             outside = {name: why for name in chosen if blocks.of(name) is None}
             if outside and (params is not None or len(outside) == len(chosen)):
@@ -318,7 +318,7 @@ class Pruner:
             progress=self.config.progress,
             timed=self._timed,
             stage=stage,
-            blocks=None if stage == "allocation" else self._blocks,
+            blocks=None if stage == "allocation" else self.blocks,
             block_gradients=self.config.block_gradients,
             offload=self.config.offload,
         )

@@ -63,15 +63,45 @@ def language_model():
     return {"torch": torch, "llama": llama, "stories": [{"input_ids": row, "labels": row} for row in ids]}
 
 
+def tiny_checkpoint(folder):
+    """A Llama of two layers and a tokenizer of words, as `from_pretrained` loads them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    words = ["<pad>", "<s>", "a", "once", "there", "was", "cat", "dog", "and"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>")
+    fast.save_pretrained(folder)
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(words), num_key_value_heads=1, tie_word_embeddings=True, **size)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 9, (64,), generator=draw).tolist()
+    texts = [" ".join(words[int(i)] for i in torch.randint(2, 9, (n,), generator=draw)) for n in lengths]
+    return {"checkpoint": folder, "texts": texts}
+
+
 @pytest.mark.filterwarnings("ignore:the data ended after")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(host.ROOT)))
 def test_examples_run_one_after_the_other(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name == "other-models.md":
         names |= language_model()
+    if page.name == "transformers.md":
+        names |= tiny_checkpoint(tmp_path / "checkpoint")
     examples = EXAMPLE.findall(page.read_text())
     for number, example in enumerate(examples):
         exec(compile(example, f"{page.name}, example {number}", "exec"), names)
+    if page.name == "transformers.md":
+        again = type(names["model"]).from_pretrained("pruned")
+        for name, weight in names["model"].named_parameters():
+            assert torch.equal(weight, again.get_parameter(name))
+        assert len(names["result"].masks) == 14
+        assert names["result"].sparsity == 0.5
+        for name in names["result"].masks:
+            rows = names["again"].get_parameter(name).unflatten(1, (-1, 4))
+            assert ((rows != 0).sum(2) <= 2).all()
     if page.name == "README.md":
         assert len(examples) == 5
         assert names["result"].sparsity == pytest.approx(0.95, abs=0.01)

@@ -1,6 +1,8 @@
 """Tells how much memory there is to work with."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,3 +32,32 @@ def chunk_bytes(device: torch.device) -> int:
     free = free_bytes(device)
     share = MOST_ON_CPU if free is None else free // SHARE
     return share if device.type == "cuda" else min(share, MOST_ON_CPU)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Return what PyTorch has allocated on a GPU, or the resident memory of this process; 0 where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+@contextlib.contextmanager
+def peak_of(device: torch.device) -> Iterator[list[int]]:
+    """Measure the most that was used within this block; the list has it at the end, 0 where nothing tells."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not on Linux
+            Path("/proc/self/clear_refs").write_text("5")  # begin the high-water mark anew
+    yield found
+    found.append(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM"))
+
+
+def _status(entry: str) -> int:
+    """Bytes of an entry of Linux's status of this process."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines[entry].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

@@ -222,6 +222,26 @@ class BlockWalk:
         """Count the samples whose hidden states are held."""
         return sum(held.chunk.samples for held in self._held)
 
+    def sizes(self) -> list[int]:
+        """Count the numbers in the hidden states of each chunk."""
+        return [held.hidden.numel() for held in self._held]
+
+    def largest(self, count: int) -> list[Chunk]:
+        """Return the chunks with the largest hidden states."""
+        ordered = sorted(self._held, key=lambda held: held.hidden.numel(), reverse=True)
+        return [held.chunk for held in ordered[:count]]
+
+    def bytes_held(self) -> int:
+        """Count the bytes of what is held of all samples."""
+        tensors: dict[int, Tensor] = {}
+        for held in self._held:
+            leaves = [x.held if isinstance(x, Shared) else x for entry in held.entries for x in entry.leaves]
+            both = pytree.tree_leaves((held.chunk.inputs, held.chunk.targets))
+            for x in (*leaves, *both, held.hidden, held.tokens, *held.inputs, *held.gradients):
+                if isinstance(x, Tensor):
+                    tensors[x.untyped_storage().data_ptr()] = x
+        return sum(x.untyped_storage().nbytes() for x in tensors.values())
+
     def segment(self, unit: float = 1.0) -> Segment:
         """Return the block at `position`, whose outputs are divided by `unit`."""
         entry = self._held[0].entries[self.position]
@@ -459,4 +479,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Tell whether tensors are equal, but for rounding where they are floating point."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or bool(a.is_floating_point() and not differ(a, b, rounding(epsilon(a))))
+    equal = (a == b) | (a.isnan() & b.isnan())  # what is wrong with values is said where they are observed
+    return bool(equal.all()) or bool(a.is_floating_point() and not differ(a, b, rounding(epsilon(a))))

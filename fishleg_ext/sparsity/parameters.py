@@ -42,8 +42,13 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
     named = dict(model.named_parameters())
     if params is None:
         weights = {id(weight) for module in model.modules() for _, weight in layer_weights(module)}
-        chosen = {name: p for name, p in named.items() if id(p) in weights and p.numel()}
+        adapters = adapters_of(model)
+        chosen = {name: p for name, p in named.items() if id(p) in weights and p.numel() and name not in adapters}
         left_out = {name: why for name, module in model.named_modules() if (why := _why_left_out(name, module))}
+        if adapters:
+            left_out[""] = (
+                f"{len(adapters)} parameters of adapters, such as {next(iter(adapters))}, which params can name"
+            )
         if not chosen:
             found = "; ".join(left_out.values()) or ("empty ones alone" if weights else "none")
             raise ValueError(f"expected a model with Linear or Conv layers, or params= to name others; found {found}")
@@ -65,6 +70,21 @@ def choose_parameters(model: nn.Module, params: ParameterChoice | None = None) -
             raise ValueError("expected params to name at least one parameter, got an empty list")
     check_weights(chosen)
     return chosen
+
+
+def adapters_of(model: nn.Module) -> dict[str, str]:
+    """Name -> the layer that it adapts, of the parameters of LoRA and other adapters that peft adds to layers."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        names = getattr(module, "adapter_layer_names", ())
+        if not isinstance(getattr(module, "base_layer", None), nn.Module) or not isinstance(names, (tuple, list)):
+            continue
+        for held in names:
+            part = getattr(module, held, None)
+            inner = f"{path}.{held}" if path else held
+            if isinstance(part, (nn.Module, nn.ParameterDict)):
+                found |= {f"{inner}.{key}": path for key, _ in part.named_parameters()}
+    return found
 
 
 def layer_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -153,12 +173,15 @@ def why_dense(model: nn.Module, chosen: Collection[str], *, by_default: bool) ->
         by_default: whether `choose_parameters` chose them without being told.
     """
     reasons = {}
+    adapters = adapters_of(model)
     computed = {where: why for where, module in model.named_modules() if (why := _why_left_out(where, module))}
     for name, parameter in model.named_parameters():
         if name in chosen or parameter.dim() < 2:
             continue
         owner = next((why for where, why in computed.items() if name.startswith(f"{where}.") or not where), "")
         default = "it is the weight of no Linear or Conv layer; params can name it"
+        if name in adapters:
+            default = f"it is of an adapter of {adapters[name]}; params can name it"
         reasons[name] = (owner or default) if by_default else "params does not name it"
     return reasons
 

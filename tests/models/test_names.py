@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as masking
 
+import fishleg_ext
 from fishleg_ext import Pruner
 from fishleg_ext.curvature import MODELS
 from models.functions import (
@@ -99,3 +100,22 @@ def test_layers_that_are_left_out_are_named(data):
         alone = nn.Sequential(model.a)
         with pytest.raises(ValueError, match="found 0.weight is"):
             prune(alone, data)
+
+
+def test_adapters_stay_dense_by_default_with_a_word():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), peft.LoraConfig(r=2, target_modules=["0"])
+    )
+    x, y = torch.randn(24, 8), torch.randint(3, (24,))
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora" in name}
+    assert len(before) == 2
+    options = {"curvature": "layerwise", "sparsity": 0.5, "num_grads": 24, "progress": False}
+    with pytest.warns(UserWarning, match=r"2 parameters of adapters, such as \S+lora_A\S+, which params can name"):
+        result = fishleg_ext.prune(adapted, [(x, y)], **options)
+    assert len(result.masks) == 2
+    assert all(torch.equal(adapted.get_parameter(name), values) for name, values in before.items())
+    assert all("it is of an adapter of" in result.dense[name] for name in before)
+    named = fishleg_ext.prune(adapted, [(x, y)], params=[*before], **options)
+    assert named.masks.keys() == before.keys()

@@ -207,7 +207,7 @@ def test_rounds_and_schedules_begin_each_walk_with_the_network_of_now():
     assert pruner.step()
     assert pruner.step()
     assert_same_weights(walked, twice)
-    assert pruner.estimator._walk is None  # nothing is held between steps
+    assert pruner.estimator.walk is None  # nothing is held between steps
 
 
 def test_an_allocation_of_the_whole_network_goes_with_compensation_block_by_block():
