@@ -1,6 +1,7 @@
 """Estimates the curvature of a network as it is now, in groups of parameters that fit into memory."""
 
 import contextlib
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -137,8 +138,18 @@ class Estimator:
 
     @property
     def one_by_one(self) -> bool:
-        """Tell whether each group is to be pruned before the next is estimated."""
+        """Tell whether some groups are to be pruned before others are estimated."""
         return self.recipe.sequential or (self._blocks is not None and not self._of_loss)
+
+    @property
+    def parts(self) -> list[list[list[str]]]:
+        """Groups that are pruned together, in order: each by itself, those of a block, or all."""
+        if not self.one_by_one:
+            return [self.groups]
+        if self._blocks is None:
+            return [[group] for group in self.groups]
+        of = self._blocks.of
+        return [list(groups) for _, groups in itertools.groupby(self.groups, key=lambda group: of(group[0]))]
 
     @property
     def samples(self) -> int:
@@ -315,6 +326,8 @@ class Estimator:
         if self._of_loss:
             walk.position = index
             return _Seen(walk.segment(), walk.data(), linear_loss, "data", None, None)
+        if walk.position > index:
+            raise RuntimeError("call estimate(data, loss_fn) before each prune_to")
         while walk.position < index:
             walk.advance(self._outputs)
             self._outputs = []
@@ -341,7 +354,7 @@ class Estimator:
             loss_fn = sample_loss(source.loss_fn)
             if own_loss:
                 with running(self.model, device, source.seed):
-                    loss_fn, stream = known_loss(self.model, stream)
+                    loss_fn, stream = known_loss(self.model, self._parameters, stream)
             walk.start(stream)
             if walk.samples < limit:
                 warnings.warn(f"the data ended after {walk.samples} of {limit} samples; these are used", stacklevel=2)

@@ -157,7 +157,8 @@ def plan(
         names = [name for name in full.weights if full.blocks.of(name) == block]
         if not names:
             continue
-        kind = tuple((name.removeprefix(block), tuple(full.weights[name].shape)) for name in names)
+        scope = config.scope if isinstance(config.scope, Mapping) else {}
+        kind = tuple((n.removeprefix(block), tuple(full.weights[n].shape), scope.get(n)) for n in names)
         if kind not in known:
             first = largest[0]
             few = first.part(0, min(FEW, first.samples)) if first.divisible else first
@@ -192,10 +193,13 @@ def _trial(
     loss_fn: LossFunction | None,
 ) -> _Trial:
     """Prune these parameters on some samples and put them back."""
-    scope = config.scope
+    scope, sparsity = config.scope, config.sparsity
     of_recipe: dict[str, Any] = dict.fromkeys(SHARED)
     if isinstance(scope, Mapping):
-        scope = {name: sparsity for name, sparsity in scope.items() if name in names} or None
+        scope = {name: share for name, share in scope.items() if name in names}
+        scope, sparsity = (scope, None) if scope else ("layer", 0.0)
+    if config.allocation is not None:
+        scope = "layer"
     settings = dataclasses.replace(
         config,
         **of_recipe,
@@ -203,6 +207,7 @@ def _trial(
         allocation=None,
         params=names,
         scope=scope,
+        sparsity=sparsity,
         recomputations=1,
         holdout=0,
         progress=False,

@@ -173,7 +173,7 @@ class Pruner:
             if self.solver.sweeps:
                 raise ValueError(
                     f"expected masks that keep at least {self.pattern.n} of each {self.pattern.m} with "
-                    f"saliency='fixed_order', got fewer in {listed}; take saliency='exact'"
+                    f"saliency={self.config.saliency!r}, got fewer in {listed}; take saliency='exact'"
                 )
             warnings.warn(
                 f"masks keep fewer than {self.pattern.n} of some {self.pattern.m}, which stay so: {listed}",
@@ -291,13 +291,18 @@ class Pruner:
             self._timed,
             self.config.progress,
         )
-        with self._implementation(), torch.no_grad(), self.restoring():
-            masks, increase = step.prune(counts)
-            self._masks.set(masks)
+        try:
+            with self._implementation(), torch.no_grad(), self.restoring():
+                masks, increase = step.prune(counts)
+                self._masks.set(masks)
+        except BaseException:
+            if self.estimator.walk is not None:  # which has gone on with pruned blocks
+                self.estimator.release()
+            raise
         share = self._first.share
         self._first = FirstOrderStep()  # the weights are in the minimum of the quadratic model, as far as they may be
         for estimator in self._estimators():
-            if len(estimator.groups) > 1:
+            if len(estimator.groups) > 1 or estimator.walk is not None:
                 estimator.release()  # the parts not held would be estimated on the weights of now
         self._record(increase, share, step.damping_raised)
         return self._result()

@@ -55,8 +55,8 @@ class Round:
         if self.allocator is not None:
             counts = self._allocated(self.allocator, counts)
         masks: dict[str, Tensor] = {}
-        groups, increase = self.estimator.groups, -self.first.gain
-        for part in [[group] for group in groups] if self.estimator.one_by_one else [groups]:
+        increase = -self.first.gain
+        for part in self.estimator.parts:
             increase += self._prune(part, counts, masks)
         self.estimator.estimate.forget_kept()
         return masks, increase

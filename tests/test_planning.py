@@ -53,6 +53,7 @@ SETTINGS = {"block_by_block": True, "sparsity": 0.5, "num_grads": 96, "progress"
         {"curvature": "layerwise", "sparsity": None, "pattern": "2:4"},
         {"curvature": "layerwise", "sparsity": None, "scope": {"1.0.up.weight": 0.5, "1.2.up.weight": 0.75}},
         {"curvature": "layerwise", "allocation": "kronecker"},
+        {"curvature": "kronecker", "saliency": "fixed_order", "allocation": "diagonal", "block_gradients": "loss"},
     ],
     ids=str,
 )
@@ -64,7 +65,8 @@ def test_a_plan_names_every_block_and_changes_nothing(options):
     assert [block.name for block in plan.blocks] == ["1.0", "1.1", "1.2"]
     assert [block.weights for block in plan.blocks] == [2 * WIDTH * inner for inner in (16, 16, 8)]
     assert all(block.observation > 0 and block.curvature > 0 and block.pruning >= 0 for block in plan.blocks)
-    assert plan.blocks[0].observation == plan.blocks[1].observation  # one trial for both
+    alike = plan.blocks[0].observation == plan.blocks[1].observation  # one trial for both
+    assert alike == ("scope" not in options or options["scope"] == "layer")
     rounds = options.get("recomputations", 1)
     once = plan.start + sum(block.observation + block.pruning + block.running for block in plan.blocks)
     assert plan.seconds == pytest.approx(rounds * once)

@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fishleg_ext.bench import report
-from fishleg_ext.bench.studies import autoencoder, autoencoder_pruning
+from fishleg_ext.bench.studies import autoencoder, autoencoder_pruning, language
 
 # What older files call by other words.
 WORDS = {
@@ -317,6 +317,40 @@ def lenet() -> str:
     return markdown(rows, ["network", "method", *(f"{bits} bits" for bits in columns)])
 
 
+def stories() -> str:
+    """Nats per token of the pruned Llama, and CPU seconds at 50 %."""
+    return _by_target(runs("language_stories"), lambda found: _mean(found, "nats", 2))
+
+
+def minilm() -> str:
+    """What MiniLM's embeddings are worth, and CPU seconds at 50 %."""
+    return _by_target(
+        runs("language_minilm"), lambda found: f"{_mean(found, 'spearman', 1)} / {_mean(found, 'cosine', 3)}"
+    )
+
+
+def _by_target(records: list[dict[str, Any]], cell: Callable[[list[dict[str, Any]]], str]) -> str:
+    """A row for each method, a column for each sparsity or pattern."""
+    pruned = [record for record in records if record["method"] != "dense"]
+    targets = sorted({record["target"] for record in pruned}, key=lambda target: (":" in target, target))
+    rows = []
+    for method in sorted({record["method"] for record in pruned}, key=language.NAMES.index):
+        mine = [record for record in pruned if record["method"] == method]
+        by_target = [[record for record in mine if record["target"] == target] for target in targets]
+        seconds = _mean([record for record in mine if record["target"] == "0.5"], "seconds", 0)
+        rows.append([method, *(cell(found) if found else "" for found in by_target), seconds])
+    heads = [target if ":" in target else f"{100 * float(target):.0f} %" for target in targets]
+    return markdown(rows, ["", *heads, "CPU s"])
+
+
+def _mean(records: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [record[key] for record in records]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 or not digits else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def _denser_first(item: tuple[tuple[str, str], Any]) -> float:
     """Sort by density, the highest first."""
     return -float(item[0][0].removeprefix("density ").replace("dense", "1"))
@@ -332,6 +366,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "carried": carried,
     "refinement": refinement,
     "gradual": gradual,
+    "stories": stories,
+    "minilm": minilm,
     "quantization": quantization,
     "quantization_layers": quantization_layers,
     "lenet": lenet,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fishleg_ext.common.arguments import checked_function, checked_type
@@ -75,11 +75,14 @@ class Chunk:
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
 
-def tokens_of(inputs: Any) -> Tensor | None:
-    """Return which positions of sequences are tokens and not padding, bool [N, T]; None where all are.
+def tokens_of(model: nn.Module, inputs: Any) -> Tensor | None:
+    """Return which positions of sequences are tokens and not padding, bool [N, T]; None where nothing tells.
 
-    That is the `attention_mask` among the inputs, as the models of transformers take it.
+    That is the `attention_mask` among the inputs, as the models of transformers take it; of an encoder and a decoder it
+    would be of the encoder's positions alone.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None

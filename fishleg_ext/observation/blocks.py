@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from fishleg_ext.observation.batches import Chunk, Shared, tokens_of
 from fishleg_ext.observation.forward import call, running
-from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.likelihoods import LossFunction, OwnLoss
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
 from fishleg_ext.observation.types import DrawLabels
-from fishleg_ext.observation.verification import differ, epsilon, rounding
+from fishleg_ext.observation.verification import differ, epsilon, rounding, tolerance
 
 VERIFIED = 2  # samples that are run through the whole network as well
 
@@ -66,7 +66,9 @@ def find_blocks(model: nn.Module, weights: Collection[str], name: str | None = N
                 "expected a model with a list of repeated blocks (an nn.ModuleList or nn.Sequential of modules of one "
                 "class) that holds weights to prune, found none; block_by_block= takes its name"
             )
-    elif name not in lists:
+    else:  # as it is without torch.compile
+        name = next((path for path in lists if path.replace("_orig_mod.", "") == name), name)
+    if name not in lists:
         raise ValueError(
             f"expected the name of an nn.ModuleList or nn.Sequential of modules of one class, got {name!r}; there are "
             f"{', '.join(lists) or 'none'}"
@@ -105,16 +107,16 @@ class Segment(nn.Module):
             inner = held
         inner.add_module(last, block)
         self._call: tuple[pytree.TreeSpec, int] | None = None
-        self._unit = 1.0
+        self._unit: float | None = None
         self._run_block: Callable[..., Any] = lambda *args, **kwargs: block(*args, **kwargs)
 
-    def takes(self, spec: pytree.TreeSpec, output: int, unit: float = 1.0) -> "Segment":
+    def takes(self, spec: pytree.TreeSpec, output: int, unit: float | None = None) -> "Segment":
         """Set how the block's arguments are made of tensors, and which of its outputs is returned, in which unit."""
         self._call, self._unit = (spec, output), unit
         return self
 
     def forward(self, leaves: Sequence[Any], attention_mask: Tensor | None = None) -> Tensor:
-        """Return the hidden states that the block makes; in another unit than 1 they are zero where there is padding.
+        """Return the hidden states that the block makes; where they have a unit, they are zero where there is padding.
 
         Args:
             leaves: of the block's arguments.
@@ -124,7 +126,7 @@ class Segment(nn.Module):
         spec, output = self._call
         args, kwargs = pytree.tree_unflatten([x.value() if isinstance(x, Shared) else x for x in leaves], spec)
         hidden = pytree.tree_leaves(self._run_block(*args, **kwargs))[output]
-        if self._unit == 1:
+        if self._unit is None:
             return hidden
         hidden = hidden / self._unit
         if attention_mask is None or hidden.shape[:2] != attention_mask.shape:
@@ -188,7 +190,6 @@ class BlockWalk:
         self.position = 0
         self._input, self._output = 0, 0  # which leaf of a block's arguments, and of its outputs, the hidden states are
         self._returns: list[Callable[[Tensor], Any]] = []  # what stands for a block's outputs
-        self._per_sample: list[list[bool]] | None = None
         self._held: list[_Held] = []
 
     def start(self, chunks: Iterable[Chunk]) -> None:
@@ -242,8 +243,8 @@ class BlockWalk:
                     tensors[x.untyped_storage().data_ptr()] = x
         return sum(x.untyped_storage().nbytes() for x in tensors.values())
 
-    def segment(self, unit: float = 1.0) -> Segment:
-        """Return the block at `position`, whose outputs are divided by `unit`."""
+    def segment(self, unit: float | None = None) -> Segment:
+        """Return the block at `position`; its outputs are divided by `unit`, and zero where there is padding."""
         entry = self._held[0].entries[self.position]
         return self.segments[self.position].takes(entry.spec, self._output, unit)
 
@@ -284,41 +285,90 @@ class BlockWalk:
             ValueError: the loss does not depend on the blocks, or needs what cannot be cut into samples.
         """
         losses = SampleLosses(loss_fn)
-        last = len(self.modules) - 1
         with running(self.model, self.device, self.seed):
+            first = self._held[0].chunk
+            self._compare_outputs(first.part(0, min(VERIFIED, first.samples)) if first.divisible else first)
             for held in self._held:
-                for index in range(last + 1):
-                    held.inputs.append(held.hidden)
-                    held.hidden = self._run(held, index).to(self.held_on)
-                gradient = self._top_gradient(held, losses, draw)
-                for index in range(last, -1, -1):
-                    held.gradients.insert(0, gradient.to(self.held_on))
-                    if index:
-                        hidden = held.inputs[index].to(self.device).requires_grad_()
-                        with torch.enable_grad():
-                            outputs = self._run(held, index, hidden)
-                        (gradient,) = torch.autograd.grad(outputs, hidden, gradient)
+                self._run_all(held)
+                self._back(held, self._top_gradient(held, losses, draw))
                 held.hidden = held.inputs[0]
+
+    def _run_all(self, held: _Held) -> None:
+        """Hold the inputs of all blocks, and the hidden states after the last."""
+        for index in range(len(self.modules)):
+            held.inputs.append(held.hidden)
+            held.hidden = self._run(held, index).to(self.held_on)
+
+    def _back(self, held: _Held, gradient: Tensor) -> Tensor:
+        """Hold the gradients by the outputs of all blocks, given the last; returns that by the inputs of the first."""
+        for index in reversed(range(len(self.modules))):
+            held.gradients.insert(0, gradient.to(self.held_on))
+            hidden = held.inputs[index].to(self.device).requires_grad_()
+            with torch.enable_grad():
+                outputs = self._run(held, index, hidden)
+            (gradient,) = torch.autograd.grad(outputs, hidden, gradient)
+        return gradient
+
+    def _outputs(self, chunk: Chunk, hidden: Tensor) -> Any:
+        """Outputs of the network, given the hidden states after the last block; no block runs."""
+        last = len(self.modules) - 1
+        stand_in = lambda index, *_: self._returns[index](hidden if index == last else hidden.detach())
+        with torch.enable_grad(), self._replaced(stand_in):
+            return call(self.model, {}, chunk.inputs)
+
+    def _compare_outputs(self, chunk: Chunk) -> None:
+        """Raise CannotWalk where the network's outputs depend on blocks other than through the last one."""
+        held = self._hold(chunk, self._arguments(chunk))
+        start = held.hidden.to(self.device)
+
+        def replaced(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            entry = _Entry.of(args, kwargs)
+            entry.leaves[self._input] = start
+            return pytree.tree_unflatten(entry.leaves, entry.spec)
+
+        self._run_all(held)
+        after = held.hidden.to(self.device).requires_grad_()
+        found = self._floats(self._outputs(chunk, after))
+        handle = self.modules[0].register_forward_pre_hook(replaced, with_kwargs=True)
+        try:
+            start.requires_grad_()
+            with torch.enable_grad():
+                expected = self._floats(call(self.model, {}, chunk.inputs))
+        finally:
+            handle.remove()
+        alike = len(found) == len(expected) and all(map(_close, found, expected))
+        if alike and found:
+            probes = [torch.randn_like(x) for x in found]  # one gradient for all outputs
+            (wanted,) = torch.autograd.grad(expected, start, probes, allow_unused=True)
+            (gradient,) = torch.autograd.grad(found, after, probes, allow_unused=True)
+            gradient = None if gradient is None else self._back(held, gradient)
+            alike = (wanted is None) == (gradient is None) and (wanted is None or _close(gradient, wanted))
+        if not alike:
+            raise CannotWalk(
+                f"outputs of the network depend on the blocks of {self.blocks.name} other than through the last; "
+                "block_gradients='outputs' does without them"
+            )
+
+    @staticmethod
+    def _floats(outputs: Any) -> list[Tensor]:
+        """Outputs that depend on the blocks."""
+        leaves = OutputTree(outputs).leaves
+        return [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
 
     def _top_gradient(self, held: _Held, losses: SampleLosses, draw: DrawLabels | None) -> Tensor:
         """Gradient of each sample's loss by the outputs of the last block."""
         chunk, hidden = held.chunk, held.hidden.to(self.device).requires_grad_()
-        last = len(self.modules) - 1
-
-        def outputs_of(chunk: Chunk, hidden: Tensor) -> Any:
-            stand_in = lambda index, *_: self._returns[index](hidden if index == last else hidden.detach())
-            with torch.enable_grad(), self._replaced(stand_in):
-                return call(self.model, {}, chunk.inputs)
-
-        outputs, targets, scale = outputs_of(chunk, hidden), chunk.targets, torch.ones(())
+        outputs, targets, scale = self._outputs(chunk, hidden), chunk.targets, torch.ones(())
         tree = OutputTree(outputs)
         if chunk.samples > 1:
-            losses.names = tree.per_sample(OutputTree(outputs_of(chunk.part(0, 1), hidden[:1])), chunk.samples)
+            losses.names = tree.per_sample(OutputTree(self._outputs(chunk.part(0, 1), hidden[:1])), chunk.samples)
+        if isinstance(losses.loss_fn, OwnLoss):
+            losses.loss_fn.check(outputs, targets)
         if draw is not None:
             targets, factor = draw(tree.detached(), targets, chunk.samples, chunk.samples)
             scale = torch.as_tensor(factor)
             if chunk.own_loss:  # which is computed from the labels among the inputs
-                outputs = outputs_of(chunk.with_targets(targets), hidden)
+                outputs = self._outputs(chunk.with_targets(targets), hidden)
         try:
             (gradient,) = losses.gradients_by([hidden], outputs, targets, chunk.samples, scale)
         except CannotCut as what:
@@ -341,15 +391,14 @@ class BlockWalk:
 
     def _hold(self, chunk: Chunk, entries: list[_Entry]) -> _Held:
         """Put aside what blocks are called with: tensors with a row for each sample, and what all samples share."""
-        if self._per_sample is None and chunk.samples > 1 and chunk.divisible:
-            both = [self._arguments(chunk.part(0, count)) for count in (1, 2)]
-            self._per_sample = [
-                [_length(x) == 1 and _length(y) == 2 for x, y in zip(one.leaves, two.leaves, strict=True)]
-                for one, two in zip(*both, strict=True)
-            ]
-        per_sample = self._per_sample
-        if chunk.samples == 1 or per_sample is None:
-            per_sample = [[_length(x) == 1 for x in entry.leaves] for entry in entries]
+        # What has as many rows as there are samples, and not as many where there is one sample alone.
+        alone = self._arguments(chunk.part(0, 1)) if chunk.samples > 1 and chunk.divisible else []
+        per_sample = [[_length(x) == chunk.samples for x in entry.leaves] for entry in entries]
+        for rows, entry in zip(per_sample, alone, strict=False):  # which is empty of a single sample
+            for i, x in enumerate(entry.leaves):
+                rows[i] = rows[i] and _length(x) != chunk.samples
+        if not all(rows[self._input] for rows in per_sample[:1]):
+            raise CannotWalk(f"the hidden states of {self.blocks.name} have no row for each sample")
         moved: dict[int, Any] = {}  # blocks are given the same objects, which are held once
         hidden = entries[0].leaves[self._input]
         for entry, rows in zip(entries, per_sample, strict=True):
@@ -361,7 +410,7 @@ class BlockWalk:
                         value = x.to(self.held_on) if isinstance(x, Tensor) else x
                         moved[id(x)] = (value if rows[i] and isinstance(x, Tensor) else Shared(value), x)
                     entry.leaves[i] = moved[id(x)][0]
-        tokens = tokens_of(chunk.inputs)
+        tokens = tokens_of(self.model, chunk.inputs)
         return _Held(chunk, entries, hidden.to(self.held_on), None if tokens is None else tokens.to(self.held_on))
 
     def _arguments(self, chunk: Chunk) -> list[_Entry]:
@@ -404,14 +453,19 @@ class BlockWalk:
         """Run some samples through the whole network, find how blocks hang together, and compare."""
         entries: list[_Entry] = []
         outputs: list[Any] = []
+        values: list[Any] = []  # of the outputs, before the next block may change them in place
 
         def called(module: nn.Module, args: Any, kwargs: Any) -> None:
             if len(entries) == len(self.modules) or module is not self.modules[len(entries)]:
                 raise CannotWalk(f"blocks are not called once each, in the order of {self.blocks.name}")
             entries.append(_Entry.of(args, kwargs))  # before the block fills a cache
 
+        def returned(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+            values.append([x.clone() if isinstance(x, Tensor) else x for x in pytree.tree_leaves(output)])
+
         handles = [module.register_forward_pre_hook(called, with_kwargs=True) for module in self.modules]
-        handles += [module.register_forward_hook(lambda *args: outputs.append(args[2])) for module in self.modules]
+        handles += [module.register_forward_hook(returned) for module in self.modules]
         try:
             call(self.model, {}, chunk.inputs)
         finally:
@@ -424,7 +478,7 @@ class BlockWalk:
             raise CannotWalk(f"the blocks of {self.blocks.name} hand on their outputs in different ways")
         self._output, self._input = flow.pop()
         self._returns = [_rebuilding(output, self._output) for output in outputs]
-        self._compare(chunk, entries, outputs)
+        self._compare(chunk, entries, [leaves[self._output] for leaves in values])
 
     def _flow(self, index: int, outputs: Any, entry: _Entry) -> tuple[int, int]:
         """Return which output of the block before is which argument of this one."""
@@ -438,7 +492,7 @@ class BlockWalk:
             )
         return pairs[0]
 
-    def _compare(self, chunk: Chunk, entries: list[_Entry], outputs: list[Any]) -> None:
+    def _compare(self, chunk: Chunk, entries: list[_Entry], outputs: list[Tensor]) -> None:
         """Raise CannotWalk unless the blocks by themselves do what they do in the network."""
         held = self._hold(chunk, self._arguments(chunk))
         for index, (entry, output) in enumerate(zip(entries, outputs, strict=True)):
@@ -448,7 +502,7 @@ class BlockWalk:
                 if j != self._input and isinstance(given, Tensor) and not _same(value.to(given.device), given):
                     raise CannotWalk(f"what {self._path(index)} is given, beside hidden states, is from another block")
             held.hidden = self._run(held, index)
-            if not _same(held.hidden, pytree.tree_leaves(output)[self._output]):
+            if not _same(held.hidden.to(output.device), output):
                 raise CannotWalk(f"{self._path(index)} by itself computes another output than within the network")
 
     def _path(self, index: int) -> str:
@@ -473,6 +527,13 @@ def _rebuilding(output: Any, index: int) -> Callable[[Tensor], Any]:
 
 def _length(leaf: Any) -> int:
     return len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Tell whether two results are the same but for the order of sums."""
+    assert a is not None
+    assert b is not None
+    return a.shape == b.shape and not differ(a.detach(), b.detach(), tolerance(epsilon(a)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,7 @@ from fishleg_ext.common.waiting import read
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.forward import call, training
 from fishleg_ext.observation.gradient_factors import GradientFactors, Use
-from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.likelihoods import LossFunction, OwnLoss
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses, times_own
 from fishleg_ext.observation.recorder import ProductRecorder
 from fishleg_ext.observation.types import DrawLabels
@@ -100,6 +100,8 @@ class FactorObserver:
             raise NoFactors("a single sample")
         recorder, outputs, trained = self._known_pass(chunk, trained)
         tree, targets = OutputTree(outputs), chunk.targets
+        if isinstance(self._losses.loss_fn, OwnLoss) and not self._losses.loss_fn.agrees(outputs, targets):
+            raise NoFactors("the loss that the model returns is another than of the first samples")
         scale: float | Tensor = 1.0
         if self._draw is not None:
             targets, scale = self._draw(tree.detached(), targets, chunk.samples, count)

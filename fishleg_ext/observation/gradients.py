@@ -17,7 +17,7 @@ from fishleg_ext.observation.factors import FactorObserver, NoFactors
 from fishleg_ext.observation.finite import Finite
 from fishleg_ext.observation.forward import call, scalar_loss, training
 from fishleg_ext.observation.gradient_factors import GradientFactors, LazyGradients
-from fishleg_ext.observation.likelihoods import LossFunction, LossHessian
+from fishleg_ext.observation.likelihoods import LossFunction, LossHessian, OwnLoss
 from fishleg_ext.observation.types import DrawLabels, FisherProduct, Observation
 
 COPIES = 3  # of its own size that a vectorised gradient takes while it is computed
@@ -61,7 +61,9 @@ class GradientObserver:
         chunk_bytes: int,
         bytes_of: Callable[[str, GradientFactors], int] | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.masks, self.draw = model, loss_fn, masks, draw
+        self.model, self.masks, self.draw = model, masks, draw
+        self._of_model = isinstance(loss_fn, OwnLoss)  # which is left to the model where gradients have no factors
+        self.loss_fn = None if self._of_model else loss_fn
         self._orientations, self._chunk_bytes = orientations, chunk_bytes
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self._bytes_of = bytes_of
@@ -118,7 +120,7 @@ class GradientObserver:
                 outputs = call(self.model, self.weights, chunk.inputs)
             found = self.draw(outputs, chunk.targets, chunk.samples, count)
         targets, scale = found or (chunk.targets, 1.0)
-        chunk = chunk.with_targets(targets)
+        chunk = replace(chunk, own_loss=chunk.own_loss or self._of_model).with_targets(targets)
         for name in self.masks.keys() & factors.keys():
             mask = self._oriented({name: self.masks[name]})[name]
             factors[name] = replace(factors[name], mask=mask.reshape(factors[name].shape))

@@ -11,7 +11,7 @@ from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.observation.batches import Chunk, tokens_of
 from fishleg_ext.observation.finite import Finite
 from fishleg_ext.observation.forward import call
-from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.likelihoods import LossFunction, OwnLoss
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
 from fishleg_ext.observation.products import ROW_BYTES, Product
 from fishleg_ext.observation.recorder import ProductRecorder
@@ -89,7 +89,7 @@ class LayerObserver:
 
     def _run(self, chunk: Chunk) -> None:
         """A forward pass, and a backward pass if gradients are observed."""
-        self._tokens = tokens_of(chunk.inputs)
+        self._tokens = tokens_of(self.model, chunk.inputs)
         if self.backward:
             self._run_backward(chunk)
         else:
@@ -129,6 +129,8 @@ class LayerObserver:
         if why := self._why_not(recorder, chunk, outputs):
             raise _NotTogether(f"{why}, in a later batch, though not in the first")
         targets, scale = chunk.targets, torch.ones(())
+        if isinstance(self._losses.loss_fn, OwnLoss):
+            self._losses.loss_fn.check(outputs, targets)
         if self.draw is not None:
             tree = OutputTree(outputs)
             targets, factor = self.draw(tree.detached(), targets, chunk.samples, chunk.samples)

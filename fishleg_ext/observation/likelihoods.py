@@ -219,7 +219,7 @@ def _own_likelihood(outputs: Any, labels: Any) -> NamedLikelihood:
             if z.shape[:1] + z.shape[2:] == t.shape and (t < z.shape[1]).all():
                 expected = nn.functional.cross_entropy(z.float(), t)
                 if torch.isclose(expected, loss.float(), rtol=1e-2, atol=1e-4):
-                    differences[name] = float((expected - loss.float()).abs())
+                    differences[name] = float((expected - loss.float()).abs().detach())
     if differences:
         return LIKELIHOODS[min(differences, key=lambda name: differences[name])]
     raise ValueError(
@@ -240,11 +240,33 @@ class OwnLoss:
 
     @classmethod
     def of(cls, outputs: Any, labels: Any) -> "OwnLoss | None":
-        """Find the loss that these outputs have; None where it is of none of the likelihoods of classes."""
+        """Find the loss that these outputs have; None where it is of none of the likelihoods of classes alone."""
         try:
-            return cls(_own_likelihood(outputs, labels))
+            found = cls(_own_likelihood(outputs, labels))
         except (TypeError, ValueError):
             return None
+        return found if found.agrees(outputs, labels) else None
+
+    def agrees(self, outputs: Any, labels: Any) -> bool:
+        """Tell whether it is, but for rounding, the loss that the outputs have."""
+        own = getattr(outputs, "loss", None)
+        if not isinstance(own, Tensor):
+            return False
+        share = 1e-5 if own.dtype.itemsize >= 4 else 2 * torch.finfo(own.dtype).eps
+        return bool(
+            torch.isclose(
+                self(outputs, labels).detach().double(), own.detach().double(), rtol=share, atol=0.0, equal_nan=True
+            )
+        )
+
+    def check(self, outputs: Any, labels: Any) -> None:
+        """Raise ValueError where it is not the loss that the outputs of a later batch have."""
+        if isinstance(getattr(outputs, "loss", None), Tensor) and not self.agrees(outputs, labels):
+            raise ValueError(
+                "the loss that the model returns was the mean cross entropy of its targets in the first batch, but not "
+                "in a later one; does it leave out targets other than -100? Give loss_fn=, such as "
+                "torch.nn.CrossEntropyLoss(ignore_index=...) of the logits"
+            )
 
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the loss, in single precision at least."""

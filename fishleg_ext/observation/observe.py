@@ -19,7 +19,7 @@ from fishleg_ext.common.memory import MOST_ON_CPU
 from fishleg_ext.common.orientation import Orientation
 from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, Chunk, chunks
-from fishleg_ext.observation.forward import call, running
+from fishleg_ext.observation.forward import call, running, scalar_loss
 from fishleg_ext.observation.gradients import GradientObserver
 from fishleg_ext.observation.layers import LayerObserver
 from fishleg_ext.observation.likelihoods import (
@@ -33,7 +33,7 @@ from fishleg_ext.observation.likelihoods import (
     sample_loss,
 )
 from fishleg_ext.observation.types import DrawLabels, Observer
-from fishleg_ext.observation.verification import VERIFIED_SAMPLES
+from fishleg_ext.observation.verification import VERIFIED_SAMPLES, differ, epsilon
 
 
 def observe(
@@ -117,7 +117,7 @@ def observe(
         by = grad_batch_size if "gradients" in wanted else 1
         stream = read(size=max(1, CHUNK_SAMPLES // by) * by)
         if own_loss and needs_labels:
-            loss_fn, stream = known_loss(model, stream)
+            loss_fn, stream = known_loss(model, weights, stream)
         draw = drawing(sampler, loss_fn, device, seed)
         if "gradients" in wanted:
             source = GradientObserver(
@@ -175,22 +175,44 @@ def observe(
     return used
 
 
-def known_loss(model: nn.Module, stream: Iterator[Chunk]) -> tuple[LossFunction | None, Iterator[Chunk]]:
+def known_loss(
+    model: nn.Module, weights: Mapping[str, Tensor], stream: Iterator[Chunk]
+) -> tuple[LossFunction | None, Iterator[Chunk]]:
     """Find the loss that a model returns, a mean over the batch, so that it can be cut into those of samples.
+
+    It must be the mean cross entropy of the first chunk, and have its gradients by these weights for some samples.
 
     Returns:
         the loss as a function of outputs and targets, and the chunks with targets for it; None, and the chunks as they
-        are, where it is of none of the likelihoods of classes, or leaves out targets that are not ignored.
+        are, where it is not the mean cross entropy of the first of them.
     """
     first = next(stream, None)
     if first is None:
         return None, stream
     stream = itertools.chain([first], stream)
+    found = OwnLoss.of(call(model, {}, first.inputs), first.targets)
     few = first.part(0, min(VERIFIED_SAMPLES, first.samples)) if first.divisible else first
-    found = OwnLoss.of(call(model, {}, few.inputs), few.targets)
-    if found is None:
+    if found is None or not _same_gradients(model, weights, few, found):
         return None, stream
     return found, (dataclasses.replace(chunk, own_loss=False) for chunk in stream)
+
+
+def _same_gradients(model: nn.Module, weights: Mapping[str, Tensor], chunk: Chunk, loss: LossFunction) -> bool:
+    """Tell whether a loss has the gradients of the one that the model returns, which may have terms of its own."""
+    free = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    with torch.enable_grad():
+        outputs = call(model, free, chunk.inputs)
+        losses = [scalar_loss(None, outputs, None), loss(outputs, chunk.targets)]
+    if not all(value.requires_grad for value in losses):
+        return not any(value.requires_grad for value in losses)
+    own, known = (
+        torch.autograd.grad(value, [*free.values()], allow_unused=True, retain_graph=True) for value in losses
+    )
+    share = lambda x: max(64 * torch.finfo(torch.float32).eps, 4 * epsilon(x))  # losses are in single precision
+    return all(
+        not differ(a, b, share(a)) if a is not None and b is not None else a is b
+        for a, b in zip(own, known, strict=True)
+    )
 
 
 def drawing(

@@ -1,6 +1,7 @@
 """Likelihoods of sequences: what is drawn and what counts as a sample, against the dense Fisher matrix."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from fishleg_ext.observation.observe import observe
 WIDTH, VOCABULARY, LENGTH = 3, 4, 4
 
 
-class Outputs(dict):
-    """As the outputs of models of transformers: entries that are attributes too."""
+@dataclass
+class Outputs:
+    """As those of models of transformers."""
 
-    __getattr__ = dict.get
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 class Tiny(nn.Module):
@@ -108,6 +112,75 @@ def test_gradients_of_the_data_are_those_of_each_sequence_alone(generator):
         loss = model(**{key: x[s : s + 1] for key, x in data.items()}).loss
         (own,) = torch.autograd.grad(loss, model.head.weight)
         torch.testing.assert_close(found[s], own)
+
+
+class Another(Tiny):
+    """A model whose own loss is nearly the mean cross entropy."""
+
+    def __init__(self, how):
+        super().__init__(True)
+        self.how = how
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask, labels)
+        z, t = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if self.how == "penalty":
+            outputs.loss = outputs.loss + 1e-3 * self.head.weight.square().sum()
+        elif self.how == "smoothing":
+            outputs.loss = F.cross_entropy(z, t, label_smoothing=0.1)
+        else:
+            outputs.loss = F.cross_entropy(z, t, ignore_index=0)
+        return outputs
+
+
+@pytest.mark.parametrize("how", ["penalty", "smoothing", "ignored"])
+@pytest.mark.parametrize("curvature", ["diagonal", "block", "kronecker"])
+def test_a_loss_that_is_nearly_the_cross_entropy_is_taken_as_it_is(how, curvature, generator, recwarn):
+    model = Another(how).double().eval()
+    with torch.no_grad():
+        model.head.weight *= 1e-3  # a network that knows nothing, of which all losses are about the same
+    data = batch("whole", generator)
+    recorder = Recorder()
+    observe(model, [data], None, recorder, {"head.weight": model.head.weight}, num_grads=6)
+    for s in range(6):
+        loss = model(**{key: x[s : s + 1] for key, x in data.items()}).loss
+        (own,) = torch.autograd.grad(loss, model.head.weight)
+        torch.testing.assert_close(recorder.gradients("head.weight")[s], own)
+
+
+def test_targets_that_turn_out_to_be_left_out_in_a_later_batch_are_an_error(generator):
+    model = Another("ignored").double().eval()
+    x = torch.randint(1, VOCABULARY, (128, LENGTH), generator=generator)
+    x[64:, 2] = 0
+    data = [{"input_ids": part, "labels": part} for part in x.split(64)]
+    options = {"curvature": "kronecker", "labels": "data", "params": ["head.weight"], "num_grads": 128}
+    with pytest.raises(ValueError, match=r"in the first batch, but not in a later one.*ignore_index"):
+        fishleg_ext.prune(copy.deepcopy(model), data, None, sparsity=0.5, progress=False, **options)
+    recorder = Recorder()  # gradients can do without factors, by the loss that the model returns
+    observe(model, data, None, recorder, {"head.weight": model.head.weight}, num_grads=128)
+    loss = model(**{key: part[:1] for key, part in data[1].items()}).loss
+    (own,) = torch.autograd.grad(loss, model.head.weight)
+    torch.testing.assert_close(recorder.gradients("head.weight")[64], own)
+
+
+class Config:
+    is_encoder_decoder = True
+
+
+def test_the_mask_of_an_encoder_does_not_count_for_its_decoder(generator):
+    model = Embeds(Encoder()).double()
+    model.config = Config()
+    data = batch("padded", generator)
+    inputs = {key: data[key] for key in ("input_ids", "attention_mask")}
+    options = {"curvature": "layerwise", "params": ["encoder.dense.weight"], "num_grads": 6, "sparsity": 0.5}
+    costs = []
+    for masked in (True, False):
+        tried = copy.deepcopy(model)
+        if not masked:
+            tried.forward = lambda tokens, tried=tried: Embeds.forward(tried, tokens, inputs["attention_mask"][:1])
+        given = inputs if masked else inputs["input_ids"]
+        costs.append(fishleg_ext.prune(tried, [(given, None)], F.mse_loss, progress=False, **options))
+    assert costs[0].predicted_loss_increase == pytest.approx(costs[1].predicted_loss_increase)
 
 
 def test_packed_sequences_are_one_sample(generator):

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from oracles import usable
+from oracles import usable, with_estimate
 from small import assert_same, snapshot
 from torch import nn
 from torch.nn import functional as F
 
 from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import BlockFisher, FishLeg, Kronecker, Layerwise, LayerwiseDiagonal
+from fishleg_ext.curvature.layerwise import LayerwiseEstimate
 from fishleg_ext.observation.batches import chunks
 from fishleg_ext.observation.blocks import BlockWalk, CannotWalk, find_blocks
 
@@ -328,6 +329,140 @@ def test_a_block_that_needs_more_of_another_than_hidden_states_is_refused():
     data = [(torch.randn(6, WIDTH), torch.randn(6, WIDTH))]
     with pytest.raises(CannotWalk, match="blocks.1 is given 2 tensors of what blocks.0 returns"):
         prune(Handing(), data, F.mse_loss, sparsity=0.5, curvature="layerwise", block_by_block=True, progress=False)
+
+
+class Mixing(Decoder):
+    """The head reads the outputs of all blocks."""
+
+    def forward(self, tokens):
+        found = []
+        handles = [layer.register_forward_hook(lambda *args: found.append(args[2][0])) for layer in self.layers]
+        super().forward(tokens)
+        for handle in handles:
+            handle.remove()
+        return self.head(sum(found))
+
+
+def test_gradients_of_a_loss_that_reads_every_block_are_refused():
+    torch.manual_seed(0)
+    model, data = Mixing().double(), tokens(8)
+    options = {"curvature": "kronecker", "labels": "data", "num_grads": 8, "block_by_block": True}
+    with pytest.raises(CannotWalk, match="depend on the blocks of layers other than through the last"):
+        pruned(model, data, block_gradients="loss", **options)
+    del options["labels"]
+    pruned(model, data, **options)  # what blocks are given is right
+
+
+class SequenceFirst(nn.Module):
+    """Hidden states of the shape [T, N, d]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(0)
+
+
+def test_hidden_states_without_a_row_for_each_sample_are_refused():
+    data = [(torch.randn(6, 3, WIDTH), torch.randn(6, WIDTH))]
+    with pytest.raises(CannotWalk, match="the hidden states of layers have no row for each sample"):
+        prune(SequenceFirst(), data, F.mse_loss, sparsity=0.5, curvature="layerwise", block_by_block=True)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x += torch.tanh(self.linear(x.clone()))
+        return x
+
+
+def test_blocks_that_work_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(*(InPlace() for _ in range(3))), nn.Linear(WIDTH, 2))
+    data = [(torch.randn(20, WIDTH), torch.randn(20, 2))]
+    whole, walked = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"sparsity": 0.5, "curvature": Layerwise(inputs="dense"), "num_grads": 20, "progress": False}
+    result = prune(walked, data, F.mse_loss, block_by_block="1", **options)
+    prune(whole, data, F.mse_loss, params=[*result.masks], **options)
+    assert_same_weights(walked, whole)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "sequential"])
+@pytest.mark.parametrize("saliency", ["exact", "fixed_order"])
+def test_memory_changes_how_often_blocks_are_observed_and_nothing_else(inputs, saliency):
+    model, data = decoder(), tokens()
+    options = {"curvature": Layerwise(inputs=inputs), "saliency": saliency, "block_by_block": True}
+    at_once, _ = pruned(model, data, **options)
+    in_parts, _ = pruned(model, data, max_memory=12_000, **options)
+    pruner = Pruner(copy.deepcopy(model), **options, max_memory=12_000)
+    assert len(pruner.estimator.groups) > 3
+    assert len(pruner.estimator.parts) == 3
+    assert_same_weights(at_once, in_parts)
+
+
+class Interrupted(LayerwiseEstimate):
+    def blocks(self, name):
+        if name.startswith("layers.2."):
+            raise KeyboardInterrupt
+        return super().blocks(name)
+
+
+def test_a_pruning_that_was_interrupted_wants_a_new_estimate():
+    model, data = decoder(), tokens()
+    before = snapshot(model)
+    recipe = with_estimate(Layerwise, Interrupted)()
+    pruner = Pruner(model, curvature=recipe, block_by_block=True, num_grads=SAMPLES, progress=False)
+    pruner.estimate(data, next_token)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune_to(0.5)
+    assert_same(before, snapshot(model))
+    with pytest.raises(RuntimeError, match="call estimate"):
+        pruner.prune_to(0.5)
+
+
+def test_nothing_is_held_after_a_pruning_of_one_block():
+    pruner = Pruner(
+        decoder(), curvature="layerwise", block_by_block=True, params="layers.0.up.weight", num_grads=8, progress=False
+    )
+    pruner.estimate(tokens(8), next_token)
+    pruner.prune_to(0.5)
+    assert pruner.estimator.walk is None
+
+
+@pytest.mark.parametrize("size", [64, 16, 1])
+@pytest.mark.parametrize("padded_first", [False, True])
+def test_masks_that_are_there_for_padded_batches_alone(size, padded_first):
+    """As models of transformers make them; unpadded batches have none."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes)).double()
+    ids = torch.randint(VOCABULARY, (96, 6))
+    mask = torch.ones_like(ids)
+    mask[48:, :3] = 0  # on the left
+    if padded_first:
+        mask = mask.flip(0)
+    data = [
+        {"input_ids": x, "attention_mask": m, "labels": x.masked_fill(m == 0, -100)}
+        for x, m in zip(ids.split(size), mask.split(size), strict=True)
+    ]
+    for options in (
+        {"curvature": Layerwise(inputs="dense")},
+        {"curvature": Kronecker(labels="data"), "block_gradients": "loss"},
+    ):
+        whole, walked = copy.deepcopy(model), copy.deepcopy(model)
+        common = {"sparsity": 0.5, "num_grads": 96, "progress": False, "scope": "layer"} | options
+        result = prune(walked, data, None, block_by_block=True, **common)
+        common.pop("block_gradients", None)
+        prune(whole, data, None, params=[*result.masks], **common)
+        assert_same_weights(walked, whole, rtol=1e-6, atol=1e-9)
 
 
 def test_finding_blocks():
