@@ -16,12 +16,13 @@ from fishleg_ext.common.state import state_entry
 from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature import Curvature, Estimate
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, chunks, require_rereadable
-from fishleg_ext.observation.blocks import Blocks, BlockWalk, linear_loss
+from fishleg_ext.observation.blocks import Blocks
 from fishleg_ext.observation.forward import running
 from fishleg_ext.observation.gradients import gradient_bytes
 from fishleg_ext.observation.likelihoods import Likelihood, LossFunction, label_sampler, sample_loss
 from fishleg_ext.observation.observe import drawing, known_loss, observe
 from fishleg_ext.observation.types import Observation
+from fishleg_ext.observation.walk import BlockWalk, linear_loss
 from fishleg_ext.sparsity.masks import Masks, pack_masks
 
 

@@ -14,8 +14,8 @@ from fishleg_ext.common.grad_mode import outside_inference_mode
 from fishleg_ext.common.memory import peak_of, used_bytes
 from fishleg_ext.config import SHARED, PruneConfig, documented
 from fishleg_ext.observation.batches import CHUNK_SAMPLES, Adapted, BatchFunction, Chunk, checked_source, chunks
-from fishleg_ext.observation.blocks import BlockWalk
 from fishleg_ext.observation.likelihoods import LossFunction
+from fishleg_ext.observation.walk import BlockWalk
 from fishleg_ext.pruner import Pruner
 
 FEW, CHUNKS = 8, 2  # samples of the small trial of a block, and batches of up to 64 of the large one

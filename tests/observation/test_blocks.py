@@ -14,7 +14,8 @@ from fishleg_ext import Pruner, prune
 from fishleg_ext.curvature import BlockFisher, FishLeg, Kronecker, Layerwise, LayerwiseDiagonal
 from fishleg_ext.curvature.layerwise import LayerwiseEstimate
 from fishleg_ext.observation.batches import chunks
-from fishleg_ext.observation.blocks import BlockWalk, CannotWalk, find_blocks
+from fishleg_ext.observation.blocks import find_blocks
+from fishleg_ext.observation.walk import BlockWalk, CannotWalk
 
 WIDTH, VOCABULARY, LENGTH, SAMPLES = 8, 11, 5, 70
 CPU = torch.device("cpu")
