@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "K-FAC of blocks, allocation": BLOCKWISE | {"curvature": Kronecker(damping=1e-5), "allocation": KFAC},
 }
 ROUNDS = {  # name -> method, rounds, and how often its data are read in each, with labels drawn anew
-    "FishLeg, 8 rounds": ("FishLeg", 8, 3),
+    "FishLeg, 16 rounds": ("FishLeg", 16, 1),
     "FishLeg of blocks, allocation, 4 rounds": ("FishLeg of blocks, allocation", 4, 1),
     "K-FAC of blocks, allocation, 4 rounds": ("K-FAC of blocks, allocation", 4, 1),
     "K-FAC of blocks, 2 rounds": ("K-FAC of blocks", 2, 1),
