@@ -113,7 +113,8 @@ class PruneConfig(Settings):
         '"global" (one threshold for all parameters), "flops" (the same, for costs over how often a sample\'s forward '
         'pass uses the weight), "layer" (the same sparsity in each), "row" (in each of their rows, that is for each '
         "output, as near as can be), or a dict name -> sparsity; parameters not in it "
-        'stay dense. None is the curvature\'s default: "layer" for layerwise, "global" for the others.',
+        'stay dense. None is the curvature\'s default: "layer" for layerwise, "row" for layerwise_diagonal, "global" '
+        'for the others, but "layer" where block_by_block prunes each block before the next is observed.',
         plain="scope",
     )
     pattern: str = setting(

@@ -59,7 +59,7 @@ class DataSource(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What `observe` is given for an estimate."""
+    """Holds what `observe` is given for an estimate."""
 
     model: nn.Module
     data: Iterable[Any]
@@ -318,7 +318,7 @@ class Estimator:
         self.held = names
 
     def _seen(self, names: list[str], source: DataSource) -> "_Seen":
-        """What is observed for an estimate of these parameters: the network on the data, or a block on its inputs."""
+        """Say what is observed for these parameters: the network on the data, or a block on its inputs."""
         if self.walk is None or self._blocks is None:
             labels, likelihood = self._labels(source.loss_fn), self.recipe.likelihood
             return _Seen(self.model, source.data, source.loss_fn, labels, likelihood, None)

@@ -20,7 +20,7 @@ BatchFunction = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all samples of a batch share, passed on to the model: a tensor without a row for each, or another object.
+    """Holds what all samples of a batch share, and is passed on: a tensor without a row for each, or another object.
 
     Attributes:
         held: the tensor or object.

@@ -122,7 +122,7 @@ class Segment(nn.Module):
 
 @dataclass
 class Entry:
-    """What a block was called with: the leaves of its arguments, and how they are put together."""
+    """Holds what a block was called with: the leaves of its arguments, and how they are put together."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec

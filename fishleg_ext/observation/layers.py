@@ -90,6 +90,8 @@ class LayerObserver:
     def _run(self, chunk: Chunk) -> None:
         """A forward pass, and a backward pass if gradients are observed."""
         self._tokens = tokens_of(self.model, chunk.inputs)
+        if self._tokens is not None and bool(self._tokens.all()):  # waited for once a chunk
+            self._tokens = None
         if self.backward:
             self._run_backward(chunk)
         else:
@@ -177,9 +179,9 @@ class LayerObserver:
             self.observer.update(Observation(0, **observed))
 
     def _tokens_along(self, x: Tensor) -> Tensor | None:
-        """Which positions of x, [N, T, ...] or [N * T, ...], are no padding; None where all are or it has none."""
+        """Tell which positions of x, [N, T, ...] or [N * T, ...], are no padding; None where all are, or x has none."""
         tokens = self._tokens
-        if tokens is None or bool(tokens.all()):
+        if tokens is None:
             return None
         if x.dim() > 2 and x.shape[:2] == tokens.shape:
             return tokens

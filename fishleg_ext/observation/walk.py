@@ -178,15 +178,19 @@ class BlockWalk:
             held.inputs.append(held.hidden)
             held.hidden = self._run(held, index).to(self.held_on)
 
-    def _back(self, held: _Held, gradient: Tensor) -> Tensor:
-        """Hold the gradients by the outputs of all blocks, given the last; returns that by the inputs of the first."""
+    def _back(self, held: _Held, gradient: Tensor) -> None:
+        """Hold the gradients by the outputs of all blocks, given that of the last."""
         for index in reversed(range(len(self.modules))):
             held.gradients.insert(0, gradient.to(self.held_on))
-            hidden = held.inputs[index].to(self.device).requires_grad_()
-            with torch.enable_grad():
-                outputs = self._run(held, index, hidden)
-            (gradient,) = torch.autograd.grad(outputs, hidden, gradient)
-        return gradient
+            if index:
+                gradient = self._by_inputs(held, index, gradient)
+
+    def _by_inputs(self, held: _Held, index: int, gradient: Tensor) -> Tensor:
+        """Return the gradient by the hidden states before a block, given that by its outputs."""
+        hidden = held.inputs[index].to(self.device).requires_grad_()
+        with torch.enable_grad():
+            outputs = self._run(held, index, hidden)
+        return torch.autograd.grad(outputs, hidden, gradient)[0]
 
     def _outputs(self, chunk: Chunk, hidden: Tensor) -> Any:
         """Outputs of the network, given the hidden states after the last block; no block runs."""
@@ -220,7 +224,8 @@ class BlockWalk:
             probes = [torch.randn_like(x) for x in found]  # one gradient for all outputs
             (wanted,) = torch.autograd.grad(expected, start, probes, allow_unused=True)
             (gradient,) = torch.autograd.grad(found, after, probes, allow_unused=True)
-            gradient = None if gradient is None else self._back(held, gradient)
+            for index in reversed(range(len(self.modules))) if gradient is not None else ():
+                gradient = self._by_inputs(held, index, gradient)
             alike = (wanted is None) == (gradient is None) and (wanted is None or _close(gradient, wanted))
         if not alike:
             raise CannotWalk(
@@ -293,7 +298,7 @@ class BlockWalk:
         return _Held(chunk, entries, hidden.to(self.held_on), None if tokens is None else tokens.to(self.held_on))
 
     def _arguments(self, chunk: Chunk) -> list[Entry]:
-        """What each block is called with, found without running any; the hidden states are those of the first."""
+        """Find what each block is called with, without running any; the hidden states are those of the first."""
         entries: list[Entry] = []
 
         def stand_in(index: int, args: Any, kwargs: Any) -> Any:

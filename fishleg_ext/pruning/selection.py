@@ -73,8 +73,8 @@ def keep_of_rows(score: Tensor, num_pruned: int) -> Tensor:
     Returns:
         bool [rows, n]; of ties the lower positions are pruned, and NaN is kept.
     """
-    dead = (score == -torch.inf).sum(1)
-    possible = score.shape[1] - score.isnan().sum(1)
+    dead = (score == -torch.inf).sum(1).cpu()  # waited for here, and not in each step of the search
+    possible = score.shape[1] - score.isnan().sum(1).cpu()
     level, highest = 0, score.shape[1]
     while level < highest:  # the highest level at which no more than num_pruned are pruned
         middle = (level + highest + 1) // 2
@@ -83,8 +83,9 @@ def keep_of_rows(score: Tensor, num_pruned: int) -> Tensor:
     counts = torch.minimum(torch.full_like(dead, level).maximum(dead), possible)  # [rows]
     order = score.argsort(dim=1, stable=True)  # NaN last
     left = num_pruned - int(counts.sum())
+    candidates = ((counts == level) & (counts < possible)).to(score.device)
+    counts = counts.to(score.device)
     if left > 0:
-        candidates = (counts == level) & (counts < possible)
         following = order.gather(1, counts.clamp(max=score.shape[1] - 1)[:, None])
         costs = torch.where(candidates, score.gather(1, following)[:, 0], torch.nan)
         counts = counts + ~ops.keep_mask([costs], min(left, int(candidates.sum())))[0]

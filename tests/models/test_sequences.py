@@ -180,6 +180,7 @@ def test_the_mask_of_an_encoder_does_not_count_for_its_decoder(generator):
             tried.forward = lambda tokens, tried=tried: Embeds.forward(tried, tokens, inputs["attention_mask"][:1])
         given = inputs if masked else inputs["input_ids"]
         costs.append(fishleg_ext.prune(tried, [(given, None)], F.mse_loss, progress=False, **options))
+    assert costs[0].predicted_loss_increase > 0
     assert costs[0].predicted_loss_increase == pytest.approx(costs[1].predicted_loss_increase)
 
 
@@ -190,7 +191,13 @@ def test_packed_sequences_are_one_sample(generator):
     data["labels"] = data["labels"].index_fill(1, torch.tensor([2]), -100)  # the second begins here
     recorder = Recorder()
     observe(model, [data], None, recorder, {"head.weight": model.head.weight}, num_grads=6)
-    assert len(recorder.gradients("head.weight")) == 6
+    found = recorder.gradients("head.weight")
+    assert len(found) == 6
+    for s in range(6):
+        logits = model(data["input_ids"][s : s + 1]).logits[0, [0, 2]]  # that predict tokens 1 and 3
+        (own,) = torch.autograd.grad(F.cross_entropy(logits, data["input_ids"][s, [1, 3]]), model.head.weight)
+        torch.testing.assert_close(found[s], own)
+        assert own.any()
 
 
 class Embeds(nn.Module):
@@ -245,4 +252,5 @@ def test_padding_counts_for_nothing(curvature, generator):
     for given in ([(inputs, torch.ones(6, 2).double())], alone):
         model = copy.deepcopy(Embeds(Encoder()).double())
         costs.append(fishleg_ext.prune(model, given, F.mse_loss, progress=False, **options).predicted_loss_increase)
+    assert costs[0] > 0
     assert costs[0] == pytest.approx(costs[1], rel=1e-9)
