@@ -16,6 +16,9 @@ from fishleg_ext.common.progress import progress_bar
 from fishleg_ext.common.waiting import read
 from fishleg_ext.curvature.base import Blocks, Curvature, Estimate
 
+# A symmetric product is computed in panels of so many columns, of more where there would be more panels than that.
+PANEL, MOST_PANELS = 256, 8
+
 
 class Factors(NamedTuple):
     """The factors of one parameter's Q = diag(scale) (P (x) M) diag(scale), both symmetric positive definite.
@@ -189,6 +192,20 @@ def add_moment_(moment: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
         moment.add_(rows.to(moment.dtype).square().sum(0), alpha=alpha)
     else:
         ops.block_gram_(moment[None], rows[:, None], alpha)
+
+
+def add_symmetric_product_(moment: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """Add alpha * A^T B, which is symmetric, to a moment [size, size]; A and B [n, size].
+
+    Of panels of columns only what is on and below the diagonal is multiplied.
+    """
+    size = len(moment)
+    width = max(PANEL, -(-size // MOST_PANELS))
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        product = a[:, start:stop].mT @ b[:, :stop]
+        moment[start:stop, :stop].add_(product, alpha=alpha)
+        moment[:start, start:stop].add_(product[:, :start].mT, alpha=alpha)
 
 
 def diagonal_of(factor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishleg_ext import ops
 from fishleg_ext.common.dtypes import ieee_products
-from fishleg_ext.curvature.kronecker import Factors, add_moment_, diagonal_of, zero_moment
+from fishleg_ext.curvature.kronecker import Factors, add_moment_, add_symmetric_product_, diagonal_of, zero_moment
 from fishleg_ext.observation.gradient_factors import GradientFactors
 from fishleg_ext.observation.types import Observation
 
@@ -137,7 +137,7 @@ class FactoredGradients:
             add_moment_(moment, rows.flatten(0, 1), alpha)
         else:
             weighted = torch.bmm(torch.bmm(by_row, by_row.mT), self.inputs)
-            moment.addmm_(self.inputs.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
+            add_symmetric_product_(moment, self.inputs.flatten(0, 1), weighted.flatten(0, 1), alpha)
 
     def add_row_moment_(self, moment: Tensor, col: Tensor, alpha: float) -> None:
         """Add alpha * sum D^T (X M M^T X^T) D, or of its diagonal where the moment is a vector; M [i, any]."""
@@ -150,7 +150,7 @@ class FactoredGradients:
         if moment.dim() == 1:
             moment.add_((weighted * self.output_gradients).sum((0, 1)), alpha=alpha)
         else:
-            moment.addmm_(self.output_gradients.flatten(0, 1).mT, weighted.flatten(0, 1), alpha=alpha)
+            add_symmetric_product_(moment, self.output_gradients.flatten(0, 1), weighted.flatten(0, 1), alpha)
 
     def add_layer_moments_(self, row_moment: Tensor, col_moment: Tensor, alpha: float) -> None:
         """Add alpha * sum over rows d of D of d d^T, and of x x^T over those of X, as K-FAC has its factors."""

@@ -2,8 +2,8 @@
 
 Which row of X and D is whose is measured: a second backward pass, with the losses weighted by a number of its own for
 each sample, scales each row of D by that of its sample, whatever the shape in which a layer was called. Some samples
-are enough, once for each sequence of products and number of rows; where the first dimension of the inputs is not the
-sample, so that data may route rows elsewhere, it is done in every batch.
+are enough, for the first, second, fourth ... number of rows of a sequence of products; where the first dimension of the
+inputs is not the sample, so that data may route rows elsewhere, it is done in every batch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -46,9 +46,9 @@ class NoFactors(Exception):
 class FactorObserver:
     """Computes gradients in factors, by one forward and one backward pass of many samples.
 
-    Samples must not influence each other, and weights enter by products alone: `verification` says so, once for each
-    sequence of products, and the last sample of a batch is compared with it alone, in a number of batches that
-    grows by the logarithm of theirs.
+    Samples must not influence each other, and weights enter by products alone: `verification` says so of each sequence
+    of products, and the last sample of a batch is compared with it alone, in a number of batches that grows by the
+    logarithm of theirs. So does what is verified with the number of lengths that samples of one sequence have.
 
     Args:
         model: in eval mode.
@@ -136,7 +136,19 @@ class FactorObserver:
         raise NoFactors("the sequence of products is another for some of the samples")
 
     def _is_known(self, recorder: ProductRecorder, chunk: Chunk) -> bool:
-        return _sequence(recorder, chunk.samples) in self._by_position
+        """Tell whether it was verified, or is the third, say, of one sequence with another number of rows."""
+        sequence = _sequence(recorder, chunk.samples)
+        if sequence in self._by_position:
+            return True
+        signature, rows = sequence
+        others = [(theirs, order) for (own, theirs), order in self._by_position.items() if own == signature]
+        if len(others) & (len(others) + 1) == 0:  # this is the first, second, fourth, ...
+            return False
+        for theirs, order in others:
+            if all((a == 1) == (b == 1) for a, b in zip(rows, theirs, strict=True)):  # one of each is in any order
+                self._by_position[sequence] = order
+                return True
+        return False
 
     def _compare_some(self, chunk: Chunk, scale: float | Tensor, count: int) -> None:
         """Compare the last gradient in eval mode, where nothing is random, among a few."""

@@ -6,7 +6,7 @@ from oracles import batches
 from torch import nn
 from torch.nn import functional as F
 
-from fishleg_ext.curvature import FishLeg, learned_factors
+from fishleg_ext.curvature import FishLeg, kronecker, learned_factors
 from fishleg_ext.curvature.learned_factors import DenseGradients, FactoredGradients, LearnedFactors
 from fishleg_ext.observation.observe import observe
 from fishleg_ext.observation.types import Observation
@@ -14,7 +14,10 @@ from fishleg_ext.observation.types import Observation
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_moments_are_those_of_the_formula(positions, diagonal, generator):
+@pytest.mark.parametrize("panels", [(256, 8), (1, 8), (1, 2), (3, 8)])
+def test_moments_are_those_of_the_formula(panels, positions, diagonal, generator, monkeypatch):
+    monkeypatch.setattr(kronecker, "PANEL", panels[0])
+    monkeypatch.setattr(kronecker, "MOST_PANELS", panels[1])
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
     x, d, row, col = draw(6, positions, 4), draw(6, positions, 3), draw(3, 3), draw(4, 4)
     row, col = row @ row.mT, col @ col.mT

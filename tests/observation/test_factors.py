@@ -15,6 +15,7 @@ from fishleg_ext.observation import gradient_factors
 from fishleg_ext.observation.batches import Chunk
 from fishleg_ext.observation.factors import FactorObserver, NoFactors
 from fishleg_ext.observation.observe import observe
+from fishleg_ext.observation.verification import Verifier
 from fishleg_ext.sparsity.parameters import orientations_of
 
 MODELS = ("plain", "flat", "positions first", "one by one")
@@ -257,6 +258,18 @@ def test_whose_rows_they_are_is_told_anew_for_other_lengths(generator):
     draw = lambda n: torch.randn(6, n, 4, dtype=torch.float64, generator=generator)
     batches = [(draw(n), torch.randint(0, 3, (6,), generator=generator)) for n in (1, 1, 4, 1, 4, 5)]
     assert_gradients_are_those_of_autograd(SequenceFirst().double(), batches)
+
+
+def test_ever_fewer_of_the_lengths_are_verified(generator, monkeypatch):
+    """Of ten lengths those that are the first, the second, the fourth, the eighth; and one row, whose order is open."""
+    verified = []
+    verify = Verifier.verify
+    monkeypatch.setattr(Verifier, "verify", lambda self, chunk: verified.append(chunk.inputs) or verify(self, chunk))
+    draw = lambda n: torch.randn(6, n, 4, dtype=torch.float64, generator=generator)
+    lengths = (3, 2, 4, 6, 5, 7, 6, 8, 9, 1, 10, 3)
+    batches = [(draw(n), torch.randint(0, 3, (6,), generator=generator)) for n in lengths]
+    assert_gradients_are_those_of_autograd(SequenceFirst().double(), batches)
+    assert [x.shape[1] for x in verified] == [3, 2, 6, 9, 1]
 
 
 @pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
