@@ -16,6 +16,7 @@ of one thread. The rivals of `rivals.py` are plain PyTorch. Resumable: what is i
 
 import argparse
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from fishleg_ext.curvature import BlockFisher, FishLeg, Kronecker
 HELD_OUT, SEQUENCES, LENGTH = 64, 256, 256
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 DRAWN = FishLeg(damping=1e-4, labels="model")
-BLOCKWISE = {"curvature": FishLeg(damping=1e-4), "block_by_block": True}
+BLOCKWISE = {"curvature": "fishleg", "block_by_block": True}
 KFAC = Kronecker(damping=1e-5, labels="model")
 METHODS: dict[str, dict[str, Any]] = {
     "block Fisher": {"curvature": BlockFisher(damping=1e-5)},
@@ -52,11 +53,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "K-FAC of blocks": BLOCKWISE | {"curvature": Kronecker(damping=1e-5)},
     "K-FAC of blocks, allocation": BLOCKWISE | {"curvature": Kronecker(damping=1e-5), "allocation": KFAC},
 }
-ROUNDS = {  # name -> method, rounds, and how often its data are read in each, with labels drawn anew
-    "FishLeg, 16 rounds": ("FishLeg", 16, 1),
-    "FishLeg of blocks, allocation, 4 rounds": ("FishLeg of blocks, allocation", 4, 1),
-    "K-FAC of blocks, allocation, 4 rounds": ("K-FAC of blocks, allocation", 4, 1),
-    "K-FAC of blocks, 2 rounds": ("K-FAC of blocks", 2, 1),
+ROUNDS: dict[str, tuple[dict[str, Any], int]] = {
+    "FishLeg, 16 rounds": ({"curvature": dataclasses.replace(DRAWN, carry_over=2 * SEQUENCES)}, 16),
+    "K-FAC of blocks, allocation, 4 rounds": (METHODS["K-FAC of blocks, allocation"], 4),
 }
 NAMES = [*RIVALS, *METHODS, *ROUNDS]
 
@@ -212,9 +211,8 @@ def _ranks(x: Tensor) -> Tensor:
 
 def options_of(method: str, network: Stories | MiniLM, target: Target, told: dict[str, Any]) -> dict[str, Any]:
     """Make the keywords of `prune`."""
-    base, rounds, repeats = ROUNDS.get(method, (method, 1, 1))
-    options = dict(METHODS[base]) | told | {"recomputations": rounds, "progress": False}
-    options["num_grads"] *= repeats
+    recipe, rounds = ROUNDS.get(method) or (METHODS[method], 1)
+    options = recipe | told | {"recomputations": rounds, "progress": False}
     if isinstance(target, tuple):
         options["pattern"] = f"{target[0]}:{target[1]}"
     else:
@@ -223,8 +221,9 @@ def options_of(method: str, network: Stories | MiniLM, target: Target, told: dic
     draws = any(getattr(recipe, "labels", None) == "model" for recipe in recipes)
     if told.get("likelihood") and not draws:  # the data have no labels
         del options["likelihood"]
-    if not options.get("block_by_block"):
-        options["params"] = network.params
+    if not options.get("block_by_block"):  # which leaves out by itself what has not the inputs of a pattern
+        m = target[1] if isinstance(target, tuple) else 1
+        options["params"] = lambda name, p: network.params(name, p) and p.shape[1] % m == 0
     elif options.get("allocation") is None:
         options.pop("likelihood", None)
     return options
@@ -244,8 +243,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
         inputs = [{key: x for key, x in batch.items() if key != "labels"} for batch in batches]
         prune_blocks(inner, network.layers, inputs, RIVALS[method], parsed(target))
     elif method != "dense":
-        data = batches * ROUNDS.get(method, (method, 1, 1))[2]
-        result = fishleg_ext.prune(network.model, data, **options_of(method, network, parsed(target), told))
+        result = fishleg_ext.prune(network.model, batches, **options_of(method, network, parsed(target), told))
         seconds: dict[str, float] = {}
         for entry in result.history:
             for stage, value in entry["seconds"].items():
