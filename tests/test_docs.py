@@ -82,7 +82,9 @@ def tiny_checkpoint(folder):
     return {"checkpoint": folder, "texts": texts}
 
 
-@pytest.mark.filterwarnings("ignore:the data ended after")
+@pytest.mark.filterwarnings(
+    "ignore:the data ended after", "ignore:.* damping 1e-06 is less than rounding may have left"
+)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(host.ROOT)))
 def test_examples_run_one_after_the_other(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -38,7 +38,7 @@ from fishleg_ext.curvature import BlockFisher, FishLeg, Kronecker
 HELD_OUT, SEQUENCES, LENGTH = 64, 256, 256
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 DRAWN = FishLeg(damping=1e-4, labels="model")
-BLOCKWISE = {"curvature": "fishleg", "block_by_block": True}
+BLOCKWISE = {"curvature": FishLeg(), "block_by_block": True}
 KFAC = Kronecker(damping=1e-5, labels="model")
 METHODS: dict[str, dict[str, Any]] = {
     "block Fisher": {"curvature": BlockFisher(damping=1e-5)},

@@ -380,7 +380,7 @@ class Estimate(ABC, Generic[Recipe]):
             self._unchecked = None
         self._look(pending)
 
-    def _check_inverted(self, name: str, info: Tensor, damping: float, what: str) -> None:
+    def _check_inverted(self, name: str, info: Tensor, damping: float, what: str, *, to_rounding: bool = False) -> None:
         """Note where damping was raised, with a warning; CurvatureError where a matrix has no inverse all the same.
 
         Args:
@@ -388,9 +388,11 @@ class Estimate(ABC, Generic[Recipe]):
             info: as of `ops.block_inverse`.
             damping: that was asked for.
             what: was inverted, in the plural.
+            to_rounding: damping was not raised tenfold again and again, but to what rounding may have left.
         """
         if info.numel():
-            (self._look if self._unchecked is None else self._unchecked.extend)([_Inverted(name, info, damping, what)])
+            inverted = _Inverted(name, info, damping, what, to_rounding)
+            (self._look if self._unchecked is None else self._unchecked.extend)([inverted])
 
     def _look(self, inverted: "list[_Inverted]") -> None:
         numbers = (
@@ -400,18 +402,24 @@ class Estimate(ABC, Generic[Recipe]):
         for i, each in enumerate(inverted):
             if counts[3 * i]:
                 self._kept.pop(each.name, None)
-        for i, (name, info, damping, what) in enumerate(inverted):
+        for i, (name, info, damping, what, to_rounding) in enumerate(inverted):
             failed, raised, most = counts[3 * i : 3 * i + 3]
             if failed:
+                how = "to what rounding may have left" if to_rounding else "twelve times"
                 raise CurvatureError(
                     f"{name}: {failed} of {len(info)} {what} cannot be inverted, even with damping raised from "
-                    f"{damping:g} twelve times; use a larger damping, or more gradients"
+                    f"{damping:g} {how}; use a larger damping, or more gradients"
                 )
             if raised and name not in self.damping_raised:
                 self.damping_raised[name] = raised
+                how = (
+                    f"{raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it was raised "
+                )
+                how += f"tenfold up to {most} times for these"
+                if to_rounding:
+                    how = f"damping {damping:g} is less than rounding may have left in {what}; it was raised to that"
                 warnings.warn(
-                    f"{name}: {raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it "
-                    f"was raised tenfold up to {most} times for these",
+                    f"{name}: {how}",
                     stacklevel=3,
                 )
 
@@ -423,6 +431,7 @@ class _Inverted(NamedTuple):
     info: Tensor
     damping: float
     what: str
+    to_rounding: bool
 
 
 def curvature_entry(state: Mapping[str, Any], key: str) -> Any:

@@ -307,7 +307,8 @@ class FishLegEstimate(KroneckerEstimate[FishLeg]):
         learned = self._learned[name]
         factors = learned.factors()
         info = torch.where(torch.as_tensor(learned.failed) != 0, -1, torch.as_tensor(learned.raised))
-        self._check_inverted(name, info.reshape(1), self.recipe.damping, "Kronecker factors")
+        damping = self.recipe.damping
+        self._check_inverted(name, info.reshape(1), damping, "Kronecker factors", to_rounding=True)
         return factors
 
     @contextlib.contextmanager
