@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fishleg-ext", description=fishleg_ext.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fishleg-ext",
+        description="Prune neural networks by second-order information, and check and time the kernels that do it. "
+        "Quantization, training and what is more of the Python interface is not here: see the README.",
+    )
     parser.add_argument("--version", action="version", version=fishleg_ext.__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -100,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--dry-run", action="store_true", help="with --block-by-block: print time and memory of each block"
     )
-    prune.add_argument("--out", type=Path, required=True, help='file for {"model": pruned state dict, "masks": packed}')
+    prune.add_argument(
+        "--out", type=Path, help='file for {"model": pruned state dict, "masks": packed}; required without --dry-run'
+    )
     prune.add_argument(
         "--loss",
         metavar="MODULE:FUNCTION|none",
@@ -123,7 +129,9 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
     elif field.type is bool:
         parser.add_argument(option, **how, action="store_true")
     elif kind == "optional":
-        parser.add_argument(option, **how, nargs="?", const=True, metavar="NAME")
+        parser.add_argument(option, **how, action="store_true")
+        how["help"] = f"the same with the name of what {option} else finds"
+        parser.add_argument(f"{option}-of", **how, metavar="NAME")
     elif kind == "share":
         parser.add_argument(option, **how, action="store_true")
         how["help"] = f"the same with a number, in [0, 1]; {option} finds one"
@@ -131,7 +139,7 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
     elif kind == "list":
         parser.add_argument(option, **how, action="append", metavar="NAME")
     elif kind == "scope":
-        parser.add_argument(option, **how, type=_scope, metavar="global|flops|layer|NAME=SPARSITY,...")
+        parser.add_argument(option, **how, type=_scope, metavar="global|flops|layer|row|NAME=SPARSITY,...")
     else:
         types: dict[Any, Callable[[str], Any]] = {"int": int, "float": float}
         name = types.get(kind, types.get(getattr(field.type, "__name__", ""), str))
@@ -276,20 +284,12 @@ def _prune(arguments: argparse.Namespace) -> int:
         raise TypeError(f"expected {arguments.model} to return an nn.Module, got {type(model).__name__}")
     if arguments.checkpoint is not None:
         model.load_state_dict(_read_checkpoint(arguments.checkpoint))
-    if arguments.out.suffix == ".json":
-        raise ValueError(f"--out {arguments.out} would be overwritten by the report of that name; use another suffix")
-    if arguments.out.suffix == ".safetensors":
-        raise ValueError(
-            f"--out {arguments.out} would be a file of torch.save, which has masks, too; use another suffix"
-        )
-    if arguments.out.is_dir():
-        raise OSError(f"expected --out to be a file, {arguments.out} is a folder")
-    if not arguments.out.parent.is_dir():
-        raise OSError(f"the folder of --out, {arguments.out.parent}, does not exist")
+    if not arguments.dry_run:
+        _check_out(arguments.out)
     evaluate = torch.no_grad()(_load(arguments.evaluate)) if arguments.evaluate else None
     loss_fn: LossFunction | None = torch.nn.functional.cross_entropy
     if arguments.loss:
-        loss_fn = None if arguments.loss == "none" else _load(arguments.loss)
+        loss_fn = None if arguments.loss == "none" else _load(arguments.loss, loss=True)
     data = _load(arguments.data)()
     before = float(evaluate(model)) if evaluate and not arguments.dry_run else None
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(PruneConfig) if hasattr(arguments, f.name)}
@@ -325,11 +325,27 @@ def _prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(spec: str) -> Callable[..., Any]:
+def _check_out(out: Path | None) -> None:
+    """Raise an error where a pruned model cannot be written to this file."""
+    if out is None:
+        raise ValueError(
+            "--out is required, the file that the pruned model is written to; without it there is --dry-run"
+        )
+    if out.suffix == ".json":
+        raise ValueError(f"--out {out} would be overwritten by the report of that name; use another suffix")
+    if out.suffix == ".safetensors":
+        raise ValueError(f"--out {out} would be a file of torch.save, which has masks, too; use another suffix")
+    if out.is_dir():
+        raise OSError(f"expected --out to be a file, {out} is a folder")
+    if not out.parent.is_dir():
+        raise OSError(f"the folder of --out, {out.parent}, does not exist")
+
+
+def _load(spec: str, *, loss: bool = False) -> Callable[..., Any]:
     """The function that "module:function" names."""
     module, colon, function = spec.partition(":")
     if not colon or not module or not function:
-        raise ValueError(f"expected MODULE:FUNCTION, got {spec!r}")
+        raise ValueError(f"expected MODULE:FUNCTION{', or none' if loss else ''}, got {spec!r}")
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
         raise ValueError(f"module {module} has no function {function}")
@@ -338,6 +354,8 @@ def _load(spec: str) -> Callable[..., Any]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """The state dict in a file."""
+    if not path.is_file():
+        raise OSError(f"the file of --checkpoint, {path}, does not exist")
     state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise ValueError(f"expected {path} to hold a state dict, got {type(state).__name__}")

@@ -93,9 +93,9 @@ class PruneConfig(Settings):
         "block",
         checked_curvature,
         'the model of the Fisher matrix: "identity" (magnitude), "diagonal", "block" (WoodFisher, oBERT, CAP), '
-        '"low_rank" (M-FAC), "layerwise" (OBC), "kronecker" (K-FAC), "fishleg", or a recipe such as '
-        'fishleg_ext.curvature.FishLeg(...). Under "kronecker" and "fishleg" the biases of the pruned layers are '
-        "compensated with the weights; no other parameters ever change.",
+        '"low_rank" (M-FAC), "layerwise" (OBC), "layerwise_diagonal" (Wanda), "kronecker" (K-FAC), "fishleg", or, in '
+        'Python, a recipe such as fishleg_ext.curvature.FishLeg(...). Under "kronecker" and "fishleg" the biases of '
+        "the pruned layers are compensated with the weights; no other parameters ever change.",
         plain=str,
     )
     saliency: str | None = setting(
@@ -187,9 +187,9 @@ class PruneConfig(Settings):
     allocation: str | Curvature | None = setting(
         None,
         checked_curvature,
-        "another curvature, by name or as a recipe, in place of `scope`: with its own default saliency and one "
-        "threshold for all parameters it says how many weights of each are pruned. Of `max_memory` each of the two may "
-        "take half.",
+        "another curvature, by name or, in Python, as a recipe, in place of `scope`: with its own default saliency and "
+        "one threshold for all parameters it says how many weights of each are pruned. Of `max_memory` each of the two "
+        "may take half.",
         plain=str,
     )
     min_density: float = setting(

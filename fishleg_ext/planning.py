@@ -138,7 +138,7 @@ def plan(
     """
     config = PruneConfig(**settings)
     if not config.block_by_block:
-        raise ValueError("a plan is of pruning block by block: give block_by_block=")
+        raise ValueError("a plan is of pruning block by block: give block_by_block=True (--block-by-block)")
     data, loss_fn = checked_source(data, loss_fn, batch_fn)
     full = Pruner(model, dataclasses.replace(config, recomputations=1, holdout=0), loss_fn=loss_fn)
     assert full.blocks is not None

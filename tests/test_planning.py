@@ -119,13 +119,21 @@ def test_the_command_line_prints_the_plan_and_prunes_nothing(tmp_path):
         "def model(): return nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))\n"
         "def data(): return [(torch.randn(20, 6), torch.randint(6, (20,)))]\n"
     )
-    command = [sys.executable, "-m", "fishleg_ext.cli", "prune", "mine:model", "mine:data", "--out", "pruned.pt"]
+    command = [sys.executable, "-m", "fishleg_ext.cli", "prune", "mine:model", "mine:data"]
     command += ["--sparsity", "0.5", "--curvature", "layerwise", "--num-grads", "20", "--dry-run", "--block-by-block"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "curvature, MiB" in done.stdout
     assert "MiB at the highest" in done.stdout
-    assert not (tmp_path / "pruned.pt").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mine.py"]
+    without = subprocess.run(command[:-2], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert without.returncode == 2
+    assert "--out is required, the file that the pruned model is written to" in without.stderr
+    of = subprocess.run(
+        [*command, "--block-by-block-of", "none"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert of.returncode == 2
+    assert "none" in of.stderr
 
 
 def test_a_model_is_pruned_as_if_it_had_not_been_planned():

@@ -412,16 +412,12 @@ class Estimate(ABC, Generic[Recipe]):
                 )
             if raised and name not in self.damping_raised:
                 self.damping_raised[name] = raised
-                how = (
-                    f"{raised} of {len(info)} {what} are not positive definite with damping {damping:g}; it was raised "
-                )
-                how += f"tenfold up to {most} times for these"
                 if to_rounding:
                     how = f"damping {damping:g} is less than rounding may have left in {what}; it was raised to that"
-                warnings.warn(
-                    f"{name}: {how}",
-                    stacklevel=3,
-                )
+                else:
+                    which = f"{raised} of {len(info)} {what} are not positive definite with damping {damping:g}"
+                    how = f"{which}; it was raised tenfold up to {most} times for these"
+                warnings.warn(f"{name}: {how}", stacklevel=3)
 
 
 class _Inverted(NamedTuple):

@@ -2,8 +2,8 @@
 
 Which row of X and D is whose is measured: a second backward pass, with the losses weighted by a number of its own for
 each sample, scales each row of D by that of its sample, whatever the shape in which a layer was called. Some samples
-are enough, for the first, second, fourth ... number of rows of a sequence of products; where the first dimension of the
-inputs is not the sample, so that data may route rows elsewhere, it is done in every batch.
+are enough, once for each sequence of products and number of rows; where the first dimension of the inputs is not the
+sample, so that data may route rows elsewhere, it is done in every batch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +29,7 @@ from fishleg_ext.observation.verification import (
     Verifier,
     differ,
     epsilon,
+    largest_norm,
     tolerance,
 )
 
@@ -47,8 +48,9 @@ class FactorObserver:
     """Computes gradients in factors, by one forward and one backward pass of many samples.
 
     Samples must not influence each other, and weights enter by products alone: `verification` says so of each sequence
-    of products, and the last sample of a batch is compared with it alone, in a number of batches that grows by the
-    logarithm of theirs. So does what is verified with the number of lengths that samples of one sequence have.
+    of products, for the first, second, fourth, eighth ... number of rows that it has, as samples are longer or shorter.
+    The last sample of a batch is compared with it alone, for each other number of rows, and in a number of batches that
+    grows by the logarithm of theirs.
 
     Args:
         model: in eval mode.
@@ -76,6 +78,7 @@ class FactorObserver:
         self._by_position: dict[Any, dict[int, bool]] = {}  # of each product, by its number
         self._verifier: Verifier | None = None
         self._batches = 0
+        self._unverified = False  # whether this batch is one whose number of rows was not verified
 
     def factors(
         self, chunk: Chunk, count: int, trained: Sequence[nn.Module] = ()
@@ -98,6 +101,7 @@ class FactorObserver:
         """
         if chunk.samples == 1 or not chunk.divisible:
             raise NoFactors("a single sample")
+        self._unverified = False
         recorder, outputs, trained = self._known_pass(chunk, trained)
         tree, targets = OutputTree(outputs), chunk.targets
         if isinstance(self._losses.loss_fn, OwnLoss) and not self._losses.loss_fn.agrees(outputs, targets):
@@ -106,7 +110,7 @@ class FactorObserver:
         if self._draw is not None:
             targets, scale = self._draw(tree.detached(), targets, chunk.samples, count)
         self._batches += 1
-        compared = self._batches & (self._batches - 1) == 0  # 1, 2, 4, ...
+        compared = self._unverified or self._batches & (self._batches - 1) == 0  # 1, 2, 4, ...
         given = chunk.with_targets(targets)
         try:
             if compared and trained:
@@ -136,19 +140,7 @@ class FactorObserver:
         raise NoFactors("the sequence of products is another for some of the samples")
 
     def _is_known(self, recorder: ProductRecorder, chunk: Chunk) -> bool:
-        """Tell whether it was verified, or is the third, say, of one sequence with another number of rows."""
-        sequence = _sequence(recorder, chunk.samples)
-        if sequence in self._by_position:
-            return True
-        signature, rows = sequence
-        others = [(theirs, order) for (own, theirs), order in self._by_position.items() if own == signature]
-        if len(others) & (len(others) + 1) == 0:  # this is the first, second, fourth, ...
-            return False
-        for theirs, order in others:
-            if all((a == 1) == (b == 1) for a, b in zip(rows, theirs, strict=True)):  # one of each is in any order
-                self._by_position[sequence] = order
-                return True
-        return False
+        return _sequence(recorder, chunk.samples) in self._by_position
 
     def _compare_some(self, chunk: Chunk, scale: float | Tensor, count: int) -> None:
         """Compare the last gradient in eval mode, where nothing is random, among a few."""
@@ -249,7 +241,10 @@ class FactorObserver:
         return uses
 
     def _verify(self, chunk: Chunk, signature: Signature) -> None:
-        """Verify a new sequence of products; weights that enter in other ways are dropped."""
+        """Verify a new sequence of products; weights that enter in other ways are dropped.
+
+        Of most numbers of rows of one sequence it is only measured whose they are, and the last sample compared.
+        """
         part = chunk.part(0, min(VERIFIED_SAMPLES, chunk.samples))
         recorder, _ = self._forward(part)
         if recorder.signature != signature:  # which not all samples have
@@ -259,6 +254,10 @@ class FactorObserver:
         for name in list(self._weights):
             if name in recorder.others or name in looked_up or name not in products:
                 self._drop(name)
+        known = sum(own == signature for own, _ in self._by_position)
+        if known & (known + 1) and self._verifier and not self._measure_rows(part, self._verifier.names):
+            self._unverified = True
+            return
         while self._weights:
             self._verifier = Verifier(self._model, self._weights, self._orientations, self._biases)
             try:
@@ -339,6 +338,7 @@ class FactorObserver:
         if tensors:
             expected = torch.autograd.grad(tensors, list(weights.values()), by_outputs, allow_unused=True)
         eps = max(epsilon(x) for x in [*weights.values(), *(use.gradient for of in uses.values() for use in of)])
+        noise = 16 * eps * largest_norm(expected) * torch.as_tensor(own).abs()
         found = Comparisons()
         for (name, weight), gradient in zip(weights.items(), expected, strict=True):
             shape = self._matrix_shape(name)
@@ -348,7 +348,7 @@ class FactorObserver:
             orientation = self._orientations.get(name) or Orientation.of(weight.shape)
             theirs = torch.zeros_like(weight) if gradient is None else gradient * torch.as_tensor(own).to(gradient)
             found.add(
-                differ(mine, orientation.to_matrix(theirs).reshape(shape), tolerance(eps), 16 * eps * bound),
+                differ(mine, orientation.to_matrix(theirs).reshape(shape), tolerance(eps), 16 * eps * bound + noise),
                 f"gradients of {name} are others for a single sample: samples influence each other",
             )
         if why_not := found.first():
@@ -376,8 +376,13 @@ def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> Tenso
     length, rest = divmod(rows.shape[1], len(own))
     if rest:
         return torch.zeros((), dtype=torch.bool, device=rows.device)
-    share = tolerance(torch.finfo(rows.dtype).eps)
+    eps = torch.finfo(rows.dtype).eps
     norms = rows.double().norm(dim=-1)
+    if not norms.numel():
+        return torch.ones((), dtype=torch.bool, device=rows.device)
+    noise = (
+        16 * eps * norms.max()
+    )  # all that some rows are, as of the query of a first token, which has nothing to choose
     numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
     errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
-    return (errors <= share * norms).all()
+    return (errors <= tolerance(eps) * norms + noise).all()

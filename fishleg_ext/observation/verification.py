@@ -10,7 +10,7 @@ rows that were swapped:
 - each row of D with that of all samples together: rows that several samples share differ.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,10 +314,11 @@ class Verifier:
             if not self._compare_outputs(result, samples, s, outputs, own_outputs):
                 return result
             own = self._gradients(recorder, [(own_outputs.leaves[i], x[s : s + 1]) for i, x in probes.items()])
+            noise = 16 * eps * largest_norm(found[: len(self.weights)])
             for (name, weight), *both in zip(self.weights.items(), own, found, strict=False):
                 a, b = (torch.zeros_like(weight) if x is None else x for x in both)
                 result.add(
-                    differ(a, b, tolerance(eps), 16 * eps * bound[name]),
+                    differ(a, b, tolerance(eps), 16 * eps * bound[name] + noise),
                     f"gradients of {name} are others for a single sample: samples influence each other",
                 )
         if len(alone) == samples:
@@ -348,6 +349,12 @@ def _parts(product: Product, gradients: Sequence[Tensor]) -> Iterator[list[Tenso
     for start in range(0, len(product.inputs), step):
         part = slice(start, start + step)
         yield [product.input_rows(product.inputs[part]), *(product.output_rows(g[part]) for g in gradients)]
+
+
+def largest_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """Return the largest norm, to which the rounding of a backward pass is in proportion in the smallest as well."""
+    norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+    return torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
 
 
 def tolerance(eps: float) -> float:

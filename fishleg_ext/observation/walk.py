@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fishleg_ext.observation.batches import Chunk, Shared, tokens_of
 from fishleg_ext.observation.blocks import Blocks, Entry, Segment
-from fishleg_ext.observation.forward import call, running
+from fishleg_ext.observation.forward import call, running, scalar_loss
 from fishleg_ext.observation.likelihoods import LossFunction, OwnLoss
 from fishleg_ext.observation.outputs import CannotCut, OutputTree, SampleLosses
 from fishleg_ext.observation.types import DrawLabels
@@ -246,7 +246,9 @@ class BlockWalk:
         tree = OutputTree(outputs)
         if chunk.samples > 1:
             losses.names = tree.per_sample(OutputTree(self._outputs(chunk.part(0, 1), hidden[:1])), chunk.samples)
-        if isinstance(losses.loss_fn, OwnLoss):
+        if losses.loss_fn is None:
+            scalar_loss(None, outputs, targets)  # which says so where there is none
+        elif isinstance(losses.loss_fn, OwnLoss):
             losses.loss_fn.check(outputs, targets)
         if draw is not None:
             targets, factor = draw(tree.detached(), targets, chunk.samples, chunk.samples)

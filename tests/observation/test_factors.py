@@ -260,16 +260,70 @@ def test_whose_rows_they_are_is_told_anew_for_other_lengths(generator):
     assert_gradients_are_those_of_autograd(SequenceFirst().double(), batches)
 
 
+def of_lengths(lengths, generator):
+    draw = lambda n: torch.randn(6, n, 4, dtype=torch.float64, generator=generator)
+    return [(draw(n), torch.randint(0, 3, (6,), generator=generator)) for n in lengths]
+
+
 def test_ever_fewer_of_the_lengths_are_verified(generator, monkeypatch):
-    """Of ten lengths those that are the first, the second, the fourth, the eighth; and one row, whose order is open."""
+    """Of ten lengths those that are the first, the second, the fourth and the eighth."""
     verified = []
     verify = Verifier.verify
     monkeypatch.setattr(Verifier, "verify", lambda self, chunk: verified.append(chunk.inputs) or verify(self, chunk))
-    draw = lambda n: torch.randn(6, n, 4, dtype=torch.float64, generator=generator)
-    lengths = (3, 2, 4, 6, 5, 7, 6, 8, 9, 1, 10, 3)
-    batches = [(draw(n), torch.randint(0, 3, (6,), generator=generator)) for n in lengths]
+    batches = of_lengths((3, 2, 4, 6, 5, 7, 6, 8, 9, 1, 10, 3), generator)
     assert_gradients_are_those_of_autograd(SequenceFirst().double(), batches)
-    assert [x.shape[1] for x in verified] == [3, 2, 6, 9, 1]
+    assert [x.shape[1] for x in verified] == [3, 2, 6, 9]
+
+
+class MixedWhereLong(nn.Linear):
+    """Samples influence each other from five positions on."""
+
+    def forward(self, x):
+        h = super().forward(x).tanh().mean(1)
+        return h + h.mean(0) if x.shape[1] > 4 else h
+
+
+class Windows(nn.Module):
+    """Windows of four are cut from all tokens, across samples where these are not multiples of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.q(x).flatten(0, 1)
+        h = F.pad(h, (0, 0, 0, -len(h) % 4)).unflatten(0, (-1, 4))
+        h = (h + (h @ h.mT / 2).softmax(-1) @ h).flatten(0, 1)
+        return self.o(h[: x.shape[0] * x.shape[1]].unflatten(0, x.shape[:2]).tanh()).mean(1)
+
+
+class PositionsFirstWhereLong(nn.Linear):
+    """In another order from five positions on."""
+
+    def forward(self, x):
+        return (
+            super().forward(x.transpose(0, 1)).tanh().mean(0) if x.shape[1] > 4 else super().forward(x).tanh().mean(1)
+        )
+
+
+class LateCounts(nn.Module):
+    """Positions first in a product without gradients, of which no order can be told, up to four positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        late = (torch.arange(x.shape[1]) >= 4).to(x)[:, None, None]
+        return self.a(x).tanh().mean(1) + (self.b(x.transpose(0, 1)).tanh() * late).sum(0)
+
+
+@pytest.mark.parametrize("lengths", [(3, 2, 6, 5), (3, 2, 6, 4, 5, 7, 8, 6), (4, 8, 6, 7, 5), (3, 2, 7, 1, 5)])
+@pytest.mark.parametrize("kind", [MixedWhereLong, Windows, PositionsFirstWhereLong, LateCounts])
+def test_what_lengths_change_is_noticed_at_those_that_are_not_verified(kind, lengths, generator):
+    """Among them as many positions as samples, where the shape of the inputs does not tell which are which."""
+    net = kind(4, 3) if issubclass(kind, nn.Linear) else kind()
+    assert_gradients_are_those_of_autograd(net.double(), of_lengths(lengths, generator))
 
 
 @pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
