@@ -380,9 +380,8 @@ def _fits(rows: Tensor, scaled: Tensor, own: Tensor, by_position: bool) -> Tenso
     norms = rows.double().norm(dim=-1)
     if not norms.numel():
         return torch.ones((), dtype=torch.bool, device=rows.device)
-    noise = (
-        16 * eps * norms.max()
-    )  # all that some rows are, as of the query of a first token, which has nothing to choose
+    # All that some rows are, such as those of the query of a first token, which has nothing to choose from.
+    noise = 16 * eps * norms.max()
     numbers = own.repeat(length) if by_position else own.repeat_interleave(length)
     errors = (scaled.double() - numbers.double()[:, None] * rows.double()).norm(dim=-1)
     return (errors <= tolerance(eps) * norms + noise).all()

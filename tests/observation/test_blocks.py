@@ -354,6 +354,16 @@ def test_gradients_of_a_loss_that_reads_every_block_are_refused():
     pruned(model, data, **options)  # what blocks are given is right
 
 
+def test_a_loss_of_the_model_without_labels_is_missed_as_by_the_whole_network():
+    options = {"curvature": "fishleg", "sparsity": 0.5, "num_grads": 8, "block_by_block": True, "progress": False}
+    data = [{"tokens": x} for x, _ in tokens(8)]
+    with pytest.raises(
+        ValueError, match="expected a model whose outputs have a loss.*; are the labels among the inputs"
+    ):
+        prune(decoder(), data, None, block_gradients="loss", **options)
+    prune(decoder(), data, None, **options)
+
+
 class SequenceFirst(nn.Module):
     """Hidden states of the shape [T, N, d]."""
 

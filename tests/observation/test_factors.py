@@ -326,6 +326,27 @@ def test_what_lengths_change_is_noticed_at_those_that_are_not_verified(kind, len
     assert_gradients_are_those_of_autograd(net.double(), of_lengths(lengths, generator))
 
 
+class NothingToChoose(nn.Module):
+    """The first position of `q` makes no difference but by rounding, as the query of a first token."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, first = self.q(x), (torch.arange(x.shape[1]) == 0).to(x)[:, None]
+        nothing = (0.1 * h - 0.3 * h + 0.2 * h) * first
+        return (self.v(x) + nothing + h * (1 - first)).tanh().mean(1)
+
+
+def test_rounding_belongs_to_no_other_sample(generator):
+    net = NothingToChoose().eval()
+    weights = {"q.weight": net.q.weight, "v.weight": net.v.weight}
+    x, y = torch.randn(6, 4, 4, generator=generator), torch.randint(0, 3, (6,), generator=generator)
+    factors, _, _ = observer(net, weights).factors(Chunk(x, y, 6), 6)
+    assert factors.keys() == weights.keys()
+
+
 @pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
 def test_whose_rows_they_are_is_told_anew_where_the_data_routes_them(generator):
     """The experts have as many rows in the third batch as in the others, but not two of each sample."""
