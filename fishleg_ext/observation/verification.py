@@ -353,7 +353,7 @@ def _parts(product: Product, gradients: Sequence[Tensor]) -> Iterator[list[Tenso
 
 def largest_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """Return the largest norm, to which the rounding of a backward pass is in proportion in the smallest as well."""
-    norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+    norms = [wide_norm(gradient) for gradient in gradients if gradient is not None]
     return torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
 
 
@@ -377,8 +377,13 @@ def differ(a: Tensor, b: Tensor, share: float, floor: float | Tensor = 0.0) -> T
     """Tell whether two tensors of one shape differ by more than a share of their norm, as a bool tensor."""
     if not _is_float(a):
         return (a != b).any()
-    a, b = a.double(), b.double()
-    return ~((a - b).norm() <= share * torch.maximum(a.norm(), b.norm()) + floor)
+    a, b = (x.float() if x.dtype.itemsize < 4 else x for x in (a, b))
+    return ~(wide_norm(a - b) <= share * torch.maximum(wide_norm(a), wide_norm(b)) + floor)
+
+
+def wide_norm(x: Tensor) -> Tensor:
+    """Return the norm of all entries, summed in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
 def _only(probe: Tensor, sample: int) -> Tensor:
