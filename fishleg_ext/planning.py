@@ -23,7 +23,7 @@ FEW, CHUNKS = 8, 2  # samples of the small trial of a block, and batches of up t
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block takes.
+    """Holds what one block takes.
 
     Attributes:
         name: of the block.
@@ -44,7 +44,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What pruning block by block takes, as one round of it was predicted.
+    """Holds what pruning block by block takes, as one round of it was predicted.
 
     Attributes:
         blocks: one by one.
@@ -93,7 +93,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one block took for some samples.
+    """Holds what one block took for some samples.
 
     Attributes:
         size: numbers in the hidden states of these samples.

@@ -352,7 +352,7 @@ def _parts(product: Product, gradients: Sequence[Tensor]) -> Iterator[list[Tenso
 
 
 def largest_norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """Return the largest norm, to which the rounding of a backward pass is in proportion in the smallest as well."""
+    """Return the largest norm: by a share of it all gradients are off, the smallest too, as one pass rounds them."""
     norms = [wide_norm(gradient) for gradient in gradients if gradient is not None]
     return torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
 

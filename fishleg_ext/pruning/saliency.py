@@ -1,4 +1,4 @@
-"""What pruning each weight costs, by an estimate of the curvature."""
+"""Computes what pruning each weight costs, by an estimate of the curvature."""
 
 from collections.abc import Mapping
 from typing import Any

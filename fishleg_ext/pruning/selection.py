@@ -1,4 +1,4 @@
-"""Which weights are kept, given what pruning each costs."""
+"""Selects the weights that are kept, given what pruning each costs."""
 
 from collections.abc import Mapping
 

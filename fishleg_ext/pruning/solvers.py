@@ -1,4 +1,4 @@
-"""How weights are chosen and the others compensated: exact elimination, single scores, a fixed order, or ADMM."""
+"""Chooses weights and compensates the others: by exact elimination, single scores, a fixed order, or ADMM."""
 
 import math
 from collections.abc import Mapping

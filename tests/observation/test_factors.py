@@ -283,6 +283,14 @@ class MixedWhereLong(nn.Linear):
         return h + h.mean(0) if x.shape[1] > 4 else h
 
 
+class SharedWhereLong(nn.Linear):
+    """The same, but for gradients, whose rows tell nothing of it."""
+
+    def forward(self, x):
+        h = super().forward(x).tanh().mean(1)
+        return (h + h.mean(0).detach()).sin() if x.shape[1] > 4 else h.sin()
+
+
 class Windows(nn.Module):
     """Windows of four are cut from all tokens, across samples where these are not multiples of four."""
 
@@ -319,11 +327,36 @@ class LateCounts(nn.Module):
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 6, 5), (3, 2, 6, 4, 5, 7, 8, 6), (4, 8, 6, 7, 5), (3, 2, 7, 1, 5)])
-@pytest.mark.parametrize("kind", [MixedWhereLong, Windows, PositionsFirstWhereLong, LateCounts])
+@pytest.mark.parametrize("kind", [MixedWhereLong, SharedWhereLong, Windows, PositionsFirstWhereLong, LateCounts])
 def test_what_lengths_change_is_noticed_at_those_that_are_not_verified(kind, lengths, generator):
     """Among them as many positions as samples, where the shape of the inputs does not tell which are which."""
     net = kind(4, 3) if issubclass(kind, nn.Linear) else kind()
     assert_gradients_are_those_of_autograd(net.double(), of_lengths(lengths, generator))
+
+
+class Selected(nn.Module):
+    """Tokens that begin with a positive number go through `w`, the rows of all samples one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        index = (flat[:, 0] > 0).nonzero()[:, 0]
+        out = flat.new_zeros(len(flat), 3).index_add(0, index, self.w(flat[index]).tanh())
+        return out.unflatten(0, x.shape[:2]).sum(1) + self.v(x).tanh().mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model")
+@pytest.mark.parametrize("counts", [(3, 0, 0, 1, 1, 1), (2, 0, 2, 0, 1, 1), (1, 1, 1, 3, 0, 0), (2, 2, 2, 0, 0, 0)])
+def test_as_many_rows_as_samples_need_not_be_one_of_each(counts, generator):
+    """At a third length, after two that have one row of each sample; counts say how many the samples have there."""
+    batches = of_lengths((3, 2, 4), generator)
+    for (x, _), of_each in zip(batches, ((1,) * 6, (1,) * 6, counts), strict=True):
+        chosen = torch.arange(x.shape[1]) < torch.tensor(of_each)[:, None]
+        x[..., 0] = torch.where(chosen, x[..., 0].abs(), -x[..., 0].abs())
+    assert_gradients_are_those_of_autograd(Selected().double(), batches)
 
 
 class NothingToChoose(nn.Module):
